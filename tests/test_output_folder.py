@@ -1,11 +1,22 @@
 """An output folder with another run's model or trajectories is an error."""
 
+import errno
+import fcntl
+import inspect
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from transformers import Trainer
 
 from arpo_trl.errors import ConfigError, DataError
-from arpo_trl.runs.output_folder import check_output, remove_earlier_run, wants_to_resume
+from arpo_trl.publishing.push import Snapshot
+from arpo_trl.quickstart.__main__ import main as quickstart
+from arpo_trl.runs.output_folder import check_output, remove_earlier_run, sole_run, wants_to_resume
 
 
 def fill(folder: Path, *names: str) -> Path:
@@ -157,3 +168,116 @@ def test_files_with_other_names_and_links_to_folders_may_be_in_an_output_folder(
     fill(tmp_path, "checkpoint-notes.txt", "checkpoint-5.txt", "trajectories.txt", "elsewhere/notes.txt")
     (tmp_path / "trajectories").symlink_to("elsewhere")
     prepare(tmp_path)
+
+
+HOLDER = """
+import sys
+from arpo_trl.runs.output_folder import sole_run
+with sole_run(sys.argv[1]):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process with a run in the folder `run`. It ends when its input does."""
+    words = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "locked\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_run_in_the_same_folder_is_an_error_that_names_the_first(tmp_path, other):
+    expected = rf"output_dir .*run is in use by another run \(process {other.pid} on .+\).* choose another output_dir"
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=expected), sole_run(str(tmp_path / "run")):
+            pytest.fail("both runs were accepted")
+    with sole_run(str(tmp_path / "another")):
+        pass
+    other.communicate()
+    with sole_run(str(tmp_path / "run")):
+        pass
+
+
+def test_a_killed_run_leaves_no_lock(tmp_path, other):
+    fill(tmp_path / "run", "checkpoint-2/a")
+    os.kill(other.pid, signal.SIGKILL)
+    other.wait()
+    assert (tmp_path / "run/_lock").exists()
+    prepare(tmp_path / "run", resume=True)
+    with sole_run(str(tmp_path / "run")):
+        assert (tmp_path / "run/_lock").read_text().startswith(f"process {os.getpid()} on ")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-2"]
+
+
+def test_a_process_that_a_run_has_forked_does_not_keep_its_lock(tmp_path):
+    reader, writer = os.pipe()
+    with sole_run(str(tmp_path)):
+        if (child := os.fork()) == 0:
+            os.close(writer)
+            os.read(reader, 1)  # until the parent closes the pipe
+            os._exit(0)
+    os.close(reader)
+    words = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    second = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, close_fds=True)
+    os.close(writer)
+    os.waitpid(child, 0)
+    assert second.stdout == "locked\n"
+
+
+def test_the_lock_of_a_killed_run_is_no_earlier_run(tmp_path):
+    prepare(fill(tmp_path, "_lock"))
+
+
+def test_a_run_that_writes_nothing_leaves_no_folder(tmp_path):
+    with pytest.raises(ConfigError, match="mistake"), sole_run(str(tmp_path / "run")):
+        raise ConfigError("mistake")
+    assert not (tmp_path / "run").exists()
+    with sole_run(str(tmp_path)):
+        pass
+    assert tmp_path.exists()
+
+
+def test_other_ranks_lock_nothing(tmp_path, other, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with sole_run(str(tmp_path / "run")):
+        pass
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP])
+def test_a_run_starts_where_files_cannot_be_locked(tmp_path, monkeypatch, code):
+    def refused(*_: object) -> None:
+        raise OSError(code, "no locks")
+
+    monkeypatch.setattr(fcntl, "lockf", refused)
+    with sole_run(str(tmp_path / "run")):
+        pass
+
+
+def test_a_run_starts_where_there_are_no_locks_or_the_folder_is_a_file(tmp_path, monkeypatch):
+    with sole_run(str(fill(tmp_path, "file") / "file")):
+        pass
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with sole_run(str(tmp_path / "run")):
+        pass
+
+
+def test_a_quickstart_does_not_remove_the_files_of_a_run(tmp_path, other, monkeypatch, capsys):
+    fill(tmp_path / "run", "model.safetensors")
+    (tmp_path / "quick").mkdir()
+    (tmp_path / "quick/sft").symlink_to(tmp_path / "run")
+    monkeypatch.setattr("sys.argv", ["arpo-trl", "--output", str(tmp_path / "quick"), "--overwrite_output_dir"])
+    with pytest.raises(SystemExit):
+        quickstart()
+    assert f"in use by another run (process {other.pid} on" in capsys.readouterr().err
+    assert (tmp_path / "run/model.safetensors").exists()
+
+
+def test_the_lock_is_not_pushed(tmp_path):
+    with sole_run(str(tmp_path)), Snapshot(run=fill(tmp_path, "config.json"), model=tmp_path) as pushed:
+        assert (tmp_path / "_lock").exists()
+        assert [path.name for path in pushed.iterdir()] == ["config.json"]
+    for method in (Trainer.push_to_hub, Trainer._push_from_checkpoint):  # of `sft`
+        assert 'ignore_patterns=["_*"' in inspect.getsource(method)

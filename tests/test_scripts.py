@@ -1,5 +1,7 @@
 """The paper's configuration on rows of its layout, as a user starts it."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,29 @@ def test_a_mistake_at_the_start_leaves_the_run_that_would_be_overwritten(
     with pytest.raises(SystemExit, match="2"):
         run(config, "--output_dir", "out", "--overwrite_output_dir", "true", *mistake, name=name)
     assert mistake[1] in capsys.readouterr().err
+    assert all(file.exists() for file in files)
+
+
+@pytest.mark.parametrize(("name", "config"), [("train", "quickstart.yaml"), ("sft", "quickstart_sft.yaml")])
+def test_a_second_run_does_not_remove_the_files_of_the_first_while_it_runs(
+    tmp_path, monkeypatch, capsys, name, config
+):
+    monkeypatch.chdir(tmp_path)
+    save_data(tmp_path)
+    save_tiny_model(tmp_path / "model")
+    files = earlier_run(tmp_path / "out")
+    code = (
+        "import sys; from arpo_trl.runs.output_folder import sole_run\n"
+        "with sole_run(sys.argv[1]): print(1, flush=True); input()"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "out")]
+    root = Path(__file__).parents[1]
+    with subprocess.Popen(words, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdout.readline() == b"1\n"
+        with pytest.raises(SystemExit, match="2"):
+            run(config, "--output_dir", "out", "--overwrite_output_dir", "true", name=name)
+        first.communicate(b"\n")
+    assert f"output_dir out is in use by another run (process {first.pid} on" in capsys.readouterr().err
     assert all(file.exists() for file in files)
 
 

@@ -14,7 +14,7 @@ from arpo_trl.common.flags import CommandParser
 from arpo_trl.common.shipped import CONFIGS, file_or_shipped
 from arpo_trl.common.waiting import say_loading
 from arpo_trl.errors import ConfigError
-from arpo_trl.runs.output_folder import check_output, remove_earlier_run
+from arpo_trl.runs.output_folder import check_output, remove_earlier_run, sole_run
 from arpo_trl.visible import say
 
 
@@ -52,7 +52,8 @@ def main() -> None:
         check_output(folder, resume=None, overwrite=arguments.overwrite_output_dir)
     if arguments.overwrite_output_dir:
         for folder in folders:
-            remove_earlier_run(folder)
+            with sole_run(folder):
+                remove_earlier_run(folder)
     say(
         f"The quickstart builds a tiny model that learns to {task.purpose}. Stage 1 trains it on demonstrations of "
         "tool calls, stage 2 with ARPO. Before and after stage 2 it answers held-out tasks.\n"

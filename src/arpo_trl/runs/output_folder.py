@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import FileIO
 from os import PathLike
 from pathlib import Path
 
@@ -14,6 +17,11 @@ from arpo_trl.errors import ConfigError
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*", "adapter_model.*")
 _FOLDERS = (".unfinished", "trajectories", "curves")
 _FILES = ("trainer_state.json", "training_config.yaml", "training_args.bin", "adapter_config.json", "evaluation.md")
+
+_LOCK = "_lock"
+"""The name begins with _ so that transformers does not push the file to the Hub."""
+_ATTEMPTS = 10
+"""On a file system on which a file cannot be recognized, a lock is not attempted for ever."""
 
 
 def wants_to_resume(wanted: str | PathLike[str] | bool | None) -> str | bool:
@@ -30,6 +38,77 @@ def wants_to_resume(wanted: str | PathLike[str] | bool | None) -> str | bool:
     if isinstance(wanted, str) and wanted.strip().lower() in ("true", "false", "none", ""):
         return wanted.strip().lower() == "true"
     return wanted or False
+
+
+@contextmanager
+def sole_run(folder: str) -> Iterator[None]:
+    """A context in which no other run uses `folder` as its output_dir: rank 0 locks a file in it.
+
+    The system releases the lock when the process ends, also if it is killed. Where files cannot be locked, such as on
+    some network file systems, or the folder cannot be written, the context has no effect.
+
+    Raises:
+        ConfigError: Another run uses the folder. Names its process and host.
+        DataError: The system refuses the name of the folder.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    output = user_path(folder, "output_dir").absolute()
+    is_new = not output.exists()
+    file = _locked(output / _LOCK, folder)
+    try:
+        yield
+    finally:
+        if file is not None:
+            with suppress(OSError):
+                (output / _LOCK).unlink(missing_ok=True)  # while it is locked: later it may be that of another run
+            file.close()
+        if is_new:
+            with suppress(OSError):  # something was written
+                output.rmdir()
+
+
+def _locked(path: Path, folder: str) -> FileIO | None:
+    """The open file `path`, locked and with this process in it; None if the system cannot lock it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    for _ in range(_ATTEMPTS):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = FileIO(path, "a+")
+        except OSError:
+            return None
+        try:
+            # Unlike flock's, this lock does not pass to forked processes, which may outlive a killed run.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            with file, suppress(OSError):
+                file.seek(0)
+                holder = file.read().decode("utf-8", "replace")
+            raise ConfigError(
+                f"output_dir {folder} is in use by another run ({holder or 'unknown process'}), and both would write "
+                "the same files. Wait until that run has ended, or choose another output_dir."
+            ) from None
+        except OSError:  # a file system without locks
+            file.close()
+            return None
+        if _is_still_at(file, path):
+            with suppress(OSError):  # a full disk
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            return file
+        file.close()  # the run that held the lock has just ended and removed the file
+    return None
+
+
+def _is_still_at(file: FileIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
 
 
 def check_output(folder: str, *, resume: str | bool | None, overwrite: bool, model: str | None = None) -> None:

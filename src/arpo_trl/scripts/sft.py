@@ -37,7 +37,7 @@ from arpo_trl.data.loading import read_file
 from arpo_trl.errors import DataError
 from arpo_trl.logs.progress import show_compactly
 from arpo_trl.rollout.protocols import TagProtocol
-from arpo_trl.runs.output_folder import check_output, remove_earlier_run, wants_to_resume
+from arpo_trl.runs.output_folder import check_output, remove_earlier_run, sole_run, wants_to_resume
 from arpo_trl.runs.tied_weights import without_tied_keys
 from arpo_trl.scripts.start import required_model, start_errors, until_first_step
 from arpo_trl.visible import get_logger
@@ -154,6 +154,11 @@ def main() -> None:
     with start_errors():  # transformers reads the files that some settings name
         arguments, config, model_config = parse_settings(SETTINGS, elsewhere=_settings_of_train)
     refuse_token(config)
+    with sole_run(config.output_dir):
+        _train(arguments, config, model_config)
+
+
+def _train(arguments: ColdStartArguments, config: ColdStartConfig, model_config: ModelConfig) -> None:
     check_output(
         config.output_dir,
         resume=config.resume_from_checkpoint,

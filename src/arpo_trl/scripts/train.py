@@ -25,7 +25,7 @@ from arpo_trl.errors import ConfigError
 from arpo_trl.logs.progress import closed_bars, show_compactly, show_log
 from arpo_trl.rewards import HierarchicalReward, LLMJudge
 from arpo_trl.runs.interrupts import follow_launcher
-from arpo_trl.runs.output_folder import check_output, remove_earlier_run
+from arpo_trl.runs.output_folder import check_output, remove_earlier_run, sole_run
 from arpo_trl.scripts.start import required_model, start_errors, until_first_step
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.visible import get_logger
@@ -117,7 +117,14 @@ def main() -> None:
     follow_launcher()
     show_log()
     with start_errors():  # transformers reads the files that some settings name
-        arguments, tool_arguments, config, model_config = parse_settings(SETTINGS, elsewhere=_settings_of_sft)
+        settings = parse_settings(SETTINGS, elsewhere=_settings_of_sft)
+    with sole_run(settings[2].output_dir):
+        _train(*settings)
+
+
+def _train(
+    arguments: TrainArguments, tool_arguments: ToolArguments, config: ARPOConfig, model_config: ModelConfig
+) -> None:
     check_output(
         config.output_dir,
         resume=config.resume_from_checkpoint,
@@ -138,12 +145,12 @@ def main() -> None:
             split,
             system_prompt=arguments.system_prompt,
             task=arguments.task,
-            columns=arguments.columns,
+            columns=read_columns(arguments.columns),
             own_reward=bool(arguments.reward),
         )
 
-    evaluates = arguments.eval_dataset is not None and config.eval_strategy != "no"
-    if arguments.eval_dataset is not None and not evaluates:
+    watched = arguments.eval_dataset if config.eval_strategy != "no" else None
+    if arguments.eval_dataset is not None and watched is None:
         logger.warning(
             "eval_dataset is set, but eval_strategy is 'no': nothing is evaluated. Set it to steps or epoch."
         )
@@ -153,7 +160,7 @@ def main() -> None:
             reward_funcs=make_rewards(arguments),
             args=config,
             train_dataset=load(arguments.dataset, arguments.dataset_split),
-            eval_dataset=load(arguments.eval_dataset, arguments.eval_split) if evaluates else None,
+            eval_dataset=None if watched is None else load(watched, arguments.eval_split),
             tools=build_tools(tool_arguments, run=config.output_dir),
             quantization_config=get_quantization_config(model_config),
             peft_config=get_peft_config(model_config),
