@@ -290,6 +290,11 @@ def test_a_released_cache_is_imported_answers_and_is_exported(monkeypatch, capsy
     [
         (("stats", "nowhere.sqlite"), "There is no search cache nowhere.sqlite"),
         (("import", "c.sqlite", "nowhere.json", "--provider", "serper"), "nowhere.json cannot be read"),
+        (
+            ("import", "c.sqlite", "in.json", "--provider", "serper", "--top-k", "-3"),
+            "--top-k is -3; expected an integer",
+        ),
+        (("import", "c.sqlite", "in.json", "--provider", "serper", "--top-k", "0"), "of at least 1."),
         (("import", "c.sqlite", "nowhere.json", "--provider", "google"), "no search provider 'google'"),
     ],
 )

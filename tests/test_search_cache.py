@@ -196,6 +196,14 @@ def test_a_cache_is_not_exported_over_itself(cache: SearchCache) -> None:
     cache.stats()
 
 
+@pytest.mark.parametrize("end", ["-wal", "-shm", "-journal"])
+def test_a_cache_is_not_exported_over_a_file_of_sqlite(cache: SearchCache, end: str) -> None:
+    cache.put(key(), HITS)
+    with pytest.raises(DataError, match=rf"{end} has the name of a file in which sqlite keeps changes"):
+        cache.export_json(f"{cache.path}{end}")
+    assert SearchCache(cache.path).get(key()) == cache.get(key())
+
+
 def test_an_exported_cache_comes_back_the_same(cache: SearchCache, tmp_path: Path) -> None:
     cache.put(key(), HITS)
     cache.export_json(tmp_path / "first.json")

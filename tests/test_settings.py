@@ -216,6 +216,22 @@ def test_a_bare_no_of_yaml_is_a_strategy_not_a_bool(program: str, name: str, tmp
     assert [getattr(each, name) for each in settings if hasattr(each, name)] == ["no"]
 
 
+@pytest.mark.parametrize("nothing", ["no", "null", "false", "none"])
+@pytest.mark.parametrize("program", ["train", "sft"])
+def test_no_tracker_is_none_in_any_spelling_of_yaml(program: str, nothing: str, tmp_path: Path):
+    (tmp_path / "run.yaml").write_text(f"dataset: rows.jsonl\nuse_cpu: true\noutput_dir: out\nreport_to: {nothing}\n")
+    settings = parse_settings(script(program).SETTINGS, ["--config", str(tmp_path / "run.yaml")])
+    assert [each.report_to for each in settings if hasattr(each, "report_to")] == [[]]
+
+
+@pytest.mark.parametrize("value", ["-1e-5", "-1.5E+3", "-.5e1", "-1.", "-1e5", "-inf"])
+@pytest.mark.parametrize("program", ["train", "sft"])
+def test_a_negative_number_with_an_exponent_is_a_value_and_no_flag(program: str, value: str):
+    words = ["--dataset", "rows.jsonl", "--use_cpu", "true", "--output_dir", "out", "--learning_rate", value]
+    with pytest.raises(ConfigError, match=f"learning_rate is {float(value)}; expected a (finite )?number"):
+        parse_settings(script(program).SETTINGS, words)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [

@@ -200,6 +200,8 @@ def _cache(arguments: argparse.Namespace) -> None:
 
     if arguments.action != "import" and not arguments.cache.exists():
         raise DataError(f"There is no search cache {arguments.cache}. Check the path.")
+    if arguments.action == "import" and arguments.top_k < 1:
+        raise ConfigError(f"--top-k is {arguments.top_k}; expected an integer of at least 1.")
     cache = SearchCache(arguments.cache)
     try:
         _on_cache(cache, arguments)

@@ -66,6 +66,7 @@ INHERITED: dict[str, dict[str, Any]] = {
     **{name: {"text": True} for name in ("output_dir", "run_name", "hub_model_id")},
     **{name: {"options": True} for name in ("model_init_kwargs", "generation_kwargs", "chat_template_kwargs")},
     **{name: {"options": True} for name in ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs")},
+    "report_to": {"nothing": "none"},
 }
 """The accepted values of settings that TRL and transformers check late or never; see `check_fields`."""
 

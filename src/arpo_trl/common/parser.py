@@ -11,12 +11,16 @@ from trl import TrlParser
 from arpo_trl.common.flags import NUMBERS
 from arpo_trl.errors import ConfigError
 
+_NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|-inf(inity)?$", re.IGNORECASE)
+"""Words that are values although they begin with -. argparse takes -1e-5 for a flag."""
+
 
 class SettingsParser(TrlParser):
     """TRL's parser without abbreviated flags. It raises an error instead of printing all flags and exiting."""
 
     def __init__(self, kinds: Sequence[type[Any]], **parser: Any):
         super().__init__(kinds, allow_abbrev=False, **parser)
+        self._negative_number_matcher = _NEGATIVE_NUMBER
 
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError with `message`. If it is about a value, the message is reworded in this package's

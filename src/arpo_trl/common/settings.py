@@ -120,7 +120,7 @@ def check_fields(settings: Any, inherited: Mapping[str, Mapping[str, Any]] | Non
     Args:
         inherited: The accepted values of fields of another package's class, by the field's name: `{"range":
             Range(…)}`, `{"text": True}` or `{"options": True}`, for a mapping, or its JSON text. With `{"optional":
-            True}` None is accepted, too.
+            True}` None is accepted, too. With `{"nothing": "none"}` None and False are converted to this text.
 
     Raises:
         ConfigError: A value is not accepted. Names the setting, its value, and the expected values with their unit.
@@ -134,6 +134,8 @@ def check_fields(settings: Any, inherited: Mapping[str, Mapping[str, Any]] | Non
             setattr(settings, setting.name, value := word)
         if value is False and "no" in _members(hints[setting.name]):
             setattr(settings, setting.name, value := "no")
+        if (value is False or value is None) and "nothing" in given:
+            setattr(settings, setting.name, value := given["nothing"])
         if metadata["text"] and isinstance(value, PathLike):
             setattr(settings, setting.name, value := fspath(value))
         if expected := _unmet(metadata, hints[setting.name], value, is_default=value is setting.default):

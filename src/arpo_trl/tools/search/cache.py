@@ -38,6 +38,8 @@ ERROR_TTL_S = 30.0
 """Seconds after which a failed query may be sent again."""
 
 _BUSY_TIMEOUT_S = 30.0
+_BESIDE = ("-wal", "-shm", "-journal")
+"""Ends of the names of the files that sqlite creates beside a database."""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS results (
     provider TEXT, query TEXT, parameters TEXT, asked TEXT, hits TEXT, error TEXT, expires REAL,
@@ -265,11 +267,17 @@ class SearchCache:
         """Write a file of that format with the results of one or all providers. Return the number of queries.
 
         Raises:
-            DataError: The cache has no result of the provider, or `path` is its file.
+            DataError: The cache has no result of the provider, or `path` is its file or a name that sqlite uses beside
+                it.
         """
         path = user_path(path, "file")
         if path.exists() and path.samefile(self.path):
             raise DataError(f"{path} is the search cache itself. Choose another file to write the results to.")
+        if path.resolve() in [Path(f"{self.path.resolve()}{end}") for end in _BESIDE]:
+            raise DataError(
+                f"{path} has the name of a file in which sqlite keeps changes of the search cache. Choose another "
+                "file to write the results to."
+            )
         names = list(self.stats()["results"])
         if provider is not None and provider not in names:
             raise DataError(f"The search cache {self.path} has no results of {provider!r}; it has results of {names}.")
