@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from arpo_trl.common.flags import NEAR, nearest
+from arpo_trl.common.full_disk import full_disk_message, is_full_disk
+from arpo_trl.common.interrupted import say_interrupted
 from arpo_trl.errors import ArpoError, ConfigError, DataError, Interrupted
 from arpo_trl.visible import say
 
@@ -21,10 +24,10 @@ CONFIG_TWICE = "--config is set twice; expected one file. Flags override its set
 
 
 def report_errors(main: Callable[[], T]) -> Callable[[], T]:
-    """Wraps `main`: prints this package's errors in one line and exits with status 2. Other errors keep their
-    traceback.
+    """Wraps `main`: prints this package's errors, and that a disk is full, in one line and exits with status 2. Other
+    errors keep their traceback.
 
-    An interrupted training run also prints one line, and exits with 128 plus the signal's number.
+    Ctrl-C, and an interrupted training run, also print one line, and exit with 128 plus the signal's number.
     """
 
     @functools.wraps(main)
@@ -40,6 +43,14 @@ def report_errors(main: Callable[[], T]) -> Callable[[], T]:
             if os.environ.get("RANK", "0") == "0":
                 say(str(interrupted), to=sys.stderr)
             leave(interrupted.exit_status)
+        except KeyboardInterrupt:
+            say_interrupted()
+            raise SystemExit(128 + signal.SIGINT) from None
+        except Exception as error:
+            if not is_full_disk(error) or os.environ.get("ARPO_TRACEBACK") == "1":
+                raise
+            say(f"{type(error).__name__}: {full_disk_message(error)}", to=sys.stderr)
+            raise SystemExit(2) from None
 
     return wrapped
 

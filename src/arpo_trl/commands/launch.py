@@ -97,8 +97,7 @@ def launch(program: str, words: Sequence[str]) -> int:
         # By default accelerate gives a process one thread.
         os.environ.setdefault("OMP_NUM_THREADS", str(min(MOST_THREADS, os.cpu_count() or 1)))
     arguments = launch_command_parser().parse_args([*for_accelerate, "--module", program, *for_program])
-    # The terminal also sends Ctrl-C to the program, which then writes a checkpoint. This process waits for it.
-    signal.signal(signal.SIGINT, lambda *_: None)
+    _leave_interrupts_to_the_program()
     try:
         launch_command(arguments)
     except subprocess.CalledProcessError as ended:
@@ -106,6 +105,11 @@ def launch(program: str, words: Sequence[str]) -> int:
     except ChildFailedError as failed:  # raised by torchrun
         return _status(failed.get_first_failure()[1].exitcode)
     return 0
+
+
+def _leave_interrupts_to_the_program() -> None:
+    """The terminal also sends Ctrl-C to the program, which then writes a checkpoint. This process waits for it."""
+    signal.signal(signal.SIGINT, lambda *_: None)
 
 
 def _status(code: int) -> int:
@@ -131,4 +135,5 @@ def sft(words: Sequence[str]) -> int:
 
 def quickstart(words: Sequence[str]) -> int:
     """Runs the quickstart in a new process and returns its exit status."""
+    _leave_interrupts_to_the_program()
     return _status(subprocess.run([sys.executable, "-m", "arpo_trl.quickstart", *words], check=False).returncode)

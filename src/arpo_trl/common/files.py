@@ -4,23 +4,32 @@
         partial.write_text("…")
 
 The content is written to a file with the final name plus `.partial`. It gets its final name when the block ends
-without an error. After an error or a crash the partial file remains, and the next write replaces it.
+without an error. After an error it is removed. After a crash it remains, and the next write replaces it. An error of a
+full disk names the file.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from arpo_trl.common.full_disk import naming
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yields the file to write. At the end it becomes `path` and replaces an existing file. The folder must exist."""
     partial = _partial(path)
-    yield partial
-    partial.replace(path)
+    try:
+        with naming(path):
+            yield partial
+            partial.replace(path)
+    except BaseException:
+        with suppress(OSError):  # not the error to report
+            partial.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
@@ -28,9 +37,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """Yields a new, empty folder. At the end it becomes `path`, which must not exist. Creates missing parents."""
     partial = _partial(path)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    partial.replace(path)
+    try:
+        with naming(path):
+            partial.mkdir(parents=True)
+            yield partial
+            partial.replace(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 @contextmanager
@@ -43,12 +57,15 @@ def files_with_mark(folder: Path, mark: str) -> Iterator[Path]:
     """
     partial = folder / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    yield partial
-    (folder / mark).unlink(missing_ok=True)
-    for path in sorted(partial.iterdir(), key=lambda path: path.name == mark):
-        path.replace(folder / path.name)
-    partial.rmdir()
+    try:
+        with naming(folder):
+            partial.mkdir()
+            yield partial
+            (folder / mark).unlink(missing_ok=True)
+            for path in sorted(partial.iterdir(), key=lambda path: path.name == mark):
+                path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_whole(path: Path, text: str, *, errors: str = "strict") -> None:

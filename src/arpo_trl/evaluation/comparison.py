@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from arpo_trl.common.files import whole_file
 from arpo_trl.common.user_files import expect, read_json, user_path
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.evaluation.metrics import Difference, McNemar, mcnemar, paired_bootstrap
@@ -107,7 +108,8 @@ def draw(comparisons: list[Comparison], names: tuple[str, str], path: Path) -> N
     axes.set_ylim(-0.5, len(comparisons) - 0.5)
     # A dollar sign in a folder name must not start a formula.
     axes.set_xlabel(f"{names[1]} minus {names[0]}, 95 % interval".replace("$", r"\$"))
-    figure.savefig(path, dpi=150)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=150, format=path.suffix[1:] or "png")
 
 
 def _results(folder: Path) -> dict[str, Any]:

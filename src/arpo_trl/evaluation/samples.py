@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from arpo_trl.common.files import whole_file
+from arpo_trl.common.full_disk import naming
 from arpo_trl.common.user_files import expect, json_lines, parse_json, user_path
 from arpo_trl.errors import DataError
 from arpo_trl.evaluation.scoring import JUDGE
@@ -32,13 +33,14 @@ class SampleLog:
     """Appends records to the file. Thread-safe."""
 
     def __init__(self, path: Path):
+        self._path = path
         self._file = path.open("a", encoding="utf-8", newline="\n")
         self._lock = threading.Lock()
 
     def write(self, record: Record) -> None:
         line = json.dumps(record, ensure_ascii=False) + "\n"
         line = line.encode("utf-8", "replace").decode()  # UTF-8 cannot encode a lone surrogate
-        with self._lock:
+        with self._lock, naming(self._path):
             self._file.write(line)
             self._file.flush()
 

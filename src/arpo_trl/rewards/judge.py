@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from arpo_trl.common.full_disk import naming
 from arpo_trl.common.user_files import expect, parse_json, user_path
 from arpo_trl.errors import DataError
 from arpo_trl.net.chat_model import ChatModel
@@ -161,9 +162,8 @@ class LLMJudge:
         with self._lock:
             self._known[key] = verdict
             if self._cache is not None:
-                with self._cache.open(
-                    "a", encoding="utf-8"
-                ) as file:  # short lines stay complete even if other processes append
+                # Short lines stay complete even if other processes append.
+                with naming(self._cache), self._cache.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"key": key, "correct": verdict}) + "\n")
 
 

@@ -1,0 +1,78 @@
+"""Errors of a full disk: recognizes them, whichever package raises them, and describes them in one line."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from arpo_trl.errors import ArpoError
+
+_NUMBERS = (errno.ENOSPC, errno.EDQUOT)
+_TEXTS = re.compile(
+    "No space left on device"  # Rust, as in safetensors and tokenizers
+    "|Disk quota exceeded"
+    "|database or disk is full"  # sqlite
+    r"|^\d+ requested and \d+ written$"  # numpy
+    "|iostream error"  # torch
+)
+"""Texts of errors without a number."""
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether the error, or one that led to it, is about a full disk or an exhausted quota."""
+    return _number(error) is not None
+
+
+def as_free_space(path: str | Path) -> str:
+    """Text such as "12 MB are free there", about the file system of `path`, which need not exist."""
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    return f"{shutil.disk_usage(place).free / 1e6:,.0f} MB are free there"
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A context in which an error of a full disk that names no file becomes an OSError that names `path`, which is
+    being written."""
+    try:
+        yield
+    except Exception as error:
+        number = _number(error)
+        if number is None or isinstance(error, ArpoError) or getattr(error, "filename", None) is not None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def full_disk_message(error: BaseException) -> str:
+    """One line about an error of a full disk, with the file and the free space if the error names a file."""
+    named = next((each for each in _chain(error) if isinstance(each, OSError) and each.filename is not None), None)
+    if named is None:
+        return f"The disk is full ({error}). Free some space."
+    file = os.fsdecode(named.filename)
+    return f"The disk is full: {file} cannot be written ({named.strerror}); {as_free_space(file)}. Free some space."
+
+
+def _number(error: BaseException) -> int | None:
+    for each in _chain(error):
+        if isinstance(each, OSError) and each.errno is not None:
+            if each.errno in _NUMBERS:
+                return each.errno
+        elif isinstance(each, Exception) and (found := _TEXTS.search(str(each))):
+            return errno.EDQUOT if "quota" in found[0] else errno.ENOSPC
+    return None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and those that led to it, the last first."""
+    seen: set[int] = set()
+    now: BaseException | None = error
+    while now is not None and id(now) not in seen:
+        seen.add(id(now))
+        yield now
+        now = now.__cause__ or (None if now.__suppress_context__ else now.__context__)
