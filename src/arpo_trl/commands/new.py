@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from arpo_trl.commands.project.my_tools import CAPITALS, lookup
+from arpo_trl.common.files import whole_folder
 from arpo_trl.common.flags import CommandParser
+from arpo_trl.common.full_disk import naming
 from arpo_trl.common.waiting import say_loading
 from arpo_trl.errors import ConfigError
 from arpo_trl.visible import say
@@ -31,6 +34,36 @@ def main(words: Sequence[str]) -> int:
     folder: Path = parser.parse_args(words).folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} exists and is not an empty folder. Choose another name.")
+    with _whole_project(folder) as partial:
+        _write_project(partial)
+    say(
+        f"{folder} is ready. Next:\n\n    cd {folder}\n    arpo-trl train --config config.yaml\n\nSee README.md for "
+        f"more."
+    )
+    return 0
+
+
+@contextmanager
+def _whole_project(folder: Path) -> Iterator[Path]:
+    """Yields the folder to write, which becomes `folder`. After an error or Ctrl-C `folder` is as before, so that the
+    command can run again."""
+    if not folder.exists():
+        with whole_folder(folder) as partial:
+            yield partial
+        return
+    try:
+        with naming(folder):
+            yield folder  # not replaced: it may be the current folder, a link, or the root of a file system
+    except BaseException:
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+        raise
+
+
+def _write_project(folder: Path) -> None:
     shutil.copytree(TEMPLATE, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / ".gitignore").write_text("/runs/\n/model/\n__pycache__/\n", "utf-8")
     demonstrations = make_demonstrations(seed=0)
@@ -41,11 +74,6 @@ def main(words: Sequence[str]) -> int:
     from arpo_trl.quickstart.taught import save_taught_model
 
     save_taught_model(folder / "model", _texts(), demonstrations, STEPS)
-    say(
-        f"{folder} is ready. Next:\n\n    cd {folder}\n    arpo-trl train --config config.yaml\n\nSee README.md for "
-        f"more."
-    )
-    return 0
 
 
 def make_questions() -> list[dict[str, Any]]:

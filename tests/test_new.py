@@ -1,0 +1,55 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+from arpo_trl import cli
+
+
+def new(monkeypatch, folder: Path | str, fails: BaseException | None) -> int:
+    """The exit status of `arpo-trl new`, whose model is one file, after which `fails` is raised."""
+
+    def save(folder: Path, *_: object) -> None:
+        folder.mkdir()
+        (folder / "model.safetensors").touch()
+        if fails is not None:
+            raise fails
+
+    monkeypatch.setattr("arpo_trl.quickstart.taught.save_taught_model", save)
+    monkeypatch.setattr(sys, "argv", ["arpo-trl", "new", str(folder)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return int(end.value.code or 0)
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (OSError(28, "No space left on device"), 2, "OSError: The disk is full: {} cannot be written"),
+        (KeyboardInterrupt(), 130, "Interrupted."),
+    ],
+    ids=["full", "interrupted"],
+)
+def test_a_failure_leaves_nothing_and_the_command_can_run_again(
+    monkeypatch, capsys, tmp_path, error, status, said, exists
+):
+    folder = tmp_path / "mine"
+    if exists:
+        folder.mkdir()
+    assert new(monkeypatch, folder, error) == status
+    assert capsys.readouterr().err.splitlines()[-1].startswith(said.format(folder))
+    assert [path.name for path in tmp_path.rglob("*")] == (["mine"] if exists else [])
+    assert new(monkeypatch, folder, None) == 0
+    assert {"README.md", "config.yaml", "questions.jsonl", ".gitignore", "model/model.safetensors"} <= files(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_the_current_folder_can_become_the_project(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert new(monkeypatch, ".", None) == 0
+    assert "config.yaml" in files(tmp_path)
