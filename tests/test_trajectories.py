@@ -169,6 +169,30 @@ def test_writing_a_step_again_replaces_its_file(tmp_path):
     assert only(again).prompt == "after"
 
 
+def test_a_full_disk_is_warned_about_once_and_ends_nothing(monkeypatch, tmp_path, caplog):
+    written = log(tmp_path)
+
+    def full(path: Path, *_: object, **__: object) -> None:
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        assert [written.write(f"step-00000{step}", [small()]) for step in (1, 2)] == [None, None]
+    path = tmp_path / "step-000001-rank0.jsonl"
+    (message,) = caplog.messages
+    assert message.startswith(f"The disk is full: {path} cannot be written (No space left on device); ")
+    assert message.endswith("Until then no trees are logged. Training continues.")
+    assert list(tmp_path.iterdir()) == []
+    assert only(written.write("step-000003", [small("later")])).prompt == "later"
+
+
+def test_another_error_of_writing_is_raised(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        log(tmp_path / "file").write("step-000001", [small()])
+
+
 def test_rate_zero_writes_nothing_not_even_the_folder(tmp_path):
     assert log(tmp_path / "trajectories", rate=0.0).write("step-000000", [small()] * 100) is None
     assert not (tmp_path / "trajectories").exists()

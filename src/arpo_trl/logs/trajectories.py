@@ -18,11 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from arpo_trl.common.files import write_whole
+from arpo_trl.common.full_disk import full_disk_message, is_full_disk
 from arpo_trl.common.user_files import expect, json_lines, user_path
 from arpo_trl.errors import DataError, EngineError
 from arpo_trl.rollout.rules.base import BranchRule
 from arpo_trl.rollout.tree import BranchDecision, ExecutedCall, Node, NodeKind, RolloutTree, Span, StopReason
 from arpo_trl.tools.calls import CallSource, ToolFailure
+from arpo_trl.visible import get_logger
+
+logger = get_logger(__name__)
 
 _FILE = re.compile(r"(?P<kind>step|eval)-(?P<step>\d+)(\.\d+)?-rank\d+\.jsonl(\.partial)?")
 
@@ -100,6 +104,7 @@ class TrajectoryLog:
 
     def __init__(self, folder: Path, rate: float, seed: int, rank: int):
         self.folder, self.rate, self.seed, self.rank = folder, rate, seed, rank
+        self._has_warned = False
 
     def sample(self, name: str, trees: Sequence[LoggedTree]) -> list[LoggedTree]:
         """The trees of this rollout that are logged."""
@@ -107,13 +112,24 @@ class TrajectoryLog:
         return [tree for tree in trees if draw.random() < self.rate]
 
     def write(self, name: str, trees: Sequence[LoggedTree]) -> Path | None:
-        """Writes this rollout's sample. Returns the file; None if no tree was drawn."""
+        """Writes this rollout's sample. Returns the file; None if no tree was drawn.
+
+        If the disk is full it also returns None, and warns the first time: training does not need the log.
+        """
         kept = self.sample(name, trees)
         if not kept:
             return None
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{name}-rank{self.rank}.jsonl"
-        write_whole(path, "".join(json.dumps(_tree_row(tree), ensure_ascii=False) + "\n" for tree in kept))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(path, "".join(json.dumps(_tree_row(tree), ensure_ascii=False) + "\n" for tree in kept))
+        except OSError as error:
+            if not is_full_disk(error):
+                raise
+            if not self._has_warned:
+                logger.warning(f"{full_disk_message(error)} Until then no trees are logged. Training continues.")
+            self._has_warned = True
+            return None
         return path
 
     def forget_from(self, step: int, *, evaluated: bool) -> None:
