@@ -1,10 +1,14 @@
 """The paper's configuration on rows of its layout, as a user starts it."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from safetensors import SafetensorError
+from transformers import modeling_utils
 
 from arpo_trl.logs.trajectories import read_trees
 from shipped import replacements, run, save_data
@@ -82,3 +86,82 @@ def test_the_papers_configuration_trains_on_rows_of_its_layout_and_reports_fault
     assert len(list((tmp_path / "out" / "trajectories").glob("*.jsonl"))) == 2
     assert [file.name for file in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
     assert "\x08" not in next(read_trees(tmp_path / "out/trajectories/step-000000-rank0.jsonl")).prompt
+
+
+OF_SAFETENSORS = "Error while serializing: I/O error: No space left on device (os error 28)"
+
+
+def fill_the_disk(monkeypatch, folder: str) -> None:
+    """Weights no longer fit into the folders of this name."""
+    save = modeling_utils.safe_save_file
+
+    def full(weights: object, path: str, **more: object) -> None:
+        if Path(path).parent.name == folder:
+            raise SafetensorError(OF_SAFETENSORS)
+        save(weights, path, **more)
+
+    monkeypatch.setattr(modeling_utils, "safe_save_file", full)
+
+
+def starts(name: str, folder: Path) -> list[str]:
+    """The configuration and the flags of a run of one step."""
+    save_data(folder)
+    model = save_tiny_model(folder / "model")
+    if name == "train":
+        small = ("--gradient_accumulation_steps", "1", "--steps_per_generation", "1")
+        return ["reasoning_10k.yaml", *replacements(model, folder, folder / "out"), *small]
+    messages = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "<answer>2</answer>"}]
+    (folder / "rows.jsonl").write_text(json.dumps({"messages": messages}) + "\n", "utf-8")
+    return [
+        *("quickstart_sft.yaml", "--model_name_or_path", model, "--dataset", str(folder / "rows.jsonl")),
+        *("--output_dir", str(folder / "out"), "--max_steps", "1", "--use_cpu", "true"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["train", "sft"])
+@pytest.mark.parametrize("saves", ["steps", "no"])
+def test_a_disk_that_is_full_at_the_end_is_one_line_that_names_the_last_checkpoint(
+    tmp_path, monkeypatch, capsys, name, saves
+):
+    started = starts(name, tmp_path)
+    fill_the_disk(monkeypatch, "out")
+    with pytest.raises(SystemExit, match="2"):
+        run(*started, "--save_strategy", saves, "--save_steps", "1", name=name)
+    out = tmp_path / "out"
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(
+        f"CheckpointError: The trained model could not be saved to {out} (SafetensorError: {OF_SAFETENSORS}); "
+    )
+    assert "MB are free there. " in said
+    if saves == "no":
+        assert "There is no checkpoint, so the model is lost. Free some space, and set save_strategy" in said
+        return
+    assert f"The last checkpoint is {out / 'checkpoint-1'}. Free some space, then resume" in said
+    monkeypatch.undo()
+    run(*started, "--save_strategy", saves, "--save_steps", "1", "--resume_from_checkpoint", "true", name=name)
+    assert (out / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "train",
+            "CheckpointError: checkpoint-1 could not be written to {out} (SafetensorError: {error}); 0 MB are free "
+            "there. There is no earlier checkpoint. Free some space, then resume with --resume_from_checkpoint true.",
+        ),
+        (
+            "sft",
+            "OSError: The disk is full: {out} cannot be written (No space left on device); 0 MB are free there. "
+            "Free some space.",
+        ),
+    ],
+)
+def test_a_disk_that_is_full_at_a_checkpoint_is_one_line(tmp_path, monkeypatch, capsys, name, said):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    started = starts(name, tmp_path)
+    fill_the_disk(monkeypatch, "checkpoint-1")
+    with pytest.raises(SystemExit, match="2"):
+        run(*started, "--save_strategy", "steps", "--save_steps", "1", name=name)
+    expected = said.format(out=tmp_path / "out", error=OF_SAFETENSORS)
+    assert capsys.readouterr().err.splitlines()[-1] == expected

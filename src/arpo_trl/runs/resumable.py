@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl import GRPOTrainer
 
+from arpo_trl.common.full_disk import as_free_space, is_full_disk
 from arpo_trl.config import ARPOConfig
 from arpo_trl.errors import ArpoError, CheckpointError, ConfigError, Interrupted
 from arpo_trl.runs.checkpoints import (
@@ -341,8 +342,8 @@ class Resumable(GRPOTrainer):
         last, _ = self._checkpoints.last()
         kept = f"{last.folder} is complete" if last else "There is no earlier checkpoint"
         cause, remedy = "", "Correct the cause"
-        if isinstance(error, OSError):
-            cause = f"; {shutil.disk_usage(self.args.output_dir).free / 1e6:,.0f} MB are free there"
+        if isinstance(error, OSError) or is_full_disk(error):
+            cause = f"; {as_free_space(self.args.output_dir)}"
             remedy = "Free some space"
         return CheckpointError(
             f"checkpoint-{step} could not be written to {self.args.output_dir} ({type(error).__name__}: {error})"

@@ -22,6 +22,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
 from arpo_trl.command_line import parse_settings, report_errors
 from arpo_trl.common.build_locks import remove_left_build_locks
+from arpo_trl.common.full_disk import naming
 from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.common.settings import check_fields, described
 from arpo_trl.common.user_files import is_url, user_path
@@ -35,11 +36,11 @@ from arpo_trl.config import (
 from arpo_trl.data.demonstrations import encode_dataset
 from arpo_trl.data.loading import read_file
 from arpo_trl.errors import DataError
-from arpo_trl.logs.progress import show_compactly
+from arpo_trl.logs.progress import closed_bars, show_compactly
 from arpo_trl.rollout.protocols import TagProtocol
 from arpo_trl.runs.output_folder import check_output, remove_earlier_run, sole_run, wants_to_resume
 from arpo_trl.runs.tied_weights import without_tied_keys
-from arpo_trl.scripts.start import required_model, start_errors, until_first_step
+from arpo_trl.scripts.start import final_save, required_model, start_errors, until_first_step
 from arpo_trl.visible import get_logger
 
 logger = get_logger(__name__)
@@ -197,12 +198,13 @@ def _train(arguments: ColdStartArguments, config: ColdStartConfig, model_config:
     resume = wants_to_resume(config.resume_from_checkpoint)
     if resume is True and get_last_checkpoint(config.output_dir) is None:
         resume = False
-    with until_first_step(trainer):
+    with closed_bars(trainer), naming(Path(config.output_dir)), until_first_step(trainer):
         trainer.train(resume_from_checkpoint=resume)
-    if config.push_to_hub:
-        trainer.push_to_hub(dataset_name=arguments.dataset)  # also saves the model
-    else:
-        trainer.save_model(config.output_dir)
+    with final_save(config.output_dir):
+        if config.push_to_hub:
+            trainer.push_to_hub(dataset_name=arguments.dataset)  # also saves the model
+        else:
+            trainer.save_model(config.output_dir)
 
 
 if __name__ == "__main__":

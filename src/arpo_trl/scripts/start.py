@@ -1,4 +1,5 @@
-"""Common code of the training scripts: the model's name, and short errors for mistakes that other packages detect."""
+"""Common code of the training scripts: the model's name, short errors for mistakes that other packages detect, and for
+a full disk at the end."""
 
 from __future__ import annotations
 
@@ -12,10 +13,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig
 
+from arpo_trl.common.full_disk import as_free_space, is_full_disk
 from arpo_trl.common.settings import Range, check_fields
-from arpo_trl.errors import ArpoError, ConfigError
+from arpo_trl.errors import ArpoError, CheckpointError, ConfigError
 from arpo_trl.visible import get_logger
 
 logger = get_logger(__name__)
@@ -74,6 +77,8 @@ def start_errors(starting: Callable[[], bool] = lambda: True) -> Iterator[None]:
     except ArpoError:
         raise
     except SafetensorError as error:
+        if is_full_disk(error):
+            raise
         raise ConfigError(
             f"The weights of the model cannot be read ({error}): a file is truncated or not a safetensors file. Copy "
             "or download the model again."
@@ -81,7 +86,8 @@ def start_errors(starting: Callable[[], bool] = lambda: True) -> Iterator[None]:
     except Exception as error:
         package = _package_of(error)
         intended = isinstance(error, STARTING) or (type(error).__module__ != "builtins" and package != PYTHON)
-        if not (intended and starting()) or package == "arpo_trl" or os.environ.get(TRACEBACK) == "1":
+        known = package == "arpo_trl" or is_full_disk(error)  # `report_errors` reports a full disk
+        if not (intended and starting()) or known or os.environ.get(TRACEBACK) == "1":
             raise
         told = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
@@ -106,6 +112,31 @@ def until_first_step(trainer: Trainer) -> Iterator[None]:
     trainer.add_callback(begun)
     with start_errors(lambda: not begun.yet):
         yield
+
+
+@contextmanager
+def final_save(output_dir: str) -> Iterator[None]:
+    """A context that saves the trained model to `output_dir`. A full disk becomes a CheckpointError, which names the
+    last checkpoint."""
+    try:
+        yield
+    except ArpoError:
+        raise
+    except Exception as error:
+        if not is_full_disk(error):
+            raise
+        last = get_last_checkpoint(output_dir)
+        remedy = (
+            f"The last checkpoint is {last}. Free some space, then resume with --resume_from_checkpoint true, which "
+            "saves the model."
+            if last
+            else "There is no checkpoint, so the model is lost. Free some space, and set save_strategy to steps or "
+            "epoch before you train again."
+        )
+        raise CheckpointError(
+            f"The trained model could not be saved to {output_dir} ({type(error).__name__}: {error}); "
+            f"{as_free_space(output_dir)}. {remedy}"
+        ) from error
 
 
 def _package_of(error: BaseException) -> str:

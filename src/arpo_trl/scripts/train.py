@@ -26,7 +26,7 @@ from arpo_trl.logs.progress import closed_bars, show_compactly, show_log
 from arpo_trl.rewards import HierarchicalReward, LLMJudge
 from arpo_trl.runs.interrupts import follow_launcher
 from arpo_trl.runs.output_folder import check_output, remove_earlier_run, sole_run
-from arpo_trl.scripts.start import required_model, start_errors, until_first_step
+from arpo_trl.scripts.start import final_save, required_model, start_errors, until_first_step
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.visible import get_logger
 
@@ -172,11 +172,13 @@ def _train(
     show_compactly(trainer)
     with closed_bars(trainer), until_first_step(trainer):
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    trainer.save_state()
-    if config.push_to_hub:
-        trainer.push_to_hub()  # also saves the model
-    else:
-        trainer.save_model(config.output_dir)
+    with final_save(config.output_dir):
+        trainer.save_state()
+        if config.push_to_hub:
+            trainer.push_to_hub()  # also saves the model
+        else:
+            trainer.save_model(config.output_dir)
+    if not config.push_to_hub:
         trainer.create_model_card()
 
 
