@@ -268,6 +268,18 @@ def test_index_builds_and_saves_an_index(monkeypatch, capsys, tmp_path):
     assert (status, err.count("\n")) == (2, 1)
 
 
+def test_an_index_that_does_not_fit_is_one_line(monkeypatch, capsys, tmp_path):
+    def full(*_: object, **__: object) -> None:
+        raise OSError("300000 requested and 16352 written")  # numpy's words
+
+    (tmp_path / "passages.jsonl").write_text('"iron melts"\n')
+    monkeypatch.setattr("bm25s.BM25.save", full)
+    folder = tmp_path / "index"
+    status, out, err = run(monkeypatch, capsys, "index", str(tmp_path / "passages.jsonl"), str(folder))
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"OSError: The disk is full: {folder} cannot be written (No space left on device); ")
+
+
 def test_a_released_cache_is_imported_answers_and_is_exported(monkeypatch, capsys, tmp_path):
     released, cache, out_file = tmp_path / "search_cache.json", str(tmp_path / "c.sqlite"), tmp_path / "out.json"
     released.write_text(json.dumps({"capital of france": "Page 1: Paris."}))

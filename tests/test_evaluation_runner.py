@@ -1,5 +1,6 @@
 import json
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -117,6 +118,26 @@ def test_a_disk_that_is_full_ends_the_run():
     asked = questions("0", "1")
     with evaluating.scripted.toolbox, pytest.raises(OSError, match="No space left"):
         evaluating.evaluator.run(asked, evaluating.evaluator.keys(asked), full)
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(monkeypatch, tmp_path):
+    def full(path: Path, *_: object, **__: object) -> None:
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="No space left") as raised:
+            RunFolder(tmp_path / "run", IDENTITY, resume=False)
+    assert raised.value.filename == str(tmp_path / "run" / "run.json")
+    with RunFolder(tmp_path / "run", IDENTITY, resume=False) as folder:  # a second attempt is not refused
+        folder.log.close()
+    log = SampleLog(Path("/dev/full"))
+    with pytest.raises(OSError, match="No space left") as raised:
+        log.write({"number": 0})
+    assert raised.value.filename == "/dev/full"
+    with pytest.raises(OSError, match="No space left"):  # the line is still in the buffer
+        log.close()
 
 
 # The judge -----------------------------------------------------------------------------------------------------------

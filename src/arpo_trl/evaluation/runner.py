@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from arpo_trl.common.files import write_whole
+from arpo_trl.common.full_disk import is_full_disk
 from arpo_trl.common.user_files import expect, read_json, user_path
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.evaluation.benchmarks import Questions
@@ -183,6 +184,8 @@ class RunFolder:
                 path.mkdir(parents=True, exist_ok=True)
                 write_whole(description, json.dumps(identity, indent=2) + "\n", errors="replace")
             except OSError as error:
+                if is_full_disk(error):
+                    raise
                 raise ConfigError(f"The output folder {path} cannot be written: {error}.") from error
         self.done, self.unjudged = repair(self.samples_file)
         self.log = SampleLog(self.samples_file)
