@@ -183,6 +183,58 @@ def test_a_nonsense_reply_of_the_judge_is_no_verdict_and_is_retried_on_resume(tm
     assert again == {**one, "scores": {**one["scores"], "judge": 0.0}}
 
 
+def unjudged(number, verdict=None, **other):
+    """A wrong answer of which the judge's verdict is missing, unless given."""
+    return record(number, 0.0, scores={"math": 0.0, "em": 0.0, "judge": verdict}, **other)
+
+
+def test_repair_keeps_samples_without_a_verdict_in_the_file(tmp_path):
+    rows = [record(0, 1.0), unjudged(1), unjudged(0, benchmark="other")]
+    path = write_lines(tmp_path / "samples.jsonl", rows)
+    done, again = repair(path)
+    assert (done, again) == ({("gsm8k", 0, 0)}, rows[1:])
+    assert list(read_records(path)) == rows
+
+
+def test_a_later_line_of_a_sample_replaces_the_first(tmp_path):
+    rows = [unjudged(0), record(1, 1.0), unjudged(0, 1.0), unjudged(2), unjudged(2)]
+    path = write_lines(tmp_path / "samples.jsonl", rows)
+    assert list(read_records(path)) == [rows[1], rows[2], rows[4]]
+    assert repair(path) == ({("gsm8k", 0, 0), ("gsm8k", 1, 0)}, [rows[4]])
+    assert list(read_records(path)) == [rows[1], rows[2], rows[4]]
+
+
+def test_an_interrupt_while_the_judge_is_asked_again_waits_for_no_verdict_and_loses_no_sample(tmp_path):
+    asked = questions("paris", "rome", scorer=Scorer.JUDGE)
+    with Loopback(judge_says("I like turtles")) as server:
+        evaluating = Evaluating(lambda r, c: boxed("lutetia"), judge=LLMJudge(server.url + "/v1", "wise"))
+        with RunFolder(tmp_path / "run", IDENTITY, resume=False) as folder, evaluating.scripted.toolbox:
+            run_benchmark(evaluating.evaluator, asked, folder, lambda record: None)
+    before = sorted(read_records(tmp_path / "run/samples.jsonl"), key=key_of)
+    asking, interrupted = threading.Event(), threading.Event()
+
+    class Slow:
+        def verdicts(self, judgements):
+            if judgements[0].golds == ("rome",):
+                asking.set()
+                assert interrupted.wait(60)
+            return [True]
+
+    def interrupts(record):
+        assert asking.wait(60)
+        raise KeyboardInterrupt
+
+    evaluating = Evaluating(sums, judge=Slow())
+    with RunFolder(tmp_path / "run", IDENTITY, resume=True) as folder, evaluating.scripted.toolbox:
+        with pytest.raises(KeyboardInterrupt):
+            run_benchmark(evaluating.evaluator, asked, folder, interrupts)
+        assert not interrupted.is_set()  # the second verdict has not arrived
+    interrupted.set()
+    paris, rome = sorted(read_records(tmp_path / "run/samples.jsonl"), key=key_of)
+    assert paris == {**before[0], "scores": {**before[0]["scores"], "judge": 1.0}}
+    assert rome == before[1]
+
+
 # Resuming ------------------------------------------------------------------------------------------------------------
 
 
@@ -255,7 +307,7 @@ def test_failed_samples_are_retried_and_finished_ones_are_not(tmp_path):
 
 def test_repair_keeps_each_sample_once_and_drops_incomplete_failed_and_invalid_lines(tmp_path):
     good = record(0, 1.0)
-    path = write_lines(tmp_path / "samples.jsonl", [good, record(1, None), {**good, "seconds": 9}, {"other": 1}])
+    path = write_lines(tmp_path / "samples.jsonl", [{**good, "seconds": 9}, record(1, None), good, {"other": 1}])
     with path.open("ab") as file:
         file.write(b"\xff\xfe broken\n" + json.dumps(record(2, 0.0)).encode() + b"\n" + b'{"benchmark": "gsm8k", "num')
     done, unjudged = repair(path)

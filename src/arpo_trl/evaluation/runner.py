@@ -9,12 +9,14 @@ of the sample. So a sample does not depend on other samples, and a run can stop 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from arpo_trl.common.files import write_whole
@@ -83,10 +85,35 @@ class Evaluator:
         sink(self.record(questions, finished))
 
     def rescore(self, questions: Questions, records: Sequence[Record], sink: Callable[[Record], None]) -> None:
-        """Score samples without the judge's verdict again. Call `sink` with each new record."""
-        with ThreadPoolExecutor(SCORING_THREADS, "arpo-scoring") as scoring:
-            for record in scoring.map(lambda record: self._rescored(questions, record), records):
-                sink(record)
+        """Score samples without the judge's verdict again. Call `sink` with each new record as soon as it is complete.
+
+        An interrupt ends it at once: daemon threads wait for the judge, and what they still return is ignored.
+        """
+        waiting: SimpleQueue[Record] = SimpleQueue()
+        scored: SimpleQueue[Record | Exception] = SimpleQueue()
+        for record in records:
+            waiting.put(record)
+
+        def work() -> None:
+            with contextlib.suppress(Empty):
+                while not ended.is_set():
+                    record = waiting.get_nowait()
+                    try:
+                        scored.put(self._rescored(questions, record))
+                    except Exception as error:
+                        scored.put(error)
+
+        ended = threading.Event()
+        for _ in range(min(SCORING_THREADS, len(records))):
+            threading.Thread(target=work, name="arpo-rescoring", daemon=True).start()
+        try:
+            for _ in records:
+                found = scored.get()
+                if isinstance(found, Exception):
+                    raise found
+                sink(found)
+        finally:
+            ended.set()
 
     def _rescored(self, questions: Questions, record: Record) -> Record:
         row = questions.rows[record["number"]]

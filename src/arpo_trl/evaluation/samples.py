@@ -1,5 +1,7 @@
 """`samples.jsonl`: one line per sample, written when the sample finishes, readable after any crash.
 
+A sample that the judge scores later has a second line, which replaces the first.
+
 A line is a dict: benchmark, number (index of the question), sample, id, level, question, golds, task, prediction,
 scores, fault, stop, trajectory, tokens, seconds, error. A failed sample has an error and no field after `golds`.
 """
@@ -49,7 +51,7 @@ class SampleLog:
 
 
 def read_records(path: str | Path) -> Iterator[Record]:
-    """Yield the records of a log.
+    """Yield the records of a log. Of several lines of the same sample, the last counts: it has the later verdict.
 
     Raises:
         DataError: There is no log, or a line is not a complete record.
@@ -57,6 +59,7 @@ def read_records(path: str | Path) -> Iterator[Record]:
     path = user_path(path, "path")
     if not path.exists():
         raise DataError(f"There is no {path}. Pass the output folder of `arpo-trl eval`.")
+    last: dict[Key, int] = {}
     for number, record in json_lines(path):
         try:
             _check(record)
@@ -64,39 +67,43 @@ def read_records(path: str | Path) -> Iterator[Record]:
             raise DataError(
                 f"{path}, line {number}: not a sample of an evaluation: {error} Resume the run to repair it."
             ) from error
-        yield record
+        last[key_of(record)] = number
+    counting = set(last.values())
+    yield from (record for number, record in json_lines(path) if number in counting)
 
 
 def repair(path: Path) -> tuple[set[Key], list[Record]]:
-    """Rewrite the log so that it contains each finished sample exactly once.
+    """Rewrite the log so that it contains each finished sample exactly once, by its last line.
 
-    It removes incomplete lines, failed samples and duplicates, which the resumed run samples again. It also removes
-    samples without the judge's verdict and returns them. The resumed run judges them again without sampling.
+    It removes incomplete lines and failed samples, which the resumed run samples again, and duplicates. Samples
+    without the judge's verdict stay. The resumed run judges them again and appends a line that replaces the first.
 
     Returns:
-        The keys of the finished samples, and the records to judge again.
+        The keys of the samples that need nothing more, and the records to judge again.
     """
-    done: set[Key] = set()
+    last: dict[Key, int] = {}
     unjudged: dict[Key, Record] = {}
     if not path.exists():
-        return done, []
+        return set(), []
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as lines:
+        for number, line in enumerate(lines):
+            record = _record(line) if line.endswith("\n") else None
+            if record is None or record["error"] is not None:
+                continue
+            last[key_of(record)] = number
+            unjudged.pop(key_of(record), None)
+            if record["scores"].get(JUDGE, 0.0) is None:
+                unjudged[key_of(record)] = record
+    counting = set(last.values())
     with (
         whole_file(path) as partial,
         path.open(encoding="utf-8", errors="replace", newline="\n") as lines,
         partial.open("w", encoding="utf-8") as kept,
     ):
-        for line in lines:
-            record = _record(line) if line.endswith("\n") else None
-            if record is None or record["error"] is not None or key_of(record) in done:
-                continue
-            if record["scores"].get(JUDGE, 0.0) is None:
-                unjudged[key_of(record)] = record
-            else:
-                done.add(key_of(record))
-                kept.write(line)
+        kept.writelines(line for number, line in enumerate(lines) if number in counting)
         kept.flush()
         os.fsync(kept.fileno())
-    return done, [record for key, record in unjudged.items() if key not in done]
+    return last.keys() - unjudged.keys(), list(unjudged.values())
 
 
 _HEAD = {

@@ -126,7 +126,9 @@ class LLMJudge:
         """Whether each prediction is correct; None without a clear verdict. Equal judgements share one request."""
         missing = [one for one in dict.fromkeys(judgements) if self._key(one) not in self._known]
         found: dict[str, bool | None] = {}
-        if missing:
+        if len(missing) == 1:
+            found = {self._key(missing[0]): self._ask(missing[0])}
+        elif missing:
             with ThreadPoolExecutor(min(self._concurrency, len(missing)), "arpo-judge") as pool:
                 found = dict(zip(map(self._key, missing), pool.map(self._ask, missing), strict=True))
         return [self._known.get(key, found.get(key)) for key in map(self._key, judgements)]
