@@ -26,7 +26,7 @@ from arpo_trl.rollout.engines.completions import CompletionsEngine
 from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.tools.toolbox import ToolBox
 from evaluating import asked_number, boxed, completions, save_tokenizer
-from loopback import Loopback
+from loopback import Loopback, Reply
 from support import save_tiny_model, search, tokenizer
 
 HEAVY = ("torch", "transformers", "trl", "datasets", "numpy")
@@ -129,6 +129,48 @@ def test_failed_samples_are_status_1_and_resume_tries_them_again(monkeypatch, ca
         status, out, _ = run(monkeypatch, capsys, *flags(here, server.url), "--resume")
     assert status == 0 and "| 0.750 |" in out
     assert len(server.asked) - before <= 4  # models, probe, and two turns of the one that was missing
+
+
+def test_a_judge_that_is_down_leaves_no_score_until_resume_judges(monkeypatch, capsys, here):
+    questions = here / "own.jsonl"
+    rows = [{"question": f"what is {i}", "answer": str(i)} for i in range(4)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = here / "eval.yaml"
+    config.write_text(
+        json.dumps(
+            {
+                "benchmarks": ["own"],
+                "custom": [
+                    {
+                        "name": "own",
+                        "file": questions.name,
+                        "question": "question",
+                        "answer": "answer",
+                        "scorer": "judge",
+                    }
+                ],
+            }
+        )
+    )
+    down = threading.Event()
+    down.set()
+
+    def judges(asked):
+        return Reply(status=401) if down.is_set() else Reply({"choices": [{"message": {"content": "Incorrect"}}]})
+
+    with Loopback(completions(answers)) as server, Loopback(judges) as judge:
+        words = [word for word in flags(here, server.url) if word not in ("--benchmarks", "gsm8k")]
+        at = words.index("--data")
+        del words[at : at + 2]
+        words += ["--config", str(config), "--judge-url", judge.url + "/v1", "--judge-model", "wise"]
+        status, out, error = run(monkeypatch, capsys, *words)
+        assert status == 1
+        assert re.search(r"\| LLM judge \| — \| .* \| 4 \| 4 \| 1 \|", out) and "failed or are missing" not in out
+        assert "1 sample(s) have no verdict of the judge, so its score is open. To try again, run" in out
+        assert "1 without a verdict" in error and "score 1.000" not in error.split("4/4")[-1]
+        down.clear()
+        status, out, _ = run(monkeypatch, capsys, *words, "--resume")
+    assert status == 0 and "| LLM judge | 0.750 |" in out
 
 
 def test_a_lost_server_keeps_finished_samples_and_gives_status_1(monkeypatch, capsys, here):

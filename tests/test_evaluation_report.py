@@ -1,10 +1,12 @@
 import dataclasses
+import json
 from html.parser import HTMLParser
 
 import matplotlib.image
 import pytest
 
 from arpo_trl.evaluation import report
+from arpo_trl.evaluation.benchmarks import Benchmark, Scorer
 from arpo_trl.evaluation.results import suites_of, summarise
 from arpo_trl.evaluation.samples import trajectory
 from arpo_trl.rollout.tree import ExecutedCall, RolloutTree, StopReason
@@ -165,6 +167,24 @@ def test_a_call_without_room_for_its_result_is_counted_and_its_result_is_not_sho
     assert found["tools"]["search"]["calls"] == 1
     text = Page(page_of(cut_off)).text
     assert "The answer had no room for this result." in text and "a long result" not in text
+
+
+def test_samples_without_a_verdict_count_as_failed_and_leave_a_dash_in_every_report(tmp_path):
+    scores = {"math": 0.0, "em": 0.0, "judge": None}
+    rows = [record(0, 1.0, scores={"math": 1.0, "em": 1.0, "judge": 1.0}), record(1, 0.0, scores=scores)]
+    results = results_of(*rows)
+    judged = Benchmark(name="gsm8k", title="GSM8K", suite=None, scorer=Scorer.JUDGE)
+    results["benchmarks"] = {"gsm8k": summarise(judged, rows, questions=2, samples=1, seed=0)}
+    row = "| GSM8K | LLM judge | — | — | 2 | 2 | 1 | 0.00 |"
+    text = report.markdown(results)
+    assert row in text and "- 1 sample(s) without a verdict of the judge; its score is in 0.500 – 1.000" in text
+    page = report.html(results, {"gsm8k": next(report.sample_pages(lambda: rows, {"gsm8k": "judge"}))})
+    assert '<td class="n" data-label="failed">1</td>' in page and '<td class="n" data-label="score">—</td>' in page
+    assert "its score is in 0.500 – 1.000" in page
+    # Results of an earlier version have the mean of the other samples as the score.
+    old = {**results["benchmarks"]["gsm8k"], "score": 1.0, "interval": [1.0, 1.0]}
+    (tmp_path / "results.json").write_text(json.dumps({"benchmarks": {"gsm8k": old}}))
+    assert row in report.saved_table(tmp_path)
 
 
 def test_the_page_of_several_samples_has_pass_at_k():

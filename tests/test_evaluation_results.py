@@ -101,7 +101,30 @@ def test_a_judges_score_is_the_benchmarks_only_where_there_is_a_judge():
     assert (found["metric"], found["score"], "judge" in found["metrics"]) == ("f1", 0.5, False)
     judged = [{**rows[0], "scores": {**rules, "judge": 1.0}}, {**rows[1], "scores": {**rules, "judge": None}}]
     found = summarise(webwalker, judged, questions=2, samples=1, seed=0)
-    assert (found["metric"], found["score"], found["unjudged"]) == ("judge", 1.0, 1)
+    assert (found["metric"], found["score"], found["interval"]) == ("judge", None, None)
+    assert (found["unjudged"], found["judge_range"]) == (1, [0.5, 1.0])
+
+
+def test_without_a_verdict_no_mean_of_the_judge_is_complete():
+    # Question 0: right, and without a verdict. Question 1: wrong, right. The mean is in (1/2 + 1/2)/2 … (1 + 1/2)/2.
+    verdicts = [(0, 0, 1.0), (0, 1, None), (1, 0, 0.0), (1, 1, 1.0)]
+    rows = [
+        record(
+            number, 0.0, sample, level=str(number), scores={"f1": 0.5, "f1_paper": 0.5, "em": 0.0, "judge": verdict}
+        )
+        for number, sample, verdict in verdicts
+    ]
+    rows[2]["trajectory"] = [called("search")]
+    found = summarise(BENCHMARKS["webwalker"], rows, questions=2, samples=2, seed=0)
+    assert found["judge_range"] == [0.5, 0.75]
+    assert (found["metrics"]["judge"]["mean"], found["metrics"]["f1"]["mean"]) == (None, 0.5)
+    assert (found["pass_at_k"], found["majority"]) == ({}, None)
+    assert {level: value["mean"] for level, value in found["levels"].items()} == {"0": None, "1": 0.5}
+    assert {row["calls"]: row["score"] for row in found["by_calls"]} == {"0": None, "1": 0.0}
+    assert suites_of({"a": found, "b": {"suite": found["suite"], "score": 1.0}}) == {}
+    rows[1]["scores"]["judge"] = 1.0
+    found = summarise(BENCHMARKS["webwalker"], rows, questions=2, samples=2, seed=0)
+    assert (found["score"], found["unjudged"], found["judge_range"]) == (0.75, 0, None)
 
 
 def test_rows_of_both_tasks_are_scored_each_by_its_own():
@@ -218,6 +241,15 @@ def test_a_run_does_not_differ_from_itself(tmp_path):
     a = run_of(tmp_path / "a", [1, 0, 1])
     (one,) = compare(a, a)
     assert (one.difference.mean, one.difference.p, one.mcnemar.p) == (0, 1, 1)
+
+
+def test_a_run_without_some_verdicts_of_its_judge_is_not_compared(tmp_path):
+    judged = run_of(tmp_path / "judged", [1, 0], metric="judge", scores={"judge": 1.0})
+    partly = run_of(tmp_path / "partly", [1, 0], metric="judge", scores={"judge": None})
+    with pytest.raises(ConfigError, match=r"2 sample\(s\) of gsm8k in .* have no verdict .*partly --resume"):
+        compare(judged, partly)
+    by_rule = run_of(tmp_path / "rule", [1, 0], scores={"math": 1.0, "judge": None})
+    assert compare(by_rule, by_rule)[0].a == 1
 
 
 def test_the_difference_is_drawn(tmp_path):

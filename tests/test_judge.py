@@ -111,6 +111,14 @@ def test_an_unreachable_judge_gets_no_requests_for_a_while(caplog: pytest.LogCap
         assert judge.verdicts([of(str(i)) for i in range(10)]) == [None] * 10
         assert len(server.asked) == 3
     assert caplog.text.count("3 judgements failed in a row") == 1
+    assert "until then answers get no verdict" in caplog.text and "Rules" not in caplog.text  # an evaluation has none
+
+
+@pytest.mark.parametrize(("reply", "reason"), [(Reply(status=401), "401"), (says("perhaps"), "Correct or Incorrect")])
+def test_why_there_is_no_verdict_is_logged_once(caplog: pytest.LogCaptureFixture, reply: Reply, reason: str) -> None:
+    with Loopback(lambda asked: reply) as server:
+        LLMJudge(server.url, "wise", concurrency=1).verdicts([of("Paris"), of("Rome")])
+    assert caplog.text.count("An answer has no verdict: the judge") == 1 and reason in caplog.text
 
 
 def test_an_unreachable_judge_is_no_verdict() -> None:

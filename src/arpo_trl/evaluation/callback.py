@@ -87,7 +87,7 @@ class EvaluationCallback(TrainerCallback):
         for name, summary in summaries.items():
             values = {metric: value["mean"] for metric, value in summary["metrics"].items()}
             values |= {f"pass@{k}": value for k, value in summary.get("pass_at_k", {}).items()}
-            values["failed"] = summary["failed"]
+            values["failed"] = summary["failed"] + summary["unjudged"]
             logs |= {f"eval/{name}/{key}": value for key, value in values.items() if value is not None}
         # GRPOTrainer.log would add the metrics of the current training step, and clear them.
         Trainer.log(trainer, logs)

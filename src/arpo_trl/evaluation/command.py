@@ -35,7 +35,7 @@ from arpo_trl.evaluation.comparison import compare, draw
 from arpo_trl.evaluation.engines import fingerprint, load_tokenizer, make_sampler
 from arpo_trl.evaluation.results import provenance, suites_of, summarise
 from arpo_trl.evaluation.runner import Evaluator, RunFolder, run_benchmark
-from arpo_trl.evaluation.samples import Record, counted, read_records
+from arpo_trl.evaluation.samples import Record, counted, lacks_verdict, read_records
 from arpo_trl.evaluation.scoring import main_metric
 from arpo_trl.evaluation.settings import EvalSettings
 from arpo_trl.logs.progress import show_log
@@ -89,13 +89,14 @@ def evaluate(settings: EvalSettings, tool_arguments: ToolArguments) -> int:
     _print(console, *report.table(results), "", f"{output / 'report.html'}   {output / 'results.json'}")
     if ended_early is not None:
         _print(console, f"{ended_early} Finished samples are kept.")
-    short = sum(b["failed"] + b["missing"] + b["unjudged"] for b in results["benchmarks"].values())
-    if short:
-        _print(
-            console,
-            f"{short} sample(s) failed or are missing. To try again, run the command with: --output {output} --resume",
-        )
-    return SOME_FAILED if short else DONE
+    short = sum(b["failed"] + b["missing"] for b in results["benchmarks"].values())
+    unjudged = sum(b["unjudged"] for b in results["benchmarks"].values())
+    said = [f"{short} sample(s) failed or are missing."] if short else []
+    if unjudged:
+        said.append(f"{unjudged} sample(s) have no verdict of the judge, so its score is open.")
+    if said:
+        _print(console, f"{' '.join(said)} To try again, run the command with: --output {output} --resume")
+    return SOME_FAILED if said else DONE
 
 
 def load_all(settings: EvalSettings) -> list[Questions]:
@@ -271,17 +272,22 @@ class _ProgressBar:
 
     def __init__(self, progress: Progress, task: TaskID, benchmark: Benchmark):
         self._progress, self._task, self._benchmark = progress, task, benchmark
-        self._values: list[float] = []
-        self._failed = 0
+        self._values: list[float | None] = []
+        self._failed = self._unjudged = 0
 
     def add(self, record: Record) -> None:
         if record["error"] is not None:
             self._failed += 1
-        elif (value := record["scores"][main_metric(self._benchmark, list(record["scores"]))]) is not None:
-            self._values.append(value)
-        shown = f"score {statistics.fmean(self._values):.3f}" if self._values else ""
+        else:
+            self._values.append(record["scores"][main_metric(self._benchmark, list(record["scores"]))])
+            self._unjudged += lacks_verdict(record)
+        values = [value for value in self._values if value is not None]
+        complete = bool(values) and len(values) == len(self._values)
+        shown = f"score {statistics.fmean(values):.3f}" if complete else ""
         if self._failed:
             shown += f" [red]{self._failed} failed[/]"
+        if self._unjudged:
+            shown += f" [red]{self._unjudged} without a verdict[/]"
         self._progress.update(self._task, advance=1, score=shown)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,8 @@ from arpo_trl.common.user_files import expect, read_json, user_path
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.evaluation.metrics import Difference, McNemar, mcnemar, paired_bootstrap
 from arpo_trl.evaluation.results import value_of
-from arpo_trl.evaluation.samples import read_records
+from arpo_trl.evaluation.samples import lacks_verdict, read_records
+from arpo_trl.evaluation.scoring import JUDGE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +50,8 @@ def compare(a: str | Path, b: str | Path, *, seed: int = 0) -> list[Comparison]:
 
     Raises:
         DataError: A folder contains no finished run.
-        ConfigError: The runs have no benchmark or question in common, or score a benchmark differently.
+        ConfigError: The runs have no benchmark or question in common, or score a benchmark differently, or samples
+            of a benchmark that a judge scores have no verdict.
     """
     a, b = user_path(a, "a"), user_path(b, "b")
     results = [_results(folder) for folder in (a, b)]
@@ -133,8 +135,16 @@ def _scores(folder: Path, metrics: Mapping[str, str]) -> dict[str, dict[tuple[st
     A question's key is its index and its text, so that different questions never share a key.
     """
     found: dict[str, dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
+    unjudged: Counter[str] = Counter()
     for record in read_records(folder / "samples.jsonl"):
         name = record["benchmark"]
+        unjudged[name] += metrics.get(name) == JUDGE and lacks_verdict(record)
         if record["error"] is None and name in metrics and (value := value_of(record, metrics[name])) is not None:
             found[name][str(record["number"]), record["question"]].append(value)
+    for name, count in unjudged.items():
+        if count:
+            raise ConfigError(
+                f"{count} sample(s) of {name} in {folder} have no verdict of the judge; expected one for each. Run "
+                f"`arpo-trl eval` with --output {folder} --resume."
+            )
     return {name: {key: statistics.fmean(values) for key, values in found[name].items()} for name in metrics}

@@ -15,7 +15,7 @@ import jinja2
 
 from arpo_trl.common.user_files import read_json, user_path
 from arpo_trl.errors import DataError
-from arpo_trl.evaluation.results import value_of
+from arpo_trl.evaluation.results import lacks_verdicts, value_of
 from arpo_trl.evaluation.samples import Key, Record, key_of
 from arpo_trl.visible import visible, visible_data
 
@@ -51,7 +51,8 @@ class SamplePage:
 
 
 def sample_pages(read: Callable[[], Iterable[Record]], metrics: Mapping[str, str | None]) -> Iterator[SamplePage]:
-    """Yield the pages of each benchmark, with failed samples first, then wrong ones, then the others.
+    """Yield the pages of each benchmark, with failed samples first, then those without a verdict, then wrong ones,
+    then the others.
 
     Each benchmark has at least one page. Page 0 is the report itself.
 
@@ -62,7 +63,7 @@ def sample_pages(read: Callable[[], Iterable[Record]], metrics: Mapping[str, str
     order: dict[str, list[tuple[float, Key]]] = {name: [] for name in metrics}
     for record in read():
         value = _value(record, metrics)
-        place = -1.0 if record["error"] is not None else 2.0 if value is None else value
+        place = -1.0 if record["error"] is not None else -0.5 if value is None else value
         order[record["benchmark"]].append((place, key_of(record)))
     blank: list[tuple[SamplePage, list[Key]]] = []
     for position, (name, places) in enumerate(order.items()):
@@ -140,16 +141,17 @@ def table(results: Mapping[str, Any]) -> list[str]:
     """Return the lines of a Markdown table with one row per benchmark."""
     rows = []
     for summary in results["benchmarks"].values():
+        partial = lacks_verdicts(summary)  # results of older versions have a score even so
         calls = sum(tool["per_sample"] for tool in summary.get("tools", {}).values())
         rows.append(
             (
                 cell(summary["title"]),
                 METRIC_NAMES.get(summary["metric"], "—"),
-                score(summary["score"]),
-                interval(summary["interval"]),
+                score(None if partial else summary["score"]),
+                interval(None if partial else summary["interval"]),
                 str(summary["questions"]),
                 str(summary["samples"]),
-                str(summary["failed"] + summary["missing"]),
+                str(summary["failed"] + summary["missing"] + summary.get("unjudged", 0)),
                 f"{calls:.2f}",
             )
         )
@@ -220,7 +222,8 @@ def _details(name: str, summary: Mapping[str, Any]) -> list[str]:
         lines.append(f"- {count} failed: {cell(error)}")
     if summary["unjudged"]:
         lines.append(
-            f"- {summary['unjudged']} samples without a verdict of the judge, excluded from the judge's score"
+            f"- {summary['unjudged']} sample(s) without a verdict of the judge; its score is in "
+            f"{interval(summary['judge_range'])}"
         )
     return lines
 

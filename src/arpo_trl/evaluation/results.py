@@ -13,7 +13,7 @@ from typing import Any
 
 from arpo_trl.evaluation.benchmarks import SUITES, Benchmark
 from arpo_trl.evaluation.metrics import bootstrap, majority, pass_at_k
-from arpo_trl.evaluation.samples import Record
+from arpo_trl.evaluation.samples import Record, lacks_verdict
 from arpo_trl.evaluation.scoring import JUDGE, main_metric
 from arpo_trl.rewards.answers import MATH, exact_match, math_equal
 
@@ -30,6 +30,10 @@ def summarise(
 
     Failed samples are excluded from all scores. The score of a question is the mean over its finished samples. pass@k
     covers only questions with all `samples`.
+
+    The judge is asked only about doubtful answers, so a mean without those that lack a verdict would be too high. As
+    long as one lacks it, the judge's score is None; `judge_range` is the mean if all of them are wrong, and if all are
+    right.
     """
     all_records = sorted(records, key=lambda record: (record["number"], record["sample"]))
     failed = [record for record in all_records if record["error"] is not None]
@@ -42,7 +46,8 @@ def summarise(
         "samples": len(good),
         "failed": len(failed),
         "missing": questions * samples - len(all_records),
-        "unjudged": sum(record["scores"].get(JUDGE, 0.0) is None for record in good),
+        "unjudged": sum(map(lacks_verdict, good)),
+        "judge_range": _judge_range(good),
         "failures": dict(Counter(record["error"][:200] for record in failed).most_common(5)),
     }
     if not good:
@@ -58,7 +63,7 @@ def summarise(
     return summary | {
         "metric": metric,
         "score": main["mean"],
-        "interval": [main["low"], main["high"]],
+        "interval": None if main["mean"] is None else [main["low"], main["high"]],
         "metrics": metrics,
         **_over_samples(groups, metric, samples, seed),
         "levels": _levels(groups, metric, seed),
@@ -82,12 +87,20 @@ def value_of(record: Mapping[str, Any], metric: str) -> float | None:
 
 
 def suites_of(benchmarks: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Return the mean score of each suite over its benchmarks in this run."""
+    """Return the mean score of each suite over its benchmarks in this run, unless one of them lacks verdicts."""
     found: dict[str, list[float]] = defaultdict(list)
+    unjudged = set()
     for summary in benchmarks.values():
         if summary["score"] is not None and summary["suite"] in SUITES:
             found[summary["suite"]].append(summary["score"])
-    return {name: statistics.fmean(scores) for name, scores in found.items()}
+        elif lacks_verdicts(summary):
+            unjudged.add(summary["suite"])
+    return {name: statistics.fmean(scores) for name, scores in found.items() if name not in unjudged}
+
+
+def lacks_verdicts(summary: Mapping[str, Any]) -> bool:
+    """Return whether the score of a benchmark is the judge's and samples have no verdict."""
+    return summary.get("metric") == JUDGE and summary.get("unjudged", 0) > 0
 
 
 def provenance() -> dict[str, Any]:
@@ -125,11 +138,27 @@ def _by_question(records: Sequence[Record]) -> Groups:
 
 
 def _values(groups: Groups, metric: str) -> list[float]:
-    """Return the mean over the samples of each question that has any scored sample."""
+    """Return the mean over the samples of each question that has any scored sample; none if a verdict is missing."""
+    if metric == JUDGE and any(lacks_verdict(record) for group in groups.values() for record in group):
+        return []
     found = (
         [value for record in group if (value := value_of(record, metric)) is not None] for group in groups.values()
     )
     return [statistics.fmean(values) for values in found if values]
+
+
+def _judge_range(records: Sequence[Record]) -> list[float] | None:
+    """Return the lowest and the highest mean that the missing verdicts leave possible; None if none is missing."""
+    if not any(map(lacks_verdict, records)):
+        return None
+    ends = []
+    for verdict in (0.0, 1.0):
+        decided = [
+            {**record, "scores": {**record["scores"], JUDGE: verdict}} if lacks_verdict(record) else record
+            for record in records
+        ]
+        ends.append(statistics.fmean(_values(_by_question(decided), JUDGE)))
+    return ends
 
 
 def _estimate(values: Sequence[float], seed: int) -> dict[str, float | None]:
@@ -142,7 +171,7 @@ def _estimate(values: Sequence[float], seed: int) -> dict[str, float | None]:
 def _over_samples(groups: Groups, metric: str, samples: int, seed: int) -> dict[str, Any]:
     """Return pass@k for every k ≤ n, and the score of the majority answer."""
     none: dict[str, Any] = {"pass_at_k": {}, "majority": None}
-    if samples == 1:
+    if samples == 1 or not _values(groups, metric):
         return none
     whole = []
     for group in groups.values():
@@ -172,16 +201,15 @@ def _levels(groups: Groups, metric: str, seed: int) -> dict[str, Any]:
 
 
 def _by_calls(records: Sequence[Record], metric: str) -> list[dict[str, Any]]:
-    """Return the mean score for each number of tool calls of a sample."""
-    found: dict[int, list[float]] = defaultdict(list)
+    """Return the mean score for each number of tool calls of a sample; None if a verdict is missing."""
+    found: dict[int, list[float | None]] = defaultdict(list)
     for record in records:
-        if (value := value_of(record, metric)) is not None:
-            found[min(len(_calls(record)), MANY_CALLS)].append(value)
+        found[min(len(_calls(record)), MANY_CALLS)].append(value_of(record, metric))
     return [
         {
             "calls": f"{MANY_CALLS}+" if calls == MANY_CALLS else str(calls),
             "samples": len(v),
-            "score": statistics.fmean(v),
+            "score": None if None in v else statistics.fmean(value for value in v if value is not None),
         }
         for calls, v in sorted(found.items())
     ]

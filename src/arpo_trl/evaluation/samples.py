@@ -31,6 +31,11 @@ def key_of(record: Mapping[str, Any]) -> Key:
     return record["benchmark"], record["number"], record["sample"]
 
 
+def lacks_verdict(record: Mapping[str, Any]) -> bool:
+    """Return whether the judge was asked about a sample and gave no verdict."""
+    return record["error"] is None and record["scores"].get(JUDGE, 0.0) is None
+
+
 class SampleLog:
     """Appends records to the file. Thread-safe."""
 
@@ -92,7 +97,7 @@ def repair(path: Path) -> tuple[set[Key], list[Record]]:
                 continue
             last[key_of(record)] = number
             unjudged.pop(key_of(record), None)
-            if record["scores"].get(JUDGE, 0.0) is None:
+            if lacks_verdict(record):
                 unjudged[key_of(record)] = record
     counting = set(last.values())
     with (

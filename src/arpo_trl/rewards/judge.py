@@ -2,7 +2,7 @@
 
     right by the rule ─▶ 1.0, without a request otherwise ─▶ cached? ─▶ request, with retries ─▶ a clear verdict ─▶ 1.0
     or 0.0, written to the cache
-                                                  ─▶ no verdict      ─▶ None: the caller's rule decides
+                                                  ─▶ no verdict      ─▶ None: the caller decides
 
 The prediction is untrusted input. The judge sees it as a JSON string, truncated, and only the last line of the judge's
 reply counts. A failing judge never stops a run. A metric counts its failures.
@@ -119,6 +119,7 @@ class LLMJudge:
         self._concurrency = concurrency
         self._breaker = breaker or CircuitBreaker()
         self._lock = threading.Lock()
+        self._told = False
         self._cache = None if cache is None else user_path(cache, "judge_cache")
         self._known = _read_cache(self._cache) if self._cache is not None else {}
 
@@ -144,18 +145,28 @@ class LLMJudge:
         try:
             reply = retried(lambda: self._model.ask(judgement.prompt, max(0.1, left_s())), left_s)
         except RequestFailed as error:
+            self._tell_once(str(error))
             if self._breaker.failed():
                 logger.warning(
-                    "The judge %s; %d judgements failed in a row. Rules score answers until it responds again. The "
-                    "next request is in %.0f s.",
+                    "The judge %s; %d judgements failed in a row. The next request is in %.0f s; until then answers "
+                    "get no verdict.",
                     *(error, self._breaker.failures, self._breaker.rest_s),
                 )
             return None
         self._breaker.succeeded()
         verdict = read_verdict(reply)
-        if verdict is not None:
+        if verdict is None:
+            self._tell_once("replied without Correct or Incorrect as its last line")
+        else:
             self._remember(self._key(judgement), verdict)
         return verdict
+
+    def _tell_once(self, reason: str) -> None:
+        """Log why an answer has no verdict, the first time."""
+        with self._lock:
+            told, self._told = self._told, True
+        if not told:
+            logger.warning("An answer has no verdict: the judge %s. Later failures are only counted.", reason)
 
     def _key(self, judgement: Judgement) -> str:
         return hashlib.blake2b(f"{self._model.model}\n{judgement.prompt}".encode("utf-8", "replace")).hexdigest()[:32]
