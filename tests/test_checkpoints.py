@@ -99,6 +99,8 @@ def ended_after(whole: Path, step: int, folder: Path) -> Path:
         ("buffered", 6),
         ("evaluated", 2),
         ("streamed", 3),
+        ("streamed", 5),
+        ("streamed", 6),
         ("lora", 3),
     ],
 )
@@ -167,6 +169,18 @@ def test_a_checkpoint_has_the_settings_of_its_run(whole, tmp_path):
     merge_adapter(str(whole("lora") / "checkpoint-3"), tmp_path / "merged")
     assert EvaluationSettings.of_run(tmp_path / "merged") == EvaluationSettings.of_run(whole("lora"))
     assert "## How it was trained" in (tmp_path / "merged/README.md").read_text("utf-8")
+
+
+def test_a_checkpoint_from_before_streams_resumed_is_read(tmp_path):
+    values = {"step": 3, "written": 1.0, "between_generations": True, "owes_evaluation": False}
+    (tmp_path / STATE_FILE).write_text(json.dumps({**values, "identity": {}, "versions": {}, "files": {}}), "utf-8")
+    state = SavedState.of(tmp_path)
+    assert (state.step, state.passes, state.steps_in_pass) == (3, 0, None)
+    (tmp_path / STATE_FILE).write_text(
+        json.dumps({**values, "identity": {}, "versions": {}, "files": {}, "passes": 1, "steps_in_pass": 2}), "utf-8"
+    )
+    state = SavedState.of(tmp_path)
+    assert (state.passes, state.steps_in_pass) == (1, 2)
 
 
 def test_a_rank_that_does_not_save_writes_no_settings(model, tmp_path, monkeypatch):

@@ -133,7 +133,7 @@ class RunIdentity:
 
 _STATE = {
     "step": int, "written": float, "between_generations": bool, "owes_evaluation": bool, "identity": dict,
-    "versions": dict, "files": dict,
+    "versions": dict, "files": dict, "passes?": int, "steps_in_pass?": int,
 }  # fmt: skip
 
 
@@ -157,6 +157,10 @@ class SavedState:
     versions: dict[str, str]
     files: dict[str, int]
     """Path in the folder → size in bytes."""
+    passes: int = 0
+    """The number of complete passes over a streamed dataset."""
+    steps_in_pass: int | None = None
+    """The steps in the current pass over a streamed dataset; None in older checkpoints."""
 
     @classmethod
     def of(cls, folder: Path) -> SavedState:
@@ -175,7 +179,7 @@ class SavedState:
             expect(values, _STATE, str(file))
         except DataError as error:
             raise CheckpointError(f"{file} cannot be read: {error}") from error
-        return cls(folder=folder, **{name: values[name] for name in _STATE})
+        return cls(folder=folder, **{name: values[name] for name in map(_bare, _STATE) if name in values})
 
     def check_files(self) -> None:
         """Raises CheckpointError if a file is missing, or its size differs from the recorded size."""
@@ -304,7 +308,16 @@ class Checkpoints:
                 path.rename(self.folder / path.name)
         shutil.rmtree(self.unfinished, ignore_errors=True)
 
-    def finish(self, step: int, *, identity: RunIdentity, between_generations: bool, owes_evaluation: bool) -> Path:
+    def finish(
+        self,
+        step: int,
+        *,
+        identity: RunIdentity,
+        between_generations: bool,
+        owes_evaluation: bool,
+        passes: int,
+        steps_in_pass: int,
+    ) -> Path:
         """Completes the unfinished checkpoint of that step, moves it to its final path and returns that path."""
         folder, place = self.unfinished / f"checkpoint-{step}", self.place(step)
         state = {
@@ -312,6 +325,8 @@ class Checkpoints:
             "written": time.time(),
             "between_generations": between_generations,
             "owes_evaluation": owes_evaluation,
+            "passes": passes,
+            "steps_in_pass": steps_in_pass,
             "identity": identity.as_dict(),
             "versions": {name: _version(name) for name in VERSIONS},
             "files": {str(path.relative_to(folder)): path.stat().st_size for path in _files(folder)},
@@ -326,6 +341,10 @@ class Checkpoints:
         _flush_to_disk(self.folder)
         shutil.rmtree(self.unfinished, ignore_errors=True)
         return place
+
+
+def _bare(name: str) -> str:
+    return name.removesuffix("?")
 
 
 def changed_versions(then: Mapping[str, str]) -> list[str]:

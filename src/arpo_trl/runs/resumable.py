@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import IterableDataset
 from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl import GRPOTrainer
@@ -59,6 +60,10 @@ class Resumable(GRPOTrainer):
     _buffered_inputs: list[dict[str, Any]] | None
     _evaluation_is_owed = False
     _is_restored = True
+    _passes = 0
+    """The epoch, which is the number of complete passes over the training rows."""
+    _pass_began_at = 0
+    """The global step at which the pass began."""
     _sampler: Any = None
     """The sampler of the training rows; None for a streamed dataset, which has none."""
     _starts_epoch = False
@@ -208,7 +213,10 @@ class Resumable(GRPOTrainer):
         )
 
     def _run_epoch(self, **loop: Any) -> None:
-        resumed, epoch = self._resumed, loop["epoch"]
+        resumed = self._resumed
+        if isinstance(self.train_dataset, IterableDataset) and resumed is not None:
+            loop = self._in_stream(resumed, loop)
+        epoch = loop["epoch"]
         if resumed is not None and epoch == loop["epochs_trained"]:
             # The sampler draws each epoch's order from a separate generator. Advance it past the earlier epochs.
             sampler = self._sampler
@@ -221,8 +229,24 @@ class Resumable(GRPOTrainer):
             return
         is_first = resumed is not None and epoch == loop["epochs_trained"]
         self._starts_epoch = not (is_first and loop["steps_trained_in_current_epoch"])
+        self._passes = epoch
+        skipped = loop["steps_trained_in_current_epoch"] // self.args.gradient_accumulation_steps if is_first else 0
+        self._pass_began_at = self.state.global_step - skipped
         self._epoch_generators = _generators() if self._starts_epoch else None
         super()._run_epoch(**loop)
+
+    def _in_stream(self, resumed: SavedState, loop: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of an epoch of a streamed dataset. Its length is unknown, so transformers takes all steps of
+        the checkpoint for steps of the first pass."""
+        if resumed.steps_in_pass is None:
+            return loop
+        skipped = resumed.steps_in_pass * self.args.gradient_accumulation_steps
+        before = resumed.passes
+        return loop | {
+            "epoch": loop["epoch"] + before,
+            "epochs_trained": loop["epochs_trained"] + before,
+            "steps_trained_in_current_epoch": skipped,
+        }
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         self._sampler = super()._get_train_sampler(dataset)
@@ -317,6 +341,8 @@ class Resumable(GRPOTrainer):
                     identity=self._identity(),
                     between_generations=self._is_between_generations(),
                     owes_evaluation=self._evaluation_is_owed,
+                    passes=self._passes,
+                    steps_in_pass=step - self._pass_began_at,
                 )
         except (ArpoError, KeyboardInterrupt):
             raise
