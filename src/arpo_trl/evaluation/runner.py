@@ -100,7 +100,7 @@ class Evaluator:
                     record = waiting.get_nowait()
                     try:
                         scored.put(self._rescored(questions, record))
-                    except Exception as error:
+                    except Exception as error:  # raised in the thread that waits
                         scored.put(error)
 
         ended = threading.Event()

@@ -179,7 +179,9 @@ class SavedState:
             expect(values, _STATE, str(file))
         except DataError as error:
             raise CheckpointError(f"{file} cannot be read: {error}") from error
-        return cls(folder=folder, **{name: values[name] for name in map(_bare, _STATE) if name in values})
+        return cls(
+            folder=folder, **{name: values[name] for key in _STATE if (name := key.removesuffix("?")) in values}
+        )
 
     def check_files(self) -> None:
         """Raises CheckpointError if a file is missing, or its size differs from the recorded size."""
@@ -341,10 +343,6 @@ class Checkpoints:
         _flush_to_disk(self.folder)
         shutil.rmtree(self.unfinished, ignore_errors=True)
         return place
-
-
-def _bare(name: str) -> str:
-    return name.removesuffix("?")
 
 
 def changed_versions(then: Mapping[str, str]) -> list[str]:

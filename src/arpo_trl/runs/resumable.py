@@ -217,7 +217,8 @@ class Resumable(GRPOTrainer):
         if isinstance(self.train_dataset, IterableDataset) and resumed is not None:
             loop = self._in_stream(resumed, loop)
         epoch = loop["epoch"]
-        if resumed is not None and epoch == loop["epochs_trained"]:
+        is_first = resumed is not None and epoch == loop["epochs_trained"]
+        if is_first:
             # The sampler draws each epoch's order from a separate generator. Advance it past the earlier epochs.
             sampler = self._sampler
             for _ in range(epoch if getattr(sampler, "shuffle", False) else 0):
@@ -227,7 +228,6 @@ class Resumable(GRPOTrainer):
                 self._load_rng_state(str(resumed.folder))
             self.control.should_training_stop = True
             return
-        is_first = resumed is not None and epoch == loop["epochs_trained"]
         self._starts_epoch = not (is_first and loop["steps_trained_in_current_epoch"])
         self._passes = epoch
         skipped = loop["steps_trained_in_current_epoch"] // self.args.gradient_accumulation_steps if is_first else 0

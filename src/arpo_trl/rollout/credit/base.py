@@ -152,6 +152,12 @@ def token_nodes(trees: Sequence[RolloutTree]) -> torch.Tensor:
     return pad_sequence(rows, batch_first=True, padding_value=-1)
 
 
+def counted_tokens(token_nodes: torch.Tensor, trained: torch.Tensor | None) -> torch.Tensor:
+    """(B, T) bool: the tokens that are not padding, of the leaves in the loss (`Credit.trained`)."""
+    real = token_nodes >= 0
+    return real if trained is None else real & trained.to(real.device).unsqueeze(1)
+
+
 def mean_over_leaves(
     advantages: torch.Tensor, token_nodes: torch.Tensor, trained: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -161,9 +167,7 @@ def mean_over_leaves(
         advantages: (B,), or (B, T) with one value per leaf and node.
         trained: `Credit.trained`. The other leaves do not count, and get 0.
     """
-    real = token_nodes >= 0
-    if trained is not None:
-        real &= trained.to(real.device).unsqueeze(1)
+    real = counted_tokens(token_nodes, trained)
     _, node = torch.unique(token_nodes[real], return_inverse=True)
     per_token = (advantages if advantages.dim() == 2 else advantages.unsqueeze(1)).expand_as(token_nodes)[real]
     # A node has the same number of tokens in each of its leaves, so the mean over tokens equals the mean over leaves.
