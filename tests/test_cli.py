@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import json
 import re
 import shutil
@@ -40,6 +41,16 @@ def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
         status = int(end.code or 0)
     out, err = capsys.readouterr()
     return status, out, err
+
+
+def test_a_terminal_without_a_character_shows_a_question_mark(log, monkeypatch):
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, "latin-1"))
+    monkeypatch.setattr(sys, "argv", ["arpo-trl", "tree", str(log)])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    sys.stdout.flush()
+    assert b"question 0\n+-- path 0\n|   +-- ? <search>iron</search>" in printed.getvalue()  # ? for the triangle
 
 
 @pytest.mark.parametrize(

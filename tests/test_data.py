@@ -381,6 +381,17 @@ def test_a_folder_that_may_hold_a_split_twice_is_an_error_that_names_both_files(
     assert len(load_arpo_dataset(str(tmp_path / second))) == 1
 
 
+def test_files_that_only_seem_to_belong_to_a_split_are_named(tmp_path: Path, caplog) -> None:
+    for name in ("train", "train2", "training", "test"):
+        (tmp_path / f"{name}.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    assert len(load_arpo_dataset(str(tmp_path), task="math")) == 1
+    assert "the name of the split 'train': train2.jsonl; training.jsonl. If they belong to" in caplog.text
+    assert "name its files train-0.jsonl, train-1.jsonl and so on." in caplog.text
+    caplog.clear()
+    load_arpo_dataset(str(tmp_path), "test", task="math")
+    assert "not read" not in caplog.text
+
+
 def test_numbered_parts_of_a_split_are_one_dataset(tmp_path: Path) -> None:
     for part in range(2):
         table = pyarrow.table({"question": ["q"], "answer": [str(part)], "task": ["math"]})

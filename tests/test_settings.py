@@ -3,6 +3,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -230,6 +231,29 @@ def test_a_negative_number_with_an_exponent_is_a_value_and_no_flag(program: str,
     words = ["--dataset", "rows.jsonl", "--use_cpu", "true", "--output_dir", "out", "--learning_rate", value]
     with pytest.raises(ConfigError, match=f"learning_rate is {float(value)}; expected a (finite )?number"):
         parse_settings(script(program).SETTINGS, words)
+
+
+def test_a_number_with_an_exponent_is_a_number_at_every_depth(tmp_path):
+    """YAML 1.1, and thus TRL's parser, reads 1e-6 as text, which a scheduler refuses only at the first step."""
+    (tmp_path / "run.yaml").write_text(
+        "dataset: rows.jsonl\nuse_cpu: true\noutput_dir: out\nlearning_rate: 1e-5\n"
+        "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-6}\n"
+    )
+    _, settings = parse_settings(
+        [script("train").TrainArguments, ARPOConfig], ["--config", str(tmp_path / "run.yaml")]
+    )
+    assert (settings.learning_rate, settings.lr_scheduler_kwargs) == (1e-5, {"min_lr": 1e-6})
+
+
+def test_a_config_file_sets_environment_variables_and_flags_take_precedence_over_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("OF_THE_FILE", "of the shell")
+    file = tmp_path / "run.yaml"
+    file.write_text("dataset: rows.jsonl\nuse_cpu: true\noutput_dir: out\nseed: 3\nenv: {OF_THE_FILE: 7}\n")
+    _, settings = parse_settings([script("train").TrainArguments, ARPOConfig], ["--seed", "4", "--config", str(file)])
+    assert (settings.seed, os.environ["OF_THE_FILE"]) == (4, "7")
+    file.write_text("env: [A]\n")
+    with pytest.raises(ConfigError, match=r"env is \['A'\]; expected environment variables, as lines of NAME: value"):
+        parse_settings(script("train").SETTINGS, ["--config", str(file)])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Every fault in a user's file results in an error that names its place."""
 
 import json
+import math
 import re
 from itertools import product
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer
 from arpo_trl.command_line import parse_settings
 from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.common.user_files import MAX_DEPTH, expect, json_lines, parse_json, read_yaml
+from arpo_trl.common.yaml_values import as_yaml
 from arpo_trl.data.loading import load_arpo_dataset, read_file
 from arpo_trl.errors import CheckpointError, ConfigError, DataError
 from arpo_trl.evaluation.benchmarks import BENCHMARKS, custom_benchmark, load_questions, local_names
@@ -221,6 +223,26 @@ def test_a_key_that_is_set_twice_is_an_error(tmp_path):
         read_yaml(tmp_path / "a.yaml")
     (tmp_path / "a.yaml").write_text("base: &base {x: 1}\nmore: {<<: *base, x: 2}\n")
     assert read_yaml(tmp_path / "a.yaml") == {"base": {"x": 1}, "more": {"x": 2}}
+
+
+@pytest.mark.parametrize(("written", "number"), [("010", 8), ("1:30", 90), ("-0_17", -15), ("1:30.5", 90.5)])
+def test_a_number_that_only_yaml_1_1_reads_so_is_an_error(tmp_path, written, number):
+    (tmp_path / "a.yaml").write_text(f"seed: 1\nmost: [{written}]\n")
+    with pytest.raises(DataError, match=f"{written} in line 2 is the number {number} in YAML 1.1. Write {number}, or"):
+        read_yaml(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text(f"most: '{written}'\n")
+    assert read_yaml(tmp_path / "a.yaml") == {"most": written}
+
+
+def test_an_exponent_makes_a_number_with_or_without_a_point(tmp_path):
+    (tmp_path / "a.yaml").write_text("[1e-6, 1.5e-6, -2E3, .5e1, 1e+3, 0, 00, 0x10, 1_000, 1e5x]")
+    assert read_yaml(tmp_path / "a.yaml") == [1e-6, 1.5e-6, -2000.0, 5.0, 1000.0, 0, 0, 16, 1000, "1e5x"]
+
+
+@pytest.mark.parametrize("value", ["1e-6", "010", "1:30", "on", "x: y", "null", 1e-6, math.inf, 10, None, [1, "2"]])
+def test_what_is_written_as_yaml_is_read_as_it_was(tmp_path, value):
+    (tmp_path / "a.yaml").write_text(as_yaml({"b": value, "a": 1}))
+    assert list(read_yaml(tmp_path / "a.yaml").items()) == [("b", value), ("a", 1)]
 
 
 def test_lines_are_counted_with_blank_ones_and_bad_ones_can_be_left_out(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import os
 import signal
 import sys
@@ -27,11 +28,14 @@ def report_errors(main: Callable[[], T]) -> Callable[[], T]:
     """Wraps `main`: prints this package's errors, and that a disk is full, in one line and exits with status 2. Other
     errors keep their traceback.
 
-    Ctrl-C, and an interrupted training run, also print one line, and exit with 128 plus the signal's number.
+    Ctrl-C, and an interrupted training run, also print one line, and exit with 128 plus the signal's number. On a
+    terminal whose encoding lacks a character, a question mark is printed in its place.
     """
 
     @functools.wraps(main)
     def wrapped() -> T:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")
         try:
             return main()
         except ArpoError as error:
@@ -76,14 +80,18 @@ def parse_settings(
 
     words = _config_apart(sys.argv[1:] if argv is None else argv)
     fields = [field.name for kind in kinds for field in dataclasses.fields(kind)]
-    if "--config" in words[:-1]:
+    config: dict[Any, Any] = {}
+    if "--config" in words:
+        at = words.index("--config")
+        config = _read_config(words[at + 1])
+        del words[at : at + 2]
+        os.environ.update(_environment(config.pop("env", {})))
         # Checked first, since a dataclass would report the setting that a misspelt key leaves unset.
-        keys = [key for key in _read_config(words[words.index("--config") + 1]) if key != "env"]
-        _check_names(keys, fields, elsewhere)
+        _check_names(list(config), fields, elsewhere)
     try:
         reader = SettingsParser(kinds, **parser)
-        reader.set_defaults_with_config(**(defaults or {}))
-        *settings, left = reader.parse_args_and_config(words, return_remaining_strings=True)
+        reader.set_defaults_with_config(**{**(defaults or {}), **config})
+        *settings, left = reader.parse_args_into_dataclasses(words, return_remaining_strings=True)
     except ConfigError:
         raise
     except ValueError as error:  # raised by TRL's own dataclasses
@@ -122,6 +130,13 @@ def _read_config(path: str) -> dict[Any, Any]:
             f"The --config file {path} contains a {type(config).__name__}; expected lines of name: value."
         )
     return config
+
+
+def _environment(given: Any) -> dict[str, str]:
+    """The environment variables that a config file sets under `env`, as in TRL's."""
+    if not isinstance(given, dict):
+        raise ConfigError(f"env is {given!r}; expected environment variables, as lines of NAME: value.")
+    return {str(name): str(value) for name, value in given.items()}
 
 
 def _check_names(names: Sequence[Any], fields: Sequence[str], elsewhere: Elsewhere | None) -> None:

@@ -655,10 +655,10 @@ class ARPOConfig(ToolLimits, GRPOConfig):
 
     def _check_supported(self) -> None:
         """Raises ConfigError for settings that the tree sampler would silently ignore, or does not support."""
-        if not self.temperature > 0:
+        if not 0 < self.temperature < math.inf:
             raise ConfigError(
-                f"temperature is {self.temperature}; expected a number above 0: the greedy paths of a group are "
-                "all equal. For greedy answers: arpo-trl eval --temperature 0."
+                f"temperature is {self.temperature}; expected a finite number above 0: the greedy paths of a group "
+                "are all equal. For greedy answers: arpo-trl eval --temperature 0."
             )
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}; expected a number above 0 and at most 1.")

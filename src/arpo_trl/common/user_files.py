@@ -107,18 +107,11 @@ def read_yaml(path: Path) -> Any:
     """The value in a YAML file. Raises `DataError` if it cannot be read, or sets a key twice."""
     import yaml
 
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            seen = set()
-            for key in [key for key, _ in node.value if isinstance(key.value, str)]:
-                if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                    raise yaml.YAMLError(f"{key.value!r} is set twice, again in line {key.start_mark.line + 1}")
-                seen.add(key.value)
-            return super().construct_mapping(node, deep=deep)
+    from arpo_trl.common.yaml_values import parse_yaml
 
     text = read_text(path)
     try:
-        value = yaml.load(text, Loader)
+        value = parse_yaml(text)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
         raise DataError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     except RecursionError as error:

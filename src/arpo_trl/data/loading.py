@@ -273,6 +273,15 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
             "of one file, or rename or remove the other."
         )
     _check_parts(folder, files)
+    if others := [path.name for path in readable if path not in files and path.name.startswith(split)]:
+        logger.warning(
+            "%s: not read, since other characters follow the name of the split %r: %s. If they belong to the split, "
+            "name its files %s-0%s, %s-1%s and so on.",
+            folder,
+            split,
+            _listed(others),
+            *(split, files[0].suffix) * 2,
+        )
     return files
 
 

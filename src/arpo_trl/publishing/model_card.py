@@ -21,10 +21,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from arpo_trl.common.files import whole_file, write_whole
 from arpo_trl.common.user_files import expect, read_json, read_text, read_yaml
+from arpo_trl.common.yaml_values import as_yaml
 from arpo_trl.publishing.trained_settings import CONFIG_NAME, EvaluationSettings
 from arpo_trl.visible import without_credentials
 
@@ -172,7 +171,7 @@ class Card:
             folder=CURVES_FOLDER,
             evaluation=self.evaluation,
             versions={name: version(name) for name in VERSIONS},
-            config=_as_yaml(self.settings),
+            config=as_yaml(dict(self.settings)),
             fence=_fence,
         )
 
@@ -194,11 +193,7 @@ class Card:
 
 def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Writes `training_config.yaml` with `settings` to `folder`."""
-    write_whole(folder / CONFIG_NAME, _as_yaml(settings))
-
-
-def _as_yaml(settings: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
+    write_whole(folder / CONFIG_NAME, as_yaml(dict(settings)))
 
 
 def _fence(content: str) -> str:
