@@ -1,12 +1,13 @@
 import json
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.evaluation.benchmarks import Scorer
-from arpo_trl.evaluation.runner import RunFolder, run_benchmark
+from arpo_trl.evaluation.runner import SCORING_THREADS, RunFolder, run_benchmark
 from arpo_trl.evaluation.samples import SampleLog, key_of, read_records, repair
 from arpo_trl.rewards.judge import LLMJudge
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
@@ -233,6 +234,33 @@ def test_an_interrupt_while_the_judge_is_asked_again_waits_for_no_verdict_and_lo
     paris, rome = sorted(read_records(tmp_path / "run/samples.jsonl"), key=key_of)
     assert paris == {**before[0], "scores": {**before[0]["scores"], "judge": 1.0}}
     assert rome == before[1]
+
+
+def test_an_interrupt_while_samples_wait_for_the_judge_records_them_without_asking_it(tmp_path):
+    """The judge answers the 16 threads' first questions after the interrupt. The other samples wait for a thread."""
+    asked = questions(*map(str, range(21)), scorer=Scorer.JUDGE)
+    interrupted, judged = threading.Event(), []
+
+    class Slow:
+        def verdicts(self, judgements):
+            judged.extend(judgements)
+            assert interrupted.wait(60)
+            return [True]
+
+    def script(request, context):
+        if request.key[0] < 20:
+            return boxed("wrong")
+        while len(judged) < SCORING_THREADS:
+            time.sleep(0.01)
+        threading.Timer(0.2, interrupted.set).start()
+        raise KeyboardInterrupt
+
+    evaluating = Evaluating(script, concurrency=1, judge=Slow())
+    with RunFolder(tmp_path / "run", IDENTITY, resume=False) as folder, evaluating.scripted.toolbox:
+        with pytest.raises(KeyboardInterrupt):
+            run_benchmark(evaluating.evaluator, asked, folder, lambda record: None)
+    verdicts = [record["scores"]["judge"] for record in read_records(tmp_path / "run/samples.jsonl")]
+    assert (len(judged), sorted(verdicts, key=str)) == (16, [1.0] * 16 + [None] * 4)
 
 
 # Resuming ------------------------------------------------------------------------------------------------------------

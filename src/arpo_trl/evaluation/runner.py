@@ -25,7 +25,7 @@ from arpo_trl.common.user_files import expect, read_json, user_path
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.evaluation.benchmarks import Questions
 from arpo_trl.evaluation.samples import Key, Record, SampleLog, key_of, repair, trajectory
-from arpo_trl.evaluation.scoring import predicted, score
+from arpo_trl.evaluation.scoring import NOT_ASKED, Judge, predicted, score
 from arpo_trl.rewards.hierarchical import format_fault
 from arpo_trl.rewards.judge import LLMJudge, question_of
 from arpo_trl.rollout.batch import Finished, GroupRequest, error_text
@@ -69,20 +69,30 @@ class Evaluator:
         return [(name, i, j) for i in range(len(questions.rows)) for j in range(self.samples)]
 
     def run(self, questions: Questions, keys: Iterable[Key], sink: Callable[[Record], None]) -> None:
-        """Sample and score `keys`. Call `sink`, from any thread, with each record as soon as it is complete."""
+        """Sample and score `keys`. Call `sink`, from any thread, with each record as soon as it is complete.
+
+        After an interrupt or an error, the judge is not asked any more. Samples that wait for it get a record without
+        a verdict, which a resumed run asks for.
+        """
         pending: set[Future[None]] = set()
+        ended_early = threading.Event()
+
+        def deliver(finished: Finished) -> None:
+            sink(self.record(questions, finished, asks=not ended_early.is_set()))
+
         with ThreadPoolExecutor(SCORING_THREADS, "arpo-scoring") as scoring:
-            for finished in self.outcomes(questions, keys):
-                pending.add(scoring.submit(self._deliver, questions, finished, sink))
-                done = {future for future in pending if future.done()}
-                pending -= done
-                for future in done:
-                    future.result()  # raises at once if `sink` failed, for example because the disk is full
+            try:
+                for finished in self.outcomes(questions, keys):
+                    pending.add(scoring.submit(deliver, finished))
+                    done = {future for future in pending if future.done()}
+                    pending -= done
+                    for future in done:
+                        future.result()  # raises at once if `sink` failed, for example because the disk is full
+            except BaseException:
+                ended_early.set()
+                raise
         for future in pending:
             future.result()
-
-    def _deliver(self, questions: Questions, finished: Finished, sink: Callable[[Record], None]) -> None:
-        sink(self.record(questions, finished))
 
     def rescore(self, questions: Questions, records: Sequence[Record], sink: Callable[[Record], None]) -> None:
         """Score samples without the judge's verdict again. Call `sink` with each new record as soon as it is complete.
@@ -141,8 +151,8 @@ class Evaluator:
         )
         yield from not_rendered
 
-    def record(self, questions: Questions, finished: Finished) -> Record:
-        """Return the record of a sample: scored, or with its error."""
+    def record(self, questions: Questions, finished: Finished, *, asks: bool = True) -> Record:
+        """Return the record of a sample: scored, or with its error. Without `asks`, the judge's verdict is open."""
         number, sample = divmod(finished.id, self.samples)
         row = questions.rows[number]
         record: Record = {
@@ -158,11 +168,11 @@ class Evaluator:
         if finished.tree is None:
             return record
         try:
-            return record | self._scored(row, finished)
+            return record | self._scored(row, finished, self.judge if asks or self.judge is None else NOT_ASKED)
         except Exception as error:  # if a scorer fails on one answer, only this sample fails
             return record | {"error": error_text(error)}
 
-    def _scored(self, row: dict[str, Any], finished: Finished) -> Record:
+    def _scored(self, row: dict[str, Any], finished: Finished, judge: Judge | None) -> Record:
         tree = finished.tree
         assert tree is not None
         (leaf,) = tree.leaves()
@@ -171,7 +181,7 @@ class Evaluator:
         return {
             "task": row["task"],
             "prediction": prediction,
-            "scores": score(prediction, row, self.judge),
+            "scores": score(prediction, row, judge),
             "fault": format_fault(leaf.turns, leaf.stop, self.sampler.toolbox.names),
             "stop": leaf.stop.value,
             "trajectory": trajectory(tree),

@@ -11,13 +11,28 @@ judge       the verdict of a language model; None if it returns none. Without a 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from arpo_trl.evaluation.benchmarks import Benchmark, Scorer
 from arpo_trl.rewards.answers import MATH, exact_match, extract_answer, math_equal, spaced_f1, token_f1
-from arpo_trl.rewards.judge import Judgement, LLMJudge, question_of
+from arpo_trl.rewards.judge import Judgement, question_of
 
 JUDGE = "judge"
+
+
+class Judge(Protocol):
+    """What judges answers, such as an `LLMJudge`."""
+
+    def verdicts(self, judgements: Sequence[Judgement]) -> list[bool | None]: ...
+
+
+class _NotAsked:
+    def verdicts(self, judgements: Sequence[Judgement]) -> list[bool | None]:
+        return [None] * len(judgements)
+
+
+NOT_ASKED: Judge = _NotAsked()
+"""A judge without verdicts, so that they stay open."""
 
 
 def predicted(turns: Sequence[str]) -> str | None:
@@ -39,7 +54,7 @@ def rule_scores(prediction: str | None, golds: Sequence[str], task: str) -> dict
     }
 
 
-def score(prediction: str | None, row: Mapping[str, Any], judge: LLMJudge | None) -> dict[str, float | None]:
+def score(prediction: str | None, row: Mapping[str, Any], judge: Judge | None) -> dict[str, float | None]:
     """Return all scores of a prediction for a row {prompt, answer, task}."""
     golds = row["answer"]
     scores: dict[str, float | None] = {**rule_scores(prediction, golds, row["task"])}
