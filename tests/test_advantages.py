@@ -23,6 +23,11 @@ def test_values_that_do_not_differ_have_no_z_scores(chosen):
     assert z_scores(torch.tensor([3.0, 3.0]), torch.tensor(chosen), Accelerator()).tolist() == [0.0, 0.0]
 
 
+def test_values_that_differ_by_rounding_have_no_z_scores():
+    values = torch.full((1000,), 0.1)  # their sum rounds, so the computed variance is not 0
+    assert z_scores(values, torch.ones(1000, dtype=torch.bool), Accelerator()).abs().max() == 0
+
+
 @pytest.mark.parametrize("forward", ["off", "on"])
 def test_entropies_are_compared_over_all_trained_tokens_of_the_batch(model_path, tmp_path, forward):
     made = trainer(

@@ -94,6 +94,18 @@ def test_the_cap_limits_weights_to_a_multiple_of_the_median():
     assert float(capped) == pytest.approx(0.02 / 0.05)  # the third weight is 3 · .01
 
 
+def test_leaves_that_do_not_count_are_not_in_the_median_of_the_cap():
+    leaves = [leaf(1.0, 0.9), leaf(1.0, 0.9), leaf(1.0, 0.8), leaf(1.0, 0.0 + 1e-30)]  # weights .01, .01, .04 and 1
+    given = scored([-1.0, NAN, 1.0, 0.0], leaves)
+    given.trained[0] = False
+    free = ScoreNorm(per_sequence=False, cap=None)(given)[0]
+    capped = ScoreNorm(per_sequence=False, cap=3.0)(given)[0]
+    assert float(free) == pytest.approx(0.04 / 1.04)
+    assert float(capped) == pytest.approx(0.04 / 0.16)  # the last weight is 3 · .04, the lower one of two
+    given.trained[:] = False
+    assert ScoreNorm(per_sequence=False, cap=3.0)(given).tolist() == [0.0] * 4  # the plain mean
+
+
 def test_a_leaf_that_is_not_trained_has_no_weight():
     given = scored([1.0, 0.0, 0.0])
     given.trained[1] = False
@@ -132,6 +144,18 @@ def test_a_group_of_equal_rewards_has_no_advantage_under_the_groups_deviation():
     assert advantages_of(given, BatchMean()(given), "group")[:2].tolist() == [0.0, 0.0]
     # without division the group is compared with the batch
     assert advantages_of(given, BatchMean()(given), "none")[:2].tolist() == [0.25, 0.25]
+
+
+@pytest.mark.parametrize("reward", [0.1, 0.7, 0.9, 1.1, 2 / 3, -0.3, 1234.567])
+@pytest.mark.parametrize("size", [2, 6, 8, 12, 16])
+def test_rewards_that_are_equal_up_to_rounding_have_no_advantage(reward, size):
+    """The computed deviation of equal numbers is not 0: of 0.9, it is 6e-8 for M = 6. A baseline far from them would
+    give advantages of thousands."""
+    rewards = torch.full((size,), reward)
+    given = scored([*rewards[1:].tolist(), float(rewards[0].nextafter(torch.tensor(9999.0)))])
+    for scale in ("group", "batch"):
+        assert advantages_of(scored(rewards.tolist()), torch.full((size,), 0.3), scale).tolist() == [0.0] * size
+        assert advantages_of(given, torch.full((size,), 0.3), scale).tolist() == [0.0] * size
 
 
 # Metrics -------------------------------------------------------------------------------------------------------------

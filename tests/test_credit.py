@@ -225,6 +225,37 @@ def test_cbpo_enlarges_advantages_after_a_fork_with_varied_outcomes():
     assert credited("cbpo")[:2] == [pytest.approx(row, abs=1e-4) for row in expected]
 
 
+@pytest.mark.parametrize("weight", list(SharedPrefixWeight))
+def test_cbpo_compares_branch_points_of_all_ranks(weight):
+    """CBV of `tree()` is .5 here and 0 on the other rank: z = ±1/√2. One branch point alone has no deviation."""
+    credit = build_credit("cbpo", {}, weight)
+    advantages = torch.tensor([2.0, -2.0])
+    alone, _ = credit([tree()], torch.tensor([1.0, 0.0]), advantages)
+    assert alone[0, 3] == 2
+    credit.gathered = lambda values: [*values, 0.0]
+    made, _ = credit([tree()], torch.tensor([1.0, 0.0]), advantages)
+    assert made[:, 3].tolist() == pytest.approx([2 + 0.2 * 0.70711, -2 - 0.2 * 0.70711], abs=1e-4)
+
+
+def test_cbpo_is_called_for_its_branch_points_on_every_rank():
+    credit, asked = build_credit("cbpo", {}, SharedPrefixWeight.PER_LEAF), []
+    credit.gathered = lambda values: asked.append(values) or [0.5]
+    made, _ = credit([tree(answers=1)], torch.tensor([1.0]), torch.tensor([1.0]))
+    assert (made.tolist(), asked) == ([1.0], [[]])
+
+
+@pytest.mark.parametrize("average", ["children", "entropy", "softmax"])
+def test_turns_without_logprobs_have_equal_weights(average):
+    made = RolloutTree([9])
+    turn = made.add_turn(0, [1], "", [math.nan], [])
+    seen = made.add_observation(turn.index, [2], [], "text")
+    for i, address in enumerate(((0,), (0, 1, 0))):
+        made.end(made.add_turn(seen.index, [3 + i], "", [math.nan], []).index, address, StopReason.EOS)
+    advantages = torch.tensor([3.0, -1.0])
+    values, _ = build_credit("tree", {"average": average}, SharedPrefixWeight.PER_LEAF)([made], advantages, advantages)
+    assert values[:, [0, 2]].tolist() == [[1.0, 3.0], [1.0, -1.0]]
+
+
 def test_a_leaf_without_reward_does_not_spoil_its_siblings():
     rewards = torch.tensor([1.0, math.nan, 6.0, 0.0])
     for name in attributions():

@@ -1,4 +1,5 @@
 import math
+import random
 
 import pytest
 
@@ -40,6 +41,14 @@ def test_sums_are_per_leaf_and_a_path_that_ended_earlier_adds_nothing():
     assert (sums["calls"], sums["made"]) == ([2, 0], 1)
     # B and C part below the result: ½ (1 − 0)²; D parts from them at the root: ½ (1 − 0)² + ½ (0 − 0)²
     assert sums["pairs"] == {0: (0.5, 2), 1: (0.5, 1)}
+
+
+def test_calls_without_room_for_their_result_are_counted_at_the_end_of_their_turn():
+    tree = RolloutTree([0])
+    turn = tree.add_turn(0, [1], "", [0.0], [])
+    tree.end(turn.index, (0,), StopReason.LENGTH, [call(), call(CallSource.REFUSED)])
+    sums = depth_sums([tree], [1.0])
+    assert (sums["calls"], sums["made"]) == ([1], 1)
 
 
 def test_a_leaf_without_a_reward_forms_no_pair():
@@ -108,3 +117,31 @@ def test_without_variance_there_is_nothing_to_say():
         assert made.gain() is None
         assert made.widths(8, 0.5) is None
     assert equal.gain_of([2.0, 8.0]) is None
+
+
+@pytest.mark.parametrize(
+    ("score", "calls", "variance", "expected"),
+    [
+        # without calls all depths are free, as after a step of malformed calls
+        ([1.0, 2.0], [0.0, 0.0], {0: 0.2, 1: 0.15}, [8.0, 8.0]),
+        ([0.0, 1.0, 2.0], [0.0, 0.0, 0.0], {0: 0.2, 1: 0.2, 2: 0.1}, [8.0, 8.0, 8.0]),
+        # a = 0, .45 + .15: depth 0 has no share and depth 1 no cost
+        ([0.0, 3.0], [0.5, 0.0], {0: 0.2, 1: 0.2}, [1.0, 8.0]),
+        # depth 0 has neither, so it joins depth 1: √(.6 / 1) · scale = .5 · 8 calls
+        ([0.0, 3.0], [0.0, 1.0], {0: 0.2, 1: 0.2}, [4.0, 8.0]),
+    ],
+)
+def test_depths_without_calls_have_finite_widths(score, calls, variance, expected):
+    assert estimates(score, calls, variance).widths(8, 0.5) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_widths_never_decrease_and_are_between_1_and_m(seed):
+    draws = random.Random(seed)
+    depths = draws.randint(1, 6)
+    score, calls = ([draws.choice([0.0, 0.0, draws.random()]) for _ in range(depths)] for _ in range(2))
+    made = estimates(score, calls, {m: draws.choice([0.0, draws.random()]) for m in range(depths)})
+    widths = made.widths(8, 0.5)
+    if widths is not None:
+        assert widths == sorted(widths) and widths[0] >= 1 and widths[-1] == 8
+        assert not math.isnan(made.gain_of(widths) or 0.0)

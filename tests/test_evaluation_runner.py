@@ -256,9 +256,12 @@ def test_an_interrupt_while_samples_wait_for_the_judge_records_them_without_aski
         raise KeyboardInterrupt
 
     evaluating = Evaluating(script, concurrency=1, judge=Slow())
-    with RunFolder(tmp_path / "run", IDENTITY, resume=False) as folder, evaluating.scripted.toolbox:
-        with pytest.raises(KeyboardInterrupt):
-            run_benchmark(evaluating.evaluator, asked, folder, lambda record: None)
+    with (
+        RunFolder(tmp_path / "run", IDENTITY, resume=False) as folder,
+        evaluating.scripted.toolbox,
+        pytest.raises(KeyboardInterrupt),
+    ):
+        run_benchmark(evaluating.evaluator, asked, folder, lambda record: None)
     verdicts = [record["scores"]["judge"] for record in read_records(tmp_path / "run/samples.jsonl")]
     assert (len(judged), sorted(verdicts, key=str)) == (16, [1.0] * 16 + [None] * 4)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 import statistics
 import subprocess
@@ -10,6 +11,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from arpo_trl.evaluation.benchmarks import SUITES, Benchmark
 from arpo_trl.evaluation.metrics import bootstrap, majority, pass_at_k
@@ -240,10 +243,8 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     """Return the total, mean, median and 95th percentile; empty without values."""
     if not values:
         return {}
-    ordered = sorted(values)
     return {
-        "total": round(sum(ordered), 3),
-        "mean": round(statistics.fmean(ordered), 3),
-        "p50": ordered[len(ordered) // 2],
-        "p95": ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))],
+        "total": round(math.fsum(values), 3),
+        "mean": round(statistics.fmean(values), 3),
+        **{f"p{q}": round(float(np.percentile(values, q)), 3) for q in (50, 95)},
     }

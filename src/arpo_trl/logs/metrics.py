@@ -6,6 +6,7 @@ ranks' counts differ.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -113,13 +114,15 @@ def tally_trees(trees: Sequence[RolloutTree], tally: Tally) -> None:
 
 
 def tally_rewards(groups: Iterable[Sequence[float]], tally: Tally) -> None:
-    """Counts the groups whose leaves all have the same reward; `groups` contains the rewards of each group's leaves.
+    """Counts the groups whose leaves all have the same reward, up to rounding; `groups` contains the rewards of each
+    group's leaves.
 
     Groups of one leaf, as in evaluation, are not counted. NaN (no reward function applies) differs from every reward.
     """
     for rewards in groups:
         if len(rewards) > 1:
-            tally.add("alarm/zero_variance_groups", float(all(reward == rewards[0] for reward in rewards)))
+            equal = all(math.isclose(reward, rewards[0], rel_tol=1e-5, abs_tol=1e-8) for reward in rewards)
+            tally.add("alarm/zero_variance_groups", float(equal))
 
 
 def _tally_shape(tree: RolloutTree, tally: Tally) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from arpo_trl.rollout.tree import Leaf, Node, NodeKind, RolloutTree
+from arpo_trl.rollout.tree import ExecutedCall, Leaf, Node, NodeKind, RolloutTree
 from arpo_trl.tools.calls import CallSource
 
 
@@ -117,8 +117,9 @@ class DepthEstimates:
         blocks = pooled(self.variance_shares(), self.calls)
         if not any(a for a, _, _ in blocks):
             return None
+        # Depths without calls cost nothing, so they get all leaves, for any scale above 0.
         ratios = [math.sqrt(a / c) if c else math.inf for a, c, size in blocks for _ in range(size)]
-        low, high = 0.0, leaves / min(ratio for ratio in ratios if ratio)
+        low, high = 0.0, leaves / min((ratio for ratio in ratios if 0 < ratio < math.inf), default=1.0)
         for _ in range(60):
             scale = (low + high) / 2
             n = [min(max(scale * ratio, 1.0), float(leaves)) for ratio in ratios]
@@ -160,14 +161,19 @@ class DepthEstimates:
 
 def pooled(a: Sequence[float], c: Sequence[float]) -> list[tuple[float, float, int]]:
     """Blocks (Σ a, Σ c, number of depths) of adjacent depths, such that a / c does not decrease from block to
-    block."""
+    block. A depth with a = c = 0 joins a neighbour."""
     blocks: list[tuple[float, float, int]] = []
     for block in zip(a, c, [1] * len(a), strict=True):
-        while blocks and blocks[-1][0] * block[1] > block[0] * blocks[-1][1]:
+        while blocks and (blocks[-1][0] * block[1] > block[0] * blocks[-1][1] or _is_empty(block, blocks[-1])):
             last = blocks.pop()
             block = last[0] + block[0], last[1] + block[1], last[2] + block[2]
         blocks.append(block)
     return blocks
+
+
+def _is_empty(*blocks: tuple[float, float, int]) -> bool:
+    """Whether a of one of the blocks, and its c, is 0."""
+    return any(not a and not c for a, c, _ in blocks)
 
 
 def depth_sums(trees: Sequence[RolloutTree], rewards: Sequence[float]) -> dict[str, Any]:
@@ -186,7 +192,7 @@ def depth_sums(trees: Sequence[RolloutTree], rewards: Sequence[float]) -> dict[s
     for tree in trees:
         group = tree.leaves()
         leaves += len(group)
-        made_in_trees += sum(_made(node) for node in tree.observations())
+        made_in_trees += _made(tree.calls())
         squares = {turn.index: math.fsum((1 - math.exp(p)) ** 2 for p in turn.known_logprobs) for turn in tree.turns()}
         for leaf in group:
             for m, (turn, made) in enumerate(_segments(leaf)):
@@ -208,12 +214,12 @@ def _segments(leaf: Leaf) -> Iterator[tuple[Node, int]]:
     """Each turn of the path, with the number of its valid calls."""
     for i, node in enumerate(leaf.nodes):
         if node.kind is NodeKind.TURN:
-            yield node, _made(leaf.nodes[i + 1]) if i + 1 < len(leaf.nodes) else 0
+            yield node, _made(leaf.nodes[i + 1].calls if i + 1 < len(leaf.nodes) else node.unread)
 
 
-def _made(observation: Node) -> int:
-    """The number of valid calls among the calls of the observation."""
-    return sum(call.source is not CallSource.REFUSED for call in observation.calls)
+def _made(calls: Sequence[ExecutedCall]) -> int:
+    """The number of valid calls."""
+    return sum(call.source is not CallSource.REFUSED for call in calls)
 
 
 def _common_depth(one: Leaf, other: Leaf) -> int:

@@ -64,6 +64,7 @@ class Advantages(GRPOTrainer):
         last, advantages, width = self._last, batch["advantages"], batch["completion_ids"].size(1)
         assert last is not None and self._last_rewards is not None
         rewards = self._last_rewards.to(advantages.device)
+        self._credit.gathered = gather_object
         self._credit.trained = batch["completion_mask"].any(dim=1)  # TRL excludes truncated completions through it
         if self._credit.reads_answers:
             self._credit.answer_probabilities = self._answer_probabilities() if self.model.training else ()
@@ -113,8 +114,8 @@ def z_scores(values: torch.Tensor, chosen: torch.Tensor, accelerator: Accelerato
 
     Args:
         values: The values of this rank.
-        chosen: bool, with the shape of `values`. Other values get 0. If the chosen values are all equal, they get 0
-            too.
+        chosen: bool, with the shape of `values`. Other values get 0. If the chosen values are all equal, up to
+            rounding, they get 0 too.
     """
 
     def of_all_ranks(number: torch.Tensor) -> torch.Tensor:
@@ -123,4 +124,5 @@ def z_scores(values: torch.Tensor, chosen: torch.Tensor, accelerator: Accelerato
     count = of_all_ranks(chosen.sum().to(values))
     mean = of_all_ranks(values[chosen].sum()) / count
     variance = of_all_ranks(((values[chosen] - mean) ** 2).sum()) / (count - 1)
-    return torch.where(chosen & (variance > 0), (values - mean) / variance.sqrt(), 0.0)
+    varies = variance.sqrt() > 1e-5 * mean.abs()
+    return torch.where(chosen & varies, (values - mean) / variance.sqrt(), 0.0)

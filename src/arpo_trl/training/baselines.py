@@ -73,9 +73,10 @@ class BatchMean(Baseline):
 
 
 class Running(Baseline):
-    """A moving average of the mean rewards of earlier rollouts, which does not depend on this rollout's actions.
+    """An exponential moving average of the mean rewards of earlier rollouts, which does not depend on this rollout's
+    actions.
 
-    The first rollout uses its own mean.
+    It starts with the mean of the first rollout, which that rollout uses, too.
     """
 
     def __init__(self, decay: float):
@@ -99,7 +100,8 @@ class ScoreNorm(Baseline):
     Args:
         per_sequence: Whether the loss averages over each leaf's T tokens. Then its score is divided by T, and w_i by
             T².
-        cap: Limits each w_i to this multiple of the median of its group. None: no limit.
+        cap: Limits each w_i to this multiple of the median over the leaves of its group that count, the lower one of
+            the two middle weights if their number is even. None: no limit.
     """
 
     reads_logprobs: ClassVar[bool] = True
@@ -112,7 +114,9 @@ class ScoreNorm(Baseline):
         norms = [squared_score(leaf, per_sequence=self._per_sequence) for leaf in scored.leaves]
         weights = (torch.tensor(norms) * scored.trained).view(-1, scored.size)
         if self._cap is not None:
-            weights = weights.minimum(self._cap * weights.median(dim=1, keepdim=True).values)
+            counts = (scored.trained & ~scored.rewards.isnan()).view(-1, scored.size)
+            medians = weights.masked_fill(~counts, math.nan).nanmedian(dim=1, keepdim=True).values
+            weights = weights.minimum(self._cap * medians.nan_to_num())
         return weighted_means(scored.rewards.view(-1, scored.size), weights).repeat_interleave(scored.size)
 
 
@@ -155,15 +159,24 @@ def advantages_of(scored: ScoredLeaves, baselines: torch.Tensor, scale: str) -> 
     """(B,) advantages of the leaves, like TRL's but with these (B,) `baselines`; 0 if the reward is NaN.
 
     Args:
-        scale: TRL's `scale_rewards`: "group", "batch" or "none". Under "group", equal rewards have advantage 0.
+        scale: TRL's `scale_rewards`: "group", "batch" or "none". If all rewards of the group or batch are equal, up to
+            rounding, its deviation is 0, and so are the advantages.
     """
     advantages = scored.rewards - baselines
-    if scale == "group":
-        spread = nanstd(scored.rewards.view(-1, scored.size), dim=1).repeat_interleave(scored.size)
-        advantages = torch.where(torch.isclose(spread, torch.zeros_like(spread)), 0.0, advantages / (spread + EPSILON))
-    elif scale == "batch":
-        advantages = advantages / (nanstd(scored.of_all_ranks) + EPSILON)
+    if scale != "none":
+        compared = scored.rewards.view(-1, scored.size) if scale == "group" else scored.of_all_ranks.unsqueeze(0)
+        # Of equal rewards, nanstd is a rounding error, and a baseline that differs from them would be divided by it.
+        scaled = advantages.view(len(compared), -1) / (nanstd(compared, dim=1) + EPSILON).unsqueeze(1)
+        advantages = torch.where(are_equal(compared).unsqueeze(1), 0.0, scaled).flatten()
     return advantages.nan_to_num(nan=0.0)
+
+
+def are_equal(rewards: torch.Tensor) -> torch.Tensor:
+    """(…,) bool: whether the known rewards along the last dimension are equal up to rounding. NaN is not known."""
+    known = ~rewards.isnan()
+    least = torch.where(known, rewards, torch.inf).amin(dim=-1)
+    most = torch.where(known, rewards, -torch.inf).amax(dim=-1)
+    return (least >= most) | torch.isclose(least, most)
 
 
 def tally_baseline(scored: ScoredLeaves, baselines: torch.Tensor, advantages: torch.Tensor, tally: Tally) -> None:

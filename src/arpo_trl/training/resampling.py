@@ -20,6 +20,7 @@ from arpo_trl.logs.metrics import Tally
 from arpo_trl.rollout.batch import RolloutBatch, RolloutTimes
 from arpo_trl.rollout.tree import RolloutTree
 from arpo_trl.tools.calls import CallSource
+from arpo_trl.training.baselines import are_equal
 from arpo_trl.training.reward_guard import total_rewards
 from arpo_trl.training.rewards_ahead import Scored, score
 
@@ -141,10 +142,7 @@ def equal_groups(rewards: torch.Tensor, size: int) -> torch.Tensor:
     """(G,) bool: groups whose known rewards are all equal in each of the K rows of `rewards` (K, B). False without
     known rewards."""
     groups = rewards.reshape(len(rewards), -1, size)
-    known = ~groups.isnan()
-    least = torch.where(known, groups, torch.inf).amin(dim=2)
-    most = torch.where(known, groups, -torch.inf).amax(dim=2)
-    return known.any(dim=2).any(dim=0) & (least >= most).all(dim=0)
+    return ~groups.isnan().all(dim=2).all(dim=0) & are_equal(groups).all(dim=0)
 
 
 def with_new_trees(before: RolloutBatch, new: RolloutBatch, groups: Sequence[int]) -> RolloutBatch:

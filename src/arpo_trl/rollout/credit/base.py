@@ -59,6 +59,10 @@ class Credit(ABC):
     """For each tree of the next call: the probability of the row's reference answer after the root and after each
     observation, by node: exp of the mean logprob of the answer's tokens. Empty in evaluation."""
 
+    gathered: Callable[[list[float]], list[float]] = staticmethod(lambda values: values)
+    """Returns the values of all ranks. A collective: a credit that calls it does so once per call, on every rank. The
+    trainer sets it."""
+
     @abstractmethod
     def __call__(
         self, trees: Sequence[RolloutTree], rewards: torch.Tensor, advantages: torch.Tensor
@@ -270,9 +274,13 @@ def mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def z_scores(values: Sequence[float]) -> list[float]:
-    """Distances to the mean in sample standard deviations; 0 if there is no deviation. NaN is skipped and gets 0."""
-    known = [value for value in values if not math.isnan(value)]
+def z_scores(values: Sequence[float], among: Sequence[float] | None = None) -> list[float]:
+    """Distances to the mean in sample standard deviations; 0 if there is no deviation. NaN is skipped and gets 0.
+
+    Args:
+        among: The values that determine mean and deviation. None: `values`.
+    """
+    known = [value for value in (values if among is None else among) if not math.isnan(value)]
     if len(known) < 2 or max(known) == min(known):
         return [0.0] * len(values)
     middle = mean(known)

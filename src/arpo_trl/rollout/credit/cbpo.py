@@ -1,7 +1,8 @@
 """Enlarges advantages after forks whose branches end differently (CBPO, arXiv 2608.24300).
 
 The value of a branch point (CBV) is the standard deviation of the rewards of the leaves below the observation. With z
-computed over the branch points of the batch, the advantage of a token between one branch point and the next is
+computed over the branch points of the batch on all ranks, the advantage of a token between one branch point and the
+next is
 
     A + weight · sign(A) · clip(z(CBV), −|A| / 2, |A| / 2)
 
@@ -34,8 +35,6 @@ class CBPO(Credit):
     def __call__(
         self, trees: Sequence[RolloutTree], rewards: torch.Tensor, advantages: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if not shares_nodes(trees):
-            return advantages, None
         of_leaf, reward_of = advantages.tolist(), rewards.tolist()
         cut = cut_into_segments(trees)
         spreads: dict[tuple[int, int], float] = {}  # (first row of the tree, branch point) → CBV
@@ -45,7 +44,11 @@ class CBPO(Credit):
                     below = [reward_of[row] for member in (segment, *others) for row in segments.rows[member]]
                     known = [reward for reward in below if not math.isnan(reward)]
                     spreads[_fork(segments, segment)] = statistics.pstdev(known) if known else math.nan
-        scores = dict(zip(spreads, z_scores(list(spreads.values())), strict=True))
+        values = list(spreads.values())
+        everyones = self.gathered(values)  # on every rank, also without a branch point
+        if not shares_nodes(trees):
+            return advantages, None
+        scores = dict(zip(spreads, z_scores(values, everyones), strict=True))
 
         def value(segments: Segments, segment: int, row: int) -> float:
             limit = abs(of_leaf[row]) / 2

@@ -36,7 +36,7 @@ class Once(Credit):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         self._credit.answer_probabilities = self.answer_probabilities
         self._credit.entropy_scores = self.entropy_scores
-        self._credit.trained = self.trained
+        self._credit.trained, self._credit.gathered = self.trained, self.gathered
         made, weights = self._credit(trees, rewards, advantages)
         if not shares_nodes(trees):
             return made, weights

@@ -53,7 +53,8 @@ class Tree(Credit):
         if self.average == "leaves" or not children:
             return mean([of_leaf[row] for row in segments.rows[segment]])
         weigh = {"children": lambda h: 1.0, "entropy": lambda h: h, "softmax": math.exp}[self.average]
-        weights = [weigh(-mean(segments.tree.nodes[child].known_logprobs)) for child in children]
+        known = [segments.tree.nodes[child].known_logprobs for child in children]
+        weights = [weigh(-mean(logprobs) if logprobs else 0.0) for logprobs in known]
         if not math.fsum(weights) > 0:  # all entropies are 0, or there are no logprobs
             weights = [1.0] * len(children)
         values = [self._value(segments, child, of_leaf) for child in children]
