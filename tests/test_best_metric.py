@@ -77,10 +77,9 @@ def test_the_default_metric_for_the_best_model_is_the_loss_of_one_dataset(make):
         make(None, eval_dataset=SEVERAL, load_best_model_at_end=True, save_strategy="steps", save_steps=1)
 
 
-@pytest.mark.parametrize("scheduler", ["constant", "reduce_lr_on_plateau"])
 @pytest.mark.parametrize("given", [{}, {"eval_dataset": SEVERAL}])
-def test_another_metric_that_evaluation_does_not_have_is_an_error_that_lists_those_it_has(make, given, scheduler):
-    trainer = make("accuracy", lr_scheduler_type=scheduler, **given)
+def test_another_metric_that_evaluation_does_not_have_is_an_error_that_lists_those_it_has(make, given):
+    trainer = make("accuracy", **given)
     loss = "eval_easy_loss" if given else "eval_loss"
     with pytest.raises(
         ConfigError, match=rf"'accuracy', but evaluation has .*'{loss}'.*'eval_reward', .*rewards/reward"
@@ -117,6 +116,17 @@ def test_every_metric_that_evaluation_has_can_choose_the_best_model(make, metric
     trainer = make(metric, **given)
     trainer.train()
     assert trainer.state.best_metric is not None
+
+
+def test_a_metric_that_a_subclass_adds_to_an_evaluation_can_choose_the_best_model(make, monkeypatch):
+    class Own(ARPOTrainer):
+        def evaluate(self, *args, **kwargs):
+            return {**super().evaluate(*args, **kwargs), "eval_own": 0.5}
+
+    monkeypatch.setitem(globals(), "ARPOTrainer", Own)
+    trainer = make("own")
+    trainer.train()
+    assert trainer.state.best_metric == 0.5
 
 
 def test_other_evaluations_may_have_other_metrics(make):

@@ -64,12 +64,10 @@ class Reporting(GRPOTrainer):
                 extra={visible(name): visible_data(list(column)) for name, column in self._logs["extra"].items()},
             )
 
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """Like TRL's. During training, it checks that its metrics contain `metric_for_best_model`."""
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if self.is_in_train and eval_dataset is None and metric_key_prefix == "eval":
-            check_evaluated(self.args, metrics)
-        return metrics
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Like transformers', with an error that lists the metrics if `metric_for_best_model` is none of them."""
+        check_evaluated(self.args, metrics)
+        return bool(super()._determine_best_metric(metrics, trial))
 
     def _learn(self, trees: Sequence[RolloutTree], rewards: Sequence[float], tally: Tally) -> None:
         """Lets the branch rule learn from the trees of all ranks, and counts its metrics."""

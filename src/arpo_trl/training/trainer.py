@@ -74,6 +74,7 @@ from arpo_trl.training.reporting import Reporting
 from arpo_trl.training.resampling import Resampling, tally_discarded, with_new_trees
 from arpo_trl.training.reward_guard import checked_reward, named_apart, total_rewards
 from arpo_trl.training.rollout_names import RolloutNames
+from arpo_trl.training.sampled_with import check_unchanged, sampled_with
 from arpo_trl.training.samples_ahead import SamplesAhead
 from arpo_trl.training.sharding import check_launch, model_for_generation
 from arpo_trl.training.sources import (
@@ -252,6 +253,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         """Keeps the `_loss_tokens` of a rollout open until its rows are scored."""
         self.alarms = Alarms(self.tree_sampler.settings.rule, self.toolbox.names)
         self._names = RolloutNames()
+        self._sampled_with = sampled_with(self)
         self.tree_sampler.between_events = self._interrupts.check
         self._spans = Spans()
 
@@ -377,6 +379,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         with self._spans("generate_and_score"):
             inputs = [dict(row) for row in inputs]  # TRL adds our columns to these rows
+            check_unchanged(self, self._sampled_with)
             refuse_taken_columns(inputs[0])  # environments may have rows without a prompt, which are not checked
             with self._with_environments(inputs) as inputs, self._scoring:
                 self._rows = inputs
