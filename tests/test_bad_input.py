@@ -5,6 +5,7 @@ model in test_sampler.py.
 """
 
 import math
+import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig
 
@@ -22,7 +23,7 @@ from arpo_trl.rewards import HierarchicalReward, LLMJudge
 from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.scripted import ScriptedEngine
 from arpo_trl.training.preflight import checked_stream
-from support import ANSWER, ON_CPU, python, save_tiny_model, search, tiny_model, tokenizer
+from support import ANSWER, ON_CPU, python, save_tiny_model, search, tiny_model, tokenizer, with_template
 
 ROW = {"prompt": [{"role": "user", "content": "what is the answer"}], "answer": ["1"]}
 GOOD = ROW | {"task": "math"}
@@ -89,6 +90,50 @@ def test_a_bad_row_of_a_streamed_dataset_is_the_error_of_one_that_is_not(make, b
         make(train_dataset=rows.to_iterable_dataset(), settings={"max_steps": 2}).train()
     with pytest.raises(DataError, match=message):
         make(eval_dataset={"some": rows.to_iterable_dataset()}).evaluate()
+
+
+def test_all_splits_in_place_of_the_training_dataset_are_named(make):
+    splits = DatasetDict({"train": Dataset.from_list([ROW]), "test": Dataset.from_list([ROW])})
+    with pytest.raises(
+        ConfigError, match=r"train_dataset with the splits \['train', 'test'\] is a DatasetDict; expected"
+    ):
+        make(train_dataset=splits)
+
+
+def test_parts_of_a_content_that_the_template_cannot_take_are_named(make, model_path):
+    row = {"prompt": [{"role": "user", "content": [{"type": "text", "text": "what is"}]}]}
+    with pytest.raises(DataError, match=r"row 0: the content of a message is a list of parts, and .* Images are not"):
+        make(rows=[row], processing_class=with_template("qwen2_5"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "tools", "said"),
+    [({}, [search], 1), ({}, None, 0), ({"tool_protocol": "chat_template"}, [search], 0)],
+)
+def test_only_a_run_that_needs_tags_is_warned_of_paths_without_them(make, caplog, settings, tools, said):
+    plain = ScriptedEngine(tokenizer(), SamplingParams(eos_ids=(tokenizer().eos_token_id,)), lambda r, c: "four")
+    make(settings=settings, tools=tools, engine=plain, processing_class=with_template("qwen2_5")).train()
+    assert caplog.text.count("neither a valid tool call nor an answer") == said
+
+
+def test_a_tool_that_changes_the_working_folder_does_not_move_the_run(make, tmp_path, monkeypatch, caplog):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def leaves(completions):
+        os.chdir(tmp_path / "elsewhere")
+        return [0.0] * len(completions)
+
+    make(settings={"output_dir": "run", "trajectory_log_rate": 1.0}, reward_funcs=leaves).train()
+    assert (tmp_path / "run/trajectories").is_dir() and not list((tmp_path / "elsewhere").iterdir())
+    assert "changed the working folder of the run" in caplog.text
+
+
+def test_a_run_over_the_trees_of_an_earlier_one_is_warned_of(make, caplog):
+    make(settings={"trajectory_log_rate": 1.0}).train()
+    assert "trees of an earlier run" not in caplog.text
+    make(settings={"trajectory_log_rate": 1.0}).train()
+    assert "trajectories contains trees of an earlier run" in caplog.text
 
 
 def test_a_row_of_a_streamed_dataset_without_a_prompt_is_an_error(make):

@@ -326,6 +326,18 @@ def test_aepo_enlarges_the_advantages_of_uncertain_tokens():
     torch.testing.assert_close(made, expected)
 
 
+def test_a_credit_that_changes_its_arguments_changes_nothing_else():
+    class InPlace(Credit):
+        def __call__(self, trees, rewards, advantages):
+            rewards -= rewards.mean()
+            advantages *= 2
+            return advantages, None
+
+    rewards, advantages = torch.tensor([1.0, 0.0]), torch.tensor([0.5, -0.5])
+    made, _ = attribute(InPlace(), [tree()], rewards, advantages, 5)
+    assert (made.tolist(), rewards.tolist(), advantages.tolist()) == ([1.0, -1.0], [1.0, 0.0], [0.5, -0.5])
+
+
 def test_a_credits_result_is_padded_to_the_batch():
     advantages = torch.tensor([1.0, -0.5])
     made, weights = attribute(Once(), [tree()], advantages, advantages, width=8)

@@ -216,6 +216,17 @@ def test_an_async_get_reward_is_awaited_and_weights_count_it(model_path, tmp_pat
     assert made.state.log_history[0]["reward"] == pytest.approx(10 + (3 + 3 + 2 + 3) / 4)
 
 
+def test_an_error_of_get_reward_names_its_line(model_path, tmp_path):
+    class Broken(Shop):
+        def get_reward(self) -> float:
+            raise KeyError("basket")
+
+    with pytest.raises(
+        RewardError, match=r"'Broken' raised KeyError: 'basket' \(.*test_environment_training\.py, line"
+    ):
+        trainer(model_path, tmp_path, kind=Broken).train()
+
+
 def test_an_evaluation_has_environments_too(model_path, tmp_path):
     settings = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4}
     made = trainer(model_path, tmp_path, eval_dataset=ROWS.select([2]), settings=settings)

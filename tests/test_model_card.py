@@ -90,6 +90,21 @@ def test_an_adapters_card_names_the_adapter(tmp_path):
     assert "| LoRA rank | 32 |" in text
 
 
+def test_a_card_of_a_run_without_tools_names_none():
+    text = card(settings={"tools": []}).text([])
+    assert metadata(text)["tags"] == ["arpo-trl", "arpo", "trl", "reinforcement-learning"]
+    assert "tool" not in text.partition("## How it was trained")[0].replace("--max-tool-calls 0", "").replace(
+        "--tool-call-limits none", ""
+    )
+    assert "--max-completion-length 512 --max-tool-calls 0 --tool-call-limits none\n```" in text
+
+
+def test_a_card_may_have_a_title_and_several_datasets():
+    text = card(title="My Model", settings={"dataset": ["me/rows", "you/rows", "rows.jsonl"]}).text([])
+    assert "\n# My Model\n" in text and 'from_pretrained("me/policy")' in text
+    assert metadata(text)["datasets"] == ["me/rows", "you/rows"]
+
+
 def test_paths_of_this_machine_are_no_names_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()

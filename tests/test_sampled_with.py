@@ -21,7 +21,11 @@ def model_path(tmp_path_factory) -> str:
     [
         ("temperature", 0.5, r"trainer\.temperature was changed from 1\.0 to 0\.5, but sampling keeps"),
         ("max_completion_length", 4, r"trainer\.max_completion_length was changed from 8 to 4"),
-        ("generation_config.temperature", 0.5, r"trainer\.generation_config\.temperature was changed from 1\.0 to 0\.5"),
+        (
+            "generation_config.temperature",
+            0.5,
+            r"trainer\.generation_config\.temperature was changed from 1\.0 to 0\.5",
+        ),
     ],
 )
 def test_a_callback_that_changes_how_completions_are_sampled_gets_an_error(

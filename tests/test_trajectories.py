@@ -139,6 +139,13 @@ def test_no_text_breaks_a_line(tmp_path, text):
     assert [tree.prompt for tree in read_trees(path)] == [text, "hello"]
 
 
+def test_half_of_a_surrogate_pair_is_written_as_a_question_mark(tmp_path):
+    r"""A JSON escape in the model's text can contain one: \ud83d."""
+    path = log(tmp_path).write("step-000000", [small("smile \ud83d")])
+    assert path is not None
+    assert [tree.prompt for tree in read_trees(path)] == ["smile ?"]
+
+
 def test_the_log_is_plain_json_that_other_programs_can_read(tmp_path):
     path = log(tmp_path).write("step-000000", [small()])
     assert path is not None

@@ -59,10 +59,16 @@ def failure_alarm(tool: str) -> Alarm:
 
 
 class Alarms:
-    """Checks a run's tallies for the alarms of all runs, those of the branch rule and those about `tools`."""
+    """Checks a run's tallies for the alarms of all runs, those of the branch rule and those about `tools`.
 
-    def __init__(self, rule: BranchRule, tools: Iterable[str] = ()):
-        self._alarms = (*ALARMS, *rule.alarms, *map(failure_alarm, tools))
+    Args:
+        tags: Whether the model must write tags, for calls or for answers. Without them, a path that consists of plain
+            text is in order.
+    """
+
+    def __init__(self, rule: BranchRule, tools: Iterable[str] = (), *, tags: bool = True):
+        of_all = [alarm for alarm in ALARMS if tags or alarm.metric != "alarm/unparsed"]
+        self._alarms = (*of_all, *rule.alarms, *map(failure_alarm, tools))
         self._counted = {alarm: [0.0, 0.0] for alarm in self._alarms}
         """Sum and count of each alarm's metric since its last check."""
         self._raised = dict.fromkeys(self._alarms, 0)

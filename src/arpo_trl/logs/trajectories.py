@@ -122,7 +122,8 @@ class TrajectoryLog:
         path = self.folder / f"{name}-rank{self.rank}.jsonl"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(path, "".join(json.dumps(_tree_row(tree), ensure_ascii=False) + "\n" for tree in kept))
+            rows = "".join(json.dumps(_tree_row(tree), ensure_ascii=False) + "\n" for tree in kept)
+            write_whole(path, rows, errors="replace")  # for lone surrogates, which a JSON escape can contain
         except OSError as error:
             if not is_full_disk(error):
                 raise
@@ -131,6 +132,14 @@ class TrajectoryLog:
             self._has_warned = True
             return None
         return path
+
+    def warn_of_earlier_run(self) -> None:
+        """Warns that the folder has files, which a new run replaces only in part."""
+        if any(_FILE.fullmatch(path.name) for path in self.folder.glob("*-rank*")):
+            logger.warning(
+                f"{self.folder} contains trees of an earlier run. The new run replaces those of the same steps only, "
+                "so `arpo-trl tree` and `view` show both runs. Remove the folder, or choose another output_dir."
+            )
 
     def forget_from(self, step: int, *, evaluated: bool) -> None:
         """Removes all ranks' files of the steps that a run resumed at `step` repeats: this step and later ones.

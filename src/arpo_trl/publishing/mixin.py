@@ -165,6 +165,8 @@ class Publishing(GRPOTrainer):
         """The content of the run's `training_config.yaml`."""
         settings = describe(*self.other_settings, self.args)
         settings.setdefault("model_name_or_path", get_config_model_id(self.model.config))
+        if not self.tools:
+            settings["tools"] = []
         if (shared := self._shared_system_prompt) is not None:
             settings.setdefault("system_prompt", shared)
         return settings
@@ -183,7 +185,7 @@ class Publishing(GRPOTrainer):
     def create_model_card(
         self,
         model_name: str | None = None,
-        dataset_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
         tags: str | Sequence[str] | None = None,
     ) -> None:
         """Writes card, training curves and settings to `output_dir`. Runs only on the main process."""
@@ -194,7 +196,8 @@ class Publishing(GRPOTrainer):
             settings["dataset"] = dataset_name
         given = (tags,) if isinstance(tags, str) else tuple(tags or ())
         Card(
-            repo_id=self.hub_model_id or model_name or Path(self.args.output_dir).absolute().name,
+            repo_id=self.hub_model_id or Path(self.args.output_dir).absolute().name,
+            title=model_name,
             settings=settings,
             history=self.state.log_history,
             base_model=get_config_model_id(self.model.config),

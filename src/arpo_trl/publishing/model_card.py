@@ -30,7 +30,8 @@ from arpo_trl.visible import without_credentials
 EVALUATION_NAME = "evaluation.md"
 CURVES_FOLDER = "curves"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
-TAGS = ("arpo-trl", "arpo", "trl", "reinforcement-learning", "agent", "tool-use")
+TAGS = ("arpo-trl", "arpo", "trl", "reinforcement-learning")
+TOOL_TAGS = ("agent", "tool-use")
 VERSIONS = ("arpo-trl", "trl", "transformers", "peft", "torch", "datasets", "tokenizers")
 
 SHOWN_SETTINGS = {
@@ -84,7 +85,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 @dataclass(frozen=True, kw_only=True)
 class Card:
     """The content of a model card. `settings` has the content of `training_config.yaml`. `history` is a trainer's log
-    history.
+    history. `title` is that of the card; None: the name of the repository.
 
     Card(repo_id="me/policy", settings=describe(args), history=trainer.state.log_history,
          base_model="Qwen/Qwen3-0.6B", is_adapter=False).write(Path("output"))
@@ -96,6 +97,7 @@ class Card:
     base_model: str | None
     is_adapter: bool
     evaluation: str | None = None
+    title: str | None = None
     extra_tags: Sequence[str] = field(default=())
 
     @classmethod
@@ -145,21 +147,24 @@ class Card:
         from huggingface_hub import ModelCardData
 
         base = self.base_model if self.base_model is not None and is_hub_id(self.base_model) else None
-        named = (self.settings.get(name) for name in ("dataset", "eval_dataset"))
+        given = (self.settings.get(name) for name in ("dataset", "eval_dataset"))
+        named = (name for names in given for name in (names if isinstance(names, list) else [names]))
         datasets = list(dict.fromkeys(name for name in named if isinstance(name, str) and is_hub_id(name)))
+        uses_tools = self.settings.get("tools") != []
         data = ModelCardData(
             library_name="peft" if self.is_adapter else "transformers",
             pipeline_tag="text-generation",
             base_model=base,
             base_model_relation=None if base is None else "adapter" if self.is_adapter else "finetune",
             datasets=datasets or None,
-            tags=list(dict.fromkeys([*TAGS, *self.extra_tags])),
+            tags=list(dict.fromkeys([*TAGS, *(TOOL_TAGS if uses_tools else ()), *self.extra_tags])),
         )
         source = files("arpo_trl.publishing").joinpath("model_card.md.jinja").read_text("utf-8")
         environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         return environment.from_string(source).render(
             card_data=data.to_yaml(),
-            name=self.repo_id.rpartition("/")[2],
+            name=self.title or self.repo_id.rpartition("/")[2],
+            uses_tools=uses_tools,
             repo_id=self.repo_id,
             base_model=base,
             is_adapter=self.is_adapter,
@@ -187,7 +192,7 @@ class Card:
         defaults = {item.name: item.default for item in dataclasses.fields(ARPOConfig)}
         for name, label in SHOWN_SETTINGS.items():
             value = self.settings.get(name, defaults.get(name))
-            if value is not None and (self.settings.get("use_peft") or not name.startswith("lora_")):
+            if value not in (None, []) and (self.settings.get("use_peft") or not name.startswith("lora_")):
                 yield label, value
 
 

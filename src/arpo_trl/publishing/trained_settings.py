@@ -66,6 +66,8 @@ class EvaluationSettings:
         # Training limits no single tool, and evaluation by default these two.
         values["tool_call_limits"] = [] if calls is None else [f"{tool}={calls}" for tool in ("python", "search")]
         left_out = sorted(LEFT_OUT & settings.keys())
+        if settings.get("tools") == []:
+            values |= {"max_tool_calls": 0, "tool_call_limits": []}
         if not all(tool in BUILT_IN or _is_in_this_folder(tool) for tool in values.get("tools", [])):
             del values["tools"]
             left_out.append("tools")

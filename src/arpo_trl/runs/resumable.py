@@ -127,6 +127,9 @@ class Resumable(GRPOTrainer):
                 log.clear()
                 log.extend(column)
 
+    def _begin_logs(self) -> None:
+        """Called when a new run begins. A subclass overrides it."""
+
     def _forget_from(self, step: int, *, evaluated: bool) -> None:
         """Removes the log files of steps, from `step` on, that the resumed run repeats. A subclass overrides it.
 
@@ -166,6 +169,8 @@ class Resumable(GRPOTrainer):
         if resume_from_checkpoint and self.args.should_save:
             step = self._resumed.step if self._resumed else 0
             self._forget_from(step, evaluated=self._resumed is not None and not self._resumed.owes_evaluation)
+        elif self.args.should_save:
+            self._begin_logs()
         folder = None if self._resumed is None else str(self._resumed.folder)
         with self._interrupts.listening():
             try:

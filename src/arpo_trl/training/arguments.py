@@ -41,6 +41,7 @@ def _checks(
     *,
     model: Any,
     args: Any,
+    train_dataset: Any,
     eval_dataset: Any,
     processing_class: Any,
     reward_processing_classes: Any,
@@ -53,6 +54,8 @@ def _checks(
     is_model = isinstance(model, str) or _has(model, "config", "generation_config")
     yield "model", model, is_model, "a folder or a Hub id, as text, or a causal language model"
     yield "args", args, isinstance(args, ARPOConfig | None), "an ARPOConfig, which adds ARPO's settings"
+    splits = f"with the splits {list(train_dataset)}" if isinstance(train_dataset, dict) else ""
+    yield f"train_dataset {splits}".rstrip(), train_dataset, not splits, "one dataset, such as dataset['train']"
     yield from _datasets(eval_dataset, evaluates=args is not None and args.eval_strategy != "no")
     is_tokenizer = isinstance(processing_class, PreTrainedTokenizerBase | ProcessorMixin | None)
     yield "processing_class", processing_class, is_tokenizer, "a tokenizer, such as AutoTokenizer.from_pretrained(…)"

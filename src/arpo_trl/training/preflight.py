@@ -24,6 +24,7 @@ from arpo_trl.config import ARPOConfig
 from arpo_trl.data.loading import EMPTY, validate_row, validate_rows
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.options import ProtocolKind, SharedPrefixForward
+from arpo_trl.rewards.hierarchical import HierarchicalReward
 from arpo_trl.rollout.credit.base import Credit
 from arpo_trl.rollout.engines.base import Engine, EngineAhead
 from arpo_trl.rollout.engines.compute_dtype import training_dtype
@@ -422,6 +423,11 @@ def _check_roles(dataset: Dataset, protocols: Protocols) -> None:
         except ConfigError:
             raise
         except Exception as error:  # a template can raise anything
+            if any(kind is list for _, kind in roles):
+                raise DataError(
+                    f"Dataset row {i}: the content of a message is a list of parts, and the tokenizer's chat template "
+                    f"takes text: {error}. Write the parts as one text. Images are not supported."
+                ) from error
             raise DataError(
                 f"Dataset row {i}: the tokenizer's chat template rejects its messages, whose roles are "
                 f"{[role for role, _ in roles]}: {error}. Use roles that the template accepts (for example, put the "
@@ -440,6 +446,13 @@ def _check_embeddings(dataset: Dataset, protocols: Protocols, embeddings: int) -
                 f"`model.resize_token_embeddings("
                 "len(tokenizer))` before training, or use the model's own tokenizer."
             )
+
+
+def needs_tags(args: ARPOConfig, tools: Collection[str], rewards: Sequence[Any]) -> bool:
+    """Whether the model must write tags: to call `tools`, or for an answer that the built-in reward reads."""
+    return (args.tool_protocol == ProtocolKind.TAGS and bool(tools)) or any(
+        isinstance(reward, HierarchicalReward) for reward in rewards
+    )
 
 
 LONGER = ", or give vLLM a longer context (vllm_max_model_length, or a server's --max-model-len)"

@@ -14,11 +14,13 @@ from typing import Any, SupportsFloat
 
 import torch
 
+import arpo_trl
 from arpo_trl.common.user_code import outcome_of, text_of
 from arpo_trl.errors import ArpoError, Interrupted, RewardError
 from arpo_trl.runs.interrupts import Interrupts
 from arpo_trl.trl_seam import get_callable_name, is_async_callable
 
+_PACKAGE = str(Path(arpo_trl.__file__).parent)
 LARGEST = 1e18
 """TRL computes with float32. The squares of larger rewards overflow, and so does the standard deviation of a group."""
 REWARD_POLL_S = 0.2
@@ -135,7 +137,8 @@ def _told(function: Any, name: str) -> Iterator[None]:
     except BaseException as error:  # also SystemExit: a library may call sys.exit
         frames = traceback.extract_tb(error.__traceback__)
         code = getattr(getattr(function, "__wrapped__", function), "__code__", None)
-        in_function = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
+        file = None if code is None or code.co_filename.startswith(_PACKAGE) else code.co_filename
+        in_function = [frame for frame in frames if frame.filename == file]
         place = in_function[-1] if in_function else frames[-1]
         raise RewardError(
             f"The reward function {name!r} raised {type(error).__name__}: {text_of(error)} ({place.filename}, line "

@@ -1,7 +1,7 @@
 """Checks that attributes of TRL's trainer that determine its samples keep their values.
 
-TRL reads `trainer.temperature` or `trainer.generation_config` before each generation, so callbacks can anneal them. Here
-engines get their settings when the trainer is created. A later change would only reach the loss.
+TRL reads `trainer.temperature` or `trainer.generation_config` before each generation, so callbacks can anneal them.
+Here engines get their settings when the trainer is created. A later change would only reach the loss.
 """
 
 from __future__ import annotations

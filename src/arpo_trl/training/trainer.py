@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from trl import GRPOTrainer
 
 from arpo_trl.common.spans import Spans
+from arpo_trl.common.working_folder import kept_working_folder
 from arpo_trl.config import ARPOConfig
 from arpo_trl.data.loading import refuse_taken_columns
 from arpo_trl.logs.alarms import Alarms
@@ -65,6 +66,7 @@ from arpo_trl.training.preflight import (
     listed_rewards,
     log_defaults,
     made_args,
+    needs_tags,
     prepare_prefix_sharing,
     refuse_own_rollouts,
     tokenizer_for,
@@ -155,6 +157,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
             functions,
             model=model,
             args=args,
+            train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             reward_processing_classes=reward_processing_classes,
@@ -208,9 +211,9 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         self.reward_func_names = named_apart(self.reward_funcs, self.reward_func_names)
         check_best_metric(args, eval_dataset, self.reward_func_names, functions)
         self.tools = tools  # set here: TRL's __init__ would require a chat template with tools, which tags do not need
-        self._finish_init(datasets, engine)
+        self._finish_init(datasets, functions, engine)
 
-    def _finish_init(self, datasets: Sequence[Any], engine: Engine | None) -> None:
+    def _finish_init(self, datasets: Sequence[Any], rewards: Sequence[Any], engine: Engine | None) -> None:
         """The part of `__init__` after TRL's. `datasets`: the training dataset, then the evaluation datasets."""
         args = self.args
         log_defaults(args)
@@ -251,7 +254,9 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         """The counts of this rollout before `_log_rollout`."""
         self._scoring = ExitStack()
         """Keeps the `_loss_tokens` of a rollout open until its rows are scored."""
-        self.alarms = Alarms(self.tree_sampler.settings.rule, self.toolbox.names)
+        self.alarms = Alarms(
+            self.tree_sampler.settings.rule, self.toolbox.names, tags=needs_tags(args, self.toolbox.names, rewards)
+        )
         self._names = RolloutNames()
         self._sampled_with = sampled_with(self)
         self.tree_sampler.between_events = self._interrupts.check
@@ -381,7 +386,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
             inputs = [dict(row) for row in inputs]  # TRL adds our columns to these rows
             check_unchanged(self, self._sampled_with)
             refuse_taken_columns(inputs[0])  # environments may have rows without a prompt, which are not checked
-            with self._with_environments(inputs) as inputs, self._scoring:
+            with kept_working_folder(), self._with_environments(inputs) as inputs, self._scoring:
                 self._rows = inputs
                 batch = super()._generate_and_score_completions(inputs)
             self._subtract_baseline(batch)
@@ -441,6 +446,9 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         rule = self.tree_sampler.settings.rule
         readable(rule.state_dict(), f"The state_dict of the branch rule {rule.name!r}")
         super()._save_rng_state(output_dir)
+
+    def _begin_logs(self) -> None:
+        self._trajectories.warn_of_earlier_run()
 
     def _forget_from(self, step: int, *, evaluated: bool) -> None:
         self._trajectories.forget_from(step, evaluated=evaluated)
