@@ -440,6 +440,47 @@ def test_an_exception_is_one_line_without_paths(error: BaseException, text: str,
     assert (result.text, result.failure, result.source) == (text, "error", "executed")
 
 
+async def leave() -> None:
+    sys.exit(2)
+
+
+async def stop_the_loop() -> None:
+    asyncio.get_running_loop().stop()
+
+
+@pytest.mark.parametrize(("work", "text"), [(leave, "Error: SystemExit: 2"), (stop_the_loop, "null")])
+def test_an_async_tool_that_ends_the_program_in_a_task_ends_only_its_call(
+    work: Callable[[], Any], text: str, gate: Gate
+) -> None:
+    async def ending(text: str) -> Any:
+        """End the program.
+
+        Args:
+            text: Not used.
+        """
+        return json.dumps(await asyncio.wait_for(work(), 60))
+
+    async def waiting(text: str) -> str:
+        """Wait until the other call has ended.
+
+        Args:
+            text: What to return.
+        """
+        while not gate.opened.is_set():
+            await asyncio.sleep(0.001)
+        return text
+
+    with ToolBox([ending, waiting, echo_later]) as box:
+        during = box.submit(ToolCall(name="waiting", arguments={"text": "during"}))
+        box.submit(ToolCall(name="ending", arguments={"text": "x"}))
+        (result,) = collect(box, 1).values()
+        gate.opened.set()
+        later = box.submit(ToolCall(name="echo_later", arguments={"text": "later"}))
+        results = collect(box, 2)
+    assert result.text == text
+    assert (results[during].text, results[later].text) == ("during", "later")
+
+
 def test_an_exception_without_a_readable_message_is_still_text() -> None:
     class Unprintable(Exception):
         def __str__(self) -> str:
