@@ -17,6 +17,7 @@ from decimal import Decimal
 from enum import Enum
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import numpy as np
 import pandas
@@ -114,6 +115,18 @@ def returning(value: Any) -> Callable[[str], Any]:
         return value
 
     return tool
+
+
+def of_kind(kind: str, tool: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The sync tool as one that runs in a "thread" or in "main", or as an "async" one."""
+    if kind != "async":
+        return wanting(tool, run_in=kind)
+
+    async def wrapper(text: str) -> Any:
+        return tool(text)
+
+    wrapper.__name__, wrapper.__doc__ = tool.__name__, tool.__doc__
+    return wrapper
 
 
 def collect(box: ToolBox, count: int) -> dict[int, ToolResult]:
@@ -422,6 +435,13 @@ def test_a_text_of_just_the_longest_length_is_not_cut() -> None:
         (KeyboardInterrupt(), "Error: KeyboardInterrupt"),
         (StopIteration("end"), "Error: StopIteration: end"),
         (asyncio.CancelledError(), "Error: CancelledError"),
+        (FileNotFoundError("there is no order 'A7'"), "Error: FileNotFoundError: there is no order 'A7'"),
+        (TimeoutError("the shop took more than 3 s"), "Error: TimeoutError: the shop took more than 3 s"),
+        (URLError("unknown url type: foo"), "Error: URLError: <urlopen error unknown url type: foo>"),
+        (FileNotFoundError(2, None, "/a/secret/path"), "Error: FileNotFoundError"),
+        (OSError(2, b"bytes", "/a/secret/path"), "Error: FileNotFoundError"),
+        (OSError(2, b"bytes"), "Error: FileNotFoundError: [Errno 2] b'bytes'"),
+        (OSError(), "Error: OSError"),
     ],
 )
 @pytest.mark.parametrize("kind", ["sync", "async"])
@@ -481,12 +501,94 @@ def test_an_async_tool_that_ends_the_program_in_a_task_ends_only_its_call(
     assert (results[during].text, results[later].text) == ("during", "later")
 
 
-def test_an_exception_without_a_readable_message_is_still_text() -> None:
-    class Unprintable(Exception):
-        def __str__(self) -> str:
-            raise RuntimeError("no")
+class Ending(BaseException):
+    """Neither an Exception nor one of Python's own."""
 
-    assert call_once(returning(Unprintable())).text == "Error: Unprintable"
+
+def failing(error: BaseException | None) -> Any:
+    """A method that raises `error`; None: it returns no text."""
+
+    def method(self: Any, *arguments: Any) -> Any:
+        if error is not None:
+            raise error
+
+    return method
+
+
+ODD_ERRORS = [RuntimeError("no"), SystemExit(1), Ending(), None]
+
+
+@pytest.mark.parametrize("error", [*ODD_ERRORS, KeyboardInterrupt()])
+@pytest.mark.parametrize("base", [Exception, ToolError, ToolUnavailable, FileNotFoundError])
+@pytest.mark.parametrize("kind", ["thread", "main", "async"])
+def test_an_exception_whose_class_makes_no_message_is_text(
+    error: BaseException | None, base: type[Exception], kind: str
+) -> None:
+    if kind == "main" and isinstance(error, KeyboardInterrupt):
+        return  # in the main thread it comes from the user
+    unprintable = type("Unprintable", (base,), {"__str__": failing(error)})
+    result = call_once(of_kind(kind, returning(unprintable())))
+    assert result.text == "Error: Unprintable"
+    assert result.failure == ("degraded" if base is ToolUnavailable else "error")
+
+
+def test_the_message_of_an_exception_may_be_an_odd_text() -> None:
+    class Odd(str):
+        encode = strip = partition = failing(RuntimeError("no"))
+
+    assert call_once(returning(ToolError(Odd("closed")))).text == "closed"
+    assert call_once(returning(ValueError(Odd("closed")))).text == "Error: ValueError: closed"
+    assert call_once(returning(Odd("closed"))).text == "closed"
+
+
+@pytest.mark.parametrize("error", ODD_ERRORS)
+@pytest.mark.parametrize("kind", ["thread", "main", "async"])
+def test_a_value_whose_class_fails_to_write_it_is_not_text(error: BaseException | None, kind: str) -> None:
+    for base, arguments in ((Decimal, ("1.5",)), (date, (2024, 2, 29)), (Path, ("a",))):
+        unprintable = type("Unprintable", (type(base(*arguments)),), {"__str__": failing(error)})
+        result = call_once(of_kind(kind, returning(unprintable(*arguments))))
+        assert (result.text, result.failure) == (
+            "Error: the tool call returned Unprintable, which is not text.",
+            "not_text",
+        )
+
+
+@pytest.mark.parametrize("kind", ["thread", "main", "async"])
+def test_a_value_that_hides_its_class_ends_only_its_call(kind: str) -> None:
+    class Proxy:
+        @property
+        def __class__(self) -> Any:
+            raise RuntimeError("no object")
+
+    assert not call_once(of_kind(kind, returning(Proxy()))).ok
+
+
+class Soon:
+    """An awaitable that is no coroutine."""
+
+    def __await__(self) -> Iterator[Any]:
+        return asyncio.sleep(0).__await__()
+
+
+@pytest.mark.parametrize("other", [echo_later, returning(Soon())])
+def test_a_call_that_another_coroutine_cancels_before_its_first_step_is_text(other: Callable[[str], Any]) -> None:
+    async def cancel(text: str) -> str:
+        """Cancel the other call.
+
+        Args:
+            text: What to return.
+        """
+        while len(tasks := asyncio.all_tasks() - {asyncio.current_task()}) == 0:
+            await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        return text
+
+    with ToolBox([cancel, other]) as box:
+        first = box.submit(ToolCall(name="cancel", arguments={"text": "done"}))
+        second = box.submit(ToolCall(name=other.__name__, arguments={"text": "x"}))
+        results = collect(box, 2)
+    assert (results[first].text, results[second].text) == ("done", "Error: CancelledError")
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from datetime import date, timedelta
 from datetime import time as time_of_day
@@ -23,29 +25,54 @@ _WRITTEN_OUT = (Decimal, Fraction, date, time_of_day, timedelta, UUID, PurePath)
 
 
 def written_out(value: Any) -> str | None:
-    """Return a value that a tool returned as text; None if it has no obvious text form."""
-    with contextlib.suppress(Exception, SystemExit):  # code of the value's class
+    """Return a value that a tool returned as text; None if it has no obvious text form, or its class fails to make
+    one."""
+    with _code_of_a_class():
         value = _unwrapped(value)
-    if isinstance(value, str):
-        return value
-    if isinstance(value, _WRITTEN_OUT):
-        return str(value)
-    if isinstance(value, (bool, int, float, dict, list, tuple)):
-        with contextlib.suppress(Exception, SystemExit):  # not JSON, contains itself, or an odd subclass
+    with _code_of_a_class():  # fails also if the value is not JSON or contains itself
+        if isinstance(value, str):
+            return str.__str__(value)
+        if isinstance(value, _WRITTEN_OUT):
+            return str.__str__(str(value))
+        if isinstance(value, (bool, int, float, dict, list, tuple)):
             return json.dumps(_with_plain_keys(value), ensure_ascii=False, default=_jsonable)
     return None
 
 
 def described(error: BaseException) -> str:
-    """Return the message of a `ToolError`; for other exceptions one short line without paths of this machine."""
-    if isinstance(error, ToolError):
-        return str(error)
-    message: str | None = None
-    with contextlib.suppress(Exception, SystemExit):  # str() may fail; then there is no message
-        message = error.strerror if isinstance(error, OSError) else str(error)
-    # Without secrets before it is cut: a part of one would remain.
-    first_line = without_secrets((message or "").strip()).partition("\n")[0][:_MAX_ERROR_CHARS]
-    return f"Error: {type(error).__name__}: {first_line}" if first_line else f"Error: {type(error).__name__}"
+    """Return the message of a `ToolError`; for other exceptions one short line.
+
+    If an OSError names a file, this leaves out the file: the model does not see paths of this machine. If the
+    exception's class fails to make a message, the text consists of its name.
+    """
+    with _code_of_a_class():
+        if isinstance(error, ToolError):
+            return str.__str__(str(error))
+        # Without secrets before it is cut: a part of one would remain.
+        first_line = without_secrets(_message(error).strip()).partition("\n")[0][:_MAX_ERROR_CHARS]
+        if first_line:
+            return f"Error: {type(error).__name__}: {first_line}"
+    return f"Error: {type(error).__name__}"
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, OSError):
+        if isinstance(error.strerror, str):
+            return str.__str__(error.strerror)
+        if error.filename is not None:
+            return ""
+    return str.__str__(str(error))
+
+
+@contextmanager
+def _code_of_a_class() -> Iterator[None]:
+    """A context that ends quietly if code of a user's class raises anything. Ctrl-C passes: Python raises it in the
+    main thread only."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+            raise
 
 
 def presentable(text: str, max_chars: int) -> str:

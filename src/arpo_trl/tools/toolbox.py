@@ -21,6 +21,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -323,7 +324,9 @@ class ToolBox:
                 text, failure = await asyncio.wait_for(self._start(execution), execution.timeout_s)
             except TimeoutError:
                 text, failure = self._overdue(execution.call.name, execution.timeout_s)
-            except RuntimeError as error:  # no thread can start; without a result the caller would wait forever
+            except BaseException as error:  # such as: no thread can start. Without a result the caller waits forever
+                if self._closed:
+                    raise
                 text, failure = self._as_text(execution.call.name, _Raised(error))
             seconds = time.perf_counter() - start
         self._deliver(execution, text, failure, seconds)
@@ -332,7 +335,7 @@ class ToolBox:
         """Run the execution in this thread. A Ctrl-C here comes from the user and is not a failure of the tool."""
         start = time.perf_counter()
         value = self._awaited(_returned(execution.tool.run, execution.call.arguments))
-        if isinstance(value, _Raised) and isinstance(value.error, KeyboardInterrupt):
+        if type(value) is _Raised and isinstance(value.error, KeyboardInterrupt):
             raise value.error
         text, failure = self._as_text(execution.call.name, value)
         self._deliver(execution, text, failure, time.perf_counter() - start)
@@ -365,7 +368,7 @@ class ToolBox:
 
         def work() -> None:
             value = self._awaited(_returned(tool, call.arguments))
-            if isinstance(value, _Raised):
+            if type(value) is _Raised:
                 self._notice_bound_to_thread(call.name, value.error)
             outcome = self._as_text(call.name, value)
             with contextlib.suppress(RuntimeError):  # the box has been closed
@@ -377,13 +380,18 @@ class ToolBox:
 
     def _awaited(self, value: Any) -> Any:
         """Return `value`, the return value of a sync tool. If it is awaitable, await it on the loop of async tools."""
-        if not inspect.isawaitable(value):
-            return value
+        try:
+            if not inspect.isawaitable(value):
+                return value
+        except BaseException as error:  # code of the value's class, such as a proxy without an object
+            return _Raised(error)
         future = self._async_tools.start(_result_of(value))
         try:
             return future.result(self._timeout_s)
         except TimeoutError:
             return _Raised(_Overdue())
+        except CancelledError as error:  # another coroutine of the loop cancelled it before its start
+            return _Raised(error)
         finally:
             future.cancel()
 
@@ -415,9 +423,9 @@ class ToolBox:
         return f"Error: the {name} call took longer than {timeout_s:g} s.", ToolFailure.TIMEOUT
 
     def _as_text(self, name: str, value: Any) -> _Outcome:
-        if isinstance(value, _Raised) and isinstance(value.error, _Overdue):
+        if type(value) is _Raised and type(value.error) is _Overdue:
             return self._overdue(name, self._timeout_s)
-        if isinstance(value, _Raised):
+        if type(value) is _Raised:
             return presentable(described(value.error), self._max_chars), _failure_of(value.error)
         text = written_out(value)
         if text is None:
