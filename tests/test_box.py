@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date, datetime
 from decimal import Decimal
@@ -871,6 +872,140 @@ def test_an_async_tool_cannot_run_in_the_main_thread() -> None:
 
     with pytest.raises(ToolSpecError, match=r"'later' is async .* Make it a sync function"):
         tool_spec(wanting(later, run_in="main"))
+
+
+def test_a_tool_of_the_sampling_thread_that_needs_another_one_is_named_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with ThreadPoolExecutor(1, "sampling") as pool:
+        tool = wanting(price_tool(), run_in="main")
+        result = pool.submit(call_once, tool, {"metal": "tin"}).result(60)
+    assert result.text.startswith("Error: ProgrammingError: SQLite objects created in a thread")
+    (record,) = caplog.records
+    assert "'price' failed: ProgrammingError: SQLite objects" in record.message
+    assert "it ran in the sampling thread, sampling_0. With rollouts_ahead this is not the main" in record.message
+
+
+def test_an_interrupt_by_a_tool_in_another_sampling_thread_is_text() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(call_once, wanting(returning(KeyboardInterrupt()), run_in="main")).result(60)
+    assert result.text == "Error: KeyboardInterrupt"
+
+
+class Shelf(PathState):
+    """Its slow call takes until the gate opens."""
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+        self.calls: list[str] = []
+
+    def put(self, text: str) -> str:
+        self.gate.opened.wait(60)
+        self.calls.append(text)
+        return " ".join(self.calls)
+
+    async def put_later(self, text: str) -> str:
+        while not self.gate.opened.is_set():
+            await asyncio.sleep(0.001)
+        return self.put(text)
+
+    def look(self, text: str) -> str:
+        self.calls.append(text)
+        return " ".join(self.calls)
+
+    def fork(self) -> Shelf:
+        raise NotImplementedError
+
+
+def shelf_tools(gate: Gate) -> list[Callable[..., Any]]:
+    async def put_later(text: str) -> str:
+        """Put something on the shelf, asynchronously.
+
+        Args:
+            text: What.
+        """
+        raise AssertionError
+
+    def create(group: int) -> Shelf:
+        return Shelf(gate)
+
+    tools = [named("put"), put_later, wanting(named("look"), run_in="main")]
+    return [wanting(tool, create_state=create) for tool in tools]
+
+
+@pytest.mark.parametrize("slow", ["put", "put_later"])
+def test_calls_of_a_state_run_in_their_order_also_if_some_run_in_the_main_thread(slow: str, gate: Gate) -> None:
+    with ToolBox(shelf_tools(gate)) as box:
+        states, others = box.create_states(0), box.create_states(0)
+
+        def submit(name: str, text: str, states: PathStates) -> int:
+            return box.submit(ToolCall(name=name, arguments={"text": text}), states)
+
+        tickets = [submit(name, text, states) for name, text in (("look", "a"), (slow, "b"), ("look", "c"))]
+        tickets += [submit(name, text, states) for name, text in (("look", "d"), (slow, "e"))]
+        other = submit("look", "x", others)
+        results = collect(box, 2)  # of the first call, and of the other path's, which overtakes
+        assert set(results) == {tickets[0], other}
+        gate.opened.set()
+        results |= collect(box, 4)
+        assert results[other].text == "x"
+    assert [results[ticket].text for ticket in tickets] == ["a", "a b", "a b c", "a b c d", "a b c d e"]
+
+
+def test_calls_in_the_main_thread_run_in_their_order_also_if_some_have_a_state(gate: Gate) -> None:
+    order: list[str] = []
+
+    def note(text: str) -> str:
+        """Note something.
+
+        Args:
+            text: What.
+        """
+        order.append(text)
+        return text
+
+    class Noted(Shelf):
+        def look(self, text: str) -> str:
+            return note(text)
+
+    look = wanting(named("look"), run_in="main", create_state=lambda group: Noted(gate))
+    with ToolBox([look, wanting(note, run_in="main")]) as box:
+        states = box.create_states(0)
+        for name, text in (("look", "a"), ("look", "b"), ("note", "c"), ("look", "d")):
+            box.submit(ToolCall(name=name, arguments={"text": text}), states)
+        collect(box, 4)
+    assert order == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize("kind", ["thread", "main", "async"])
+def test_a_tool_that_changes_its_arguments_does_not_change_the_call(kind: str) -> None:
+    def change(cards: list[int], best: dict[str, list[int]]) -> int:
+        """Take the highest card.
+
+        Args:
+            cards: The cards.
+            best: The best ones.
+        """
+        cards.sort()
+        best["seen"].append(cards.pop())
+        return best["seen"][-1]
+
+    async def change_later(cards: list[int], best: dict[str, list[int]]) -> int:
+        """Take the highest card.
+
+        Args:
+            cards: The cards.
+            best: The best ones.
+        """
+        return change(cards, best)
+
+    tool = change_later if kind == "async" else wanting(change, run_in=kind)
+    call = ToolCall(name=tool.__name__, arguments={"cards": [3, 9, 1], "best": {"seen": []}})
+    with ToolBox([tool]) as box:
+        box.submit(call)
+        (result,) = collect(box, 1).values()
+    assert result.text == "9"
+    assert call.arguments == {"cards": [3, 9, 1], "best": {"seen": []}}
 
 
 # Sharing.
