@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import itertools
 import json
+import re
 import sqlite3
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from datetime import date, datetime
 from decimal import Decimal
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypedDict
 from urllib.error import URLError
 
 import numpy as np
@@ -146,6 +148,16 @@ def call_once(tool: Callable[..., Any], arguments: dict[str, Any] | None = None,
         return collect(box, 1)[ticket]
 
 
+class Colour(Enum):
+    RED = "red"
+
+
+@dataclass
+class Point:
+    x: float
+    next: Any = None
+
+
 # Specifications.
 
 
@@ -219,6 +231,115 @@ def test_a_tool_that_cannot_be_offered_is_refused(tool: Callable[..., Any], mess
         tool_spec(tool)
 
 
+def annotated(hint: Any) -> Callable[..., Any]:
+    """A tool whose parameter has that type."""
+
+    def tool(value: Any) -> str:
+        """Show the value.
+
+        Args:
+            value: What to show.
+        """
+        return repr(value)
+
+    tool.__annotations__["value"] = hint
+    tool.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter("value", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=hint)]
+    )
+    return tool
+
+
+class Pair(TypedDict):
+    first: int
+
+
+@pytest.mark.parametrize(
+    ("hint", "schema", "value"),
+    [
+        (list, {"type": "array", "items": {}}, [1, "a"]),
+        (tuple, {"type": "array", "items": {}}, [1, "a"]),
+        (list | None, {"type": "array", "items": {}, "nullable": True}, [1]),
+        (list[list], {"type": "array", "items": {"type": "array", "items": {}}}, [[1]]),
+        (list[dict], {"type": "array", "items": {"type": "object"}}, [{}]),
+        (dict[str, list], {"type": "object", "additionalProperties": {"type": "array", "items": {}}}, {"a": [1]}),
+        (tuple[int, str], {"type": "array", "prefixItems": [{"type": "integer"}, {"type": "string"}]}, [1, "a"]),
+        (dict, {"type": "object"}, {"a": 1}),
+        (Pair, {"type": "object"}, {"first": 1}),
+        (Any, {}, [1]),
+        (Annotated[str, "a city"], {"type": "string"}, "Oslo"),
+        (Literal["a", 1] | None, {"type": ["string", "integer"], "enum": ["a", 1], "nullable": True}, None),
+    ],
+)
+def test_a_parameter_takes_the_json_values_of_its_type(hint: Any, schema: dict[str, Any], value: Any) -> None:
+    tool = annotated(hint)
+    properties = tool_spec(tool).schema["function"]["parameters"]["properties"]
+    assert properties == {"value": {**schema, "description": "What to show."}}
+    assert call_once(tool, {"value": value}).text == repr(value)
+
+
+@pytest.mark.parametrize(
+    ("hint", "shown", "instead"),
+    [
+        (Colour, "Colour", r"Literal\['red'\]"),
+        (list[Colour], "Colour", r"Literal\['red'\]"),
+        (dict[str, date | None], "datetime.date", "str, int"),
+        (datetime, "datetime.datetime", "str, int"),
+        (bytes, "bytes", "str, int"),
+        (set[int], r"set\[int\]", "str, int"),
+        (Point, "Point", "str, int"),
+        (object, "object", "str, int"),
+        (Callable[[int], int], "Callable", "str, int"),
+    ],
+)
+def test_a_parameter_of_a_type_that_json_lacks_is_refused_by_its_name(hint: Any, shown: str, instead: str) -> None:
+    with pytest.raises(
+        ToolSpecError, match=rf"'tool': the parameter 'value' is annotated .*{shown}.*, but a model"
+    ) as e:
+        tool_spec(annotated(hint))
+    assert re.search(rf"no [\w.]*{shown}.*\. Annotate it with {instead}", str(e.value))
+
+
+@pytest.mark.parametrize(
+    ("hint", "value", "accepted"),
+    [
+        (Literal["red", "green"], "blue", False),
+        (Literal["red", "green"], "red", True),
+        (Literal["red", 2], True, False),
+        (Literal["red", 1], True, False),
+        (Literal["red", 1], [], False),
+        (Literal["red", 1], 1, True),
+        (Literal["red", True], True, True),
+        (Literal["red"] | None, None, True),
+    ],
+)
+def test_only_the_values_of_a_literal_reach_the_tool(hint: Any, value: Any, accepted: bool) -> None:
+    result = call_once(annotated(hint), {"value": value})
+    assert result.failure == (None if accepted else "bad_call")
+
+
+def test_a_value_that_is_no_choice_is_text_with_the_choices() -> None:
+    assert call_once(annotated(Literal["red", "green"]), {"value": "blue"}).text == (
+        "Error: tool: value must be one of 'red', 'green', got 'blue'."
+    )
+
+
+def test_a_docstring_may_repeat_the_types_of_parameters() -> None:
+    def move(piece: str, by: int = 1) -> None:
+        """Move a piece (x): far.
+
+        Args:
+            piece (str): Which one (the
+                white one).
+            by (Optional[int], optional): How far.
+        """
+
+    function = tool_spec(move).schema["function"]
+    assert function["description"] == "Move a piece (x): far."
+    properties = function["parameters"]["properties"]
+    assert properties["piece"]["description"] == "Which one (the white one)."
+    assert properties["by"]["description"] == "How far."
+
+
 def test_an_object_without_a_name_is_refused() -> None:
     class Callable_:
         def __call__(self, text: str) -> str:
@@ -256,16 +377,6 @@ def test_sync_and_async_tools_return_their_text_under_their_tickets() -> None:
         assert box.poll() == []
     assert {ticket: result.text for ticket, result in results.items()} == tickets
     assert {(result.ok, result.source) for result in results.values()} == {(True, "executed")}
-
-
-class Colour(Enum):
-    RED = "red"
-
-
-@dataclass
-class Point:
-    x: float
-    next: Any = None
 
 
 @pytest.mark.parametrize(
