@@ -208,12 +208,12 @@ def _json_hint(hint: Any, annotated: str) -> Any:
     if origin in (list, dict, tuple, Union, UnionType):
         known = tuple(_json_hint(part, annotated) for part in parts)
         return (Union if origin is UnionType else origin)[known] if known else hint
-    instead = "str, int, float, bool, list[…], dict[str, …] or a Literal, and convert the value in the function"
+    instead = "str, int, float, bool, list[…], dict[str, …], Any or a Literal"
     if isinstance(hint, type) and issubclass(hint, Enum):
-        instead = f"Literal{[member.value for member in hint]}, and convert the value in the function"
+        instead = f"Literal{[member.value for member in hint]}"
     raise ToolSpecError(
-        f"{annotated}, but a model writes JSON, which has no {inspect.formatannotation(hint)}. Annotate it with "
-        f"{instead}."
+        f"{annotated}, but {inspect.formatannotation(hint)} is not a type of JSON values. Annotate it with {instead}, "
+        "and convert the value in the function."
     )
 
 

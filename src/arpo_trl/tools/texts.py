@@ -24,19 +24,30 @@ _WRITTEN_OUT = (Decimal, Fraction, date, time_of_day, timedelta, UUID, PurePath)
 """Types with a single obvious text form."""
 
 
-def written_out(value: Any) -> str | None:
-    """Return a value that a tool returned as text; None if it has no obvious text form, or its class fails to make
-    one."""
+class NotText(Exception):
+    """A value that a tool returned has no text form. The message names its type."""
+
+
+def written_out(value: Any) -> str:
+    """Return a value that a tool returned as text.
+
+    Raises:
+        NotText: It has no obvious text form, or its class fails to make one.
+    """
+    kind = type(value).__name__
     with _code_of_a_class():
         value = _unwrapped(value)
-    with _code_of_a_class():  # fails also if the value is not JSON or contains itself
-        if isinstance(value, str):
-            return str.__str__(value)
-        if isinstance(value, _WRITTEN_OUT):
-            return str.__str__(str(value))
-        if isinstance(value, (bool, int, float, dict, list, tuple)):
-            return json.dumps(_with_plain_keys(value), ensure_ascii=False, default=_jsonable)
-    return None
+    try:
+        with _code_of_a_class():  # fails also if the value is not JSON or contains itself
+            if isinstance(value, str):
+                return str.__str__(value)
+            if isinstance(value, _WRITTEN_OUT):
+                return str.__str__(str(value))
+            if isinstance(value, (bool, int, float, dict, list, tuple)):
+                return json.dumps(_with_plain_keys(value), ensure_ascii=False, default=_jsonable)
+    except NotText as error:
+        raise NotText(f"{kind} with {error}") from None
+    raise NotText(kind)
 
 
 def described(error: BaseException) -> str:
@@ -70,6 +81,8 @@ def _code_of_a_class() -> Iterator[None]:
     main thread only."""
     try:
         yield
+    except NotText:
+        raise
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
             raise
@@ -114,12 +127,13 @@ def _unwrapped(value: Any) -> Any:
 
 def _jsonable(value: Any) -> Any:
     """Return a JSON-compatible replacement for a value that JSON cannot represent."""
-    if isinstance(value, _WRITTEN_OUT):
-        return str(value)
-    unwrapped = _unwrapped(value)
-    if unwrapped is value:
-        raise TypeError(type(value).__name__)
-    return _with_plain_keys(unwrapped)
+    with _code_of_a_class():
+        if isinstance(value, _WRITTEN_OUT):
+            return str(value)
+        unwrapped = _unwrapped(value)
+        if unwrapped is not value:
+            return _with_plain_keys(unwrapped)
+    raise NotText(f"a value of type {type(value).__name__}")
 
 
 def _with_plain_keys(value: Any) -> Any:
@@ -130,5 +144,9 @@ def _with_plain_keys(value: Any) -> Any:
 
 
 def _plain_key(key: Any) -> Any:
-    key = _unwrapped(key)
-    return str(key) if isinstance(key, (*_WRITTEN_OUT, tuple)) else key
+    plain = _unwrapped(key)
+    if isinstance(plain, (*_WRITTEN_OUT, tuple)):
+        return str(plain)
+    if plain is None or isinstance(plain, str | int | float):
+        return plain
+    raise NotText(f"a key of type {type(key).__name__}")

@@ -33,7 +33,7 @@ from arpo_trl.net.background import LoopThread
 from arpo_trl.tools.calls import CallSource, ToolCall, ToolFailure
 from arpo_trl.tools.spec import ToolSet
 from arpo_trl.tools.state import BoundTool, CreateState, PathState, PathStates
-from arpo_trl.tools.texts import described, presentable, written_out
+from arpo_trl.tools.texts import NotText, described, presentable, written_out
 from arpo_trl.visible import get_logger
 
 logger = get_logger(__name__)
@@ -475,10 +475,10 @@ class ToolBox:
             return self._overdue(name, self._timeout_s)
         if type(value) is _Raised:
             return presentable(described(value.error), self._max_chars), _failure_of(value.error)
-        text = written_out(value)
-        if text is None:
-            return f"Error: the {name} call returned {type(value).__name__}, which is not text.", ToolFailure.NOT_TEXT
-        return presentable(text, self._max_chars), None
+        try:
+            return presentable(written_out(value), self._max_chars), None
+        except NotText as error:
+            return f"Error: the {name} call returned {error}, which is not text.", ToolFailure.NOT_TEXT
 
 
 def _key(call: ToolCall, tool: BoundTool) -> tuple[str, str] | None:
