@@ -27,6 +27,76 @@ def test_a_loop_stops_with_its_object():
     _wait_for(threads, descriptors)
 
 
+async def _exit() -> None:
+    sys.exit(2)
+
+
+async def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+async def _stop_the_loop() -> None:
+    asyncio.get_running_loop().stop()
+    await asyncio.sleep(0)
+
+
+async def _in_a_task(work):
+    return await asyncio.wait_for(work(), 60)
+
+
+async def _gathered(work):
+    return await asyncio.gather(work(), asyncio.sleep(0))
+
+
+async def _in_a_group(work):
+    async with asyncio.TaskGroup() as group:
+        group.create_task(work())
+
+
+async def _in_a_callback(work):
+    asyncio.get_running_loop().call_soon(sys.exit, 2)
+    await work()
+
+
+@pytest.mark.parametrize("around", [_in_a_task, _gathered, _in_a_group, _in_a_callback])
+@pytest.mark.parametrize(("work", "error"), [(_exit, SystemExit), (_interrupt, KeyboardInterrupt)])
+def test_a_coroutine_that_ends_the_program_fails_alone_and_the_loop_continues(around, work, error):
+    loop = LoopThread("arpo-exits")
+    other = loop.start(asyncio.sleep(0.01, "other"))
+    with pytest.raises(error):
+        loop.start(around(work)).result(60)
+    assert other.result(60) == "other"
+    assert loop.start(asyncio.sleep(0, "later")).result(60) == "later"
+    loop.stop()
+    assert not loop._thread.is_alive()
+
+
+def test_a_coroutine_cannot_stop_the_loop():
+    loop = LoopThread("arpo-stops")
+    loop.start(_stop_the_loop()).result(60)
+    assert loop.start(asyncio.sleep(0, "later")).result(60) == "later"
+    loop.stop()
+    assert not loop._thread.is_alive()
+
+
+@pytest.mark.parametrize("work", [_exit, _stop_the_loop])
+def test_a_coroutine_that_ends_the_program_when_it_is_cancelled_leaves_no_open_loop(work):
+    async def leave() -> None:
+        try:
+            started.set()
+            await asyncio.sleep(60)
+        finally:
+            await work()
+
+    started = threading.Event()
+    loop = LoopThread("arpo-leaves")
+    loop.start(leave())
+    started.wait(60)
+    loop.stop()
+    loop._thread.join(60)
+    assert loop._loop.is_closed()
+
+
 def test_threads_whose_first_calls_meet_get_the_same_loop():
     """Were each given the loop that it made, all but the kept one would be released, and stop, during the wait."""
     meeting = threading.Barrier(4)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import itertools
 import json
+import re
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date, datetime
 from decimal import Decimal
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypedDict
+from urllib.error import URLError
 
 import numpy as np
 import pandas
@@ -116,6 +120,18 @@ def returning(value: Any) -> Callable[[str], Any]:
     return tool
 
 
+def of_kind(kind: str, tool: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The sync tool as one that runs in a "thread" or in "main", or as an "async" one."""
+    if kind != "async":
+        return wanting(tool, run_in=kind)
+
+    async def wrapper(text: str) -> Any:
+        return tool(text)
+
+    wrapper.__name__, wrapper.__doc__ = tool.__name__, tool.__doc__
+    return wrapper
+
+
 def collect(box: ToolBox, count: int) -> dict[int, ToolResult]:
     """The next `count` results by ticket."""
     results: dict[int, ToolResult] = {}
@@ -130,6 +146,16 @@ def call_once(tool: Callable[..., Any], arguments: dict[str, Any] | None = None,
     with ToolBox([tool], **settings) as box:
         ticket = box.submit(ToolCall(name=tool.__name__, arguments={"text": "x"} if arguments is None else arguments))
         return collect(box, 1)[ticket]
+
+
+class Colour(Enum):
+    RED = "red"
+
+
+@dataclass
+class Point:
+    x: float
+    next: Any = None
 
 
 # Specifications.
@@ -205,6 +231,113 @@ def test_a_tool_that_cannot_be_offered_is_refused(tool: Callable[..., Any], mess
         tool_spec(tool)
 
 
+def annotated(hint: Any) -> Callable[..., Any]:
+    """A tool whose parameter has that type."""
+
+    def tool(value: Any) -> str:
+        """Show the value.
+
+        Args:
+            value: What to show.
+        """
+        return repr(value)
+
+    tool.__annotations__["value"] = hint
+    tool.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter("value", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=hint)]
+    )
+    return tool
+
+
+class Pair(TypedDict):
+    first: int
+
+
+@pytest.mark.parametrize(
+    ("hint", "schema", "value"),
+    [
+        (list, {"type": "array", "items": {}}, [1, "a"]),
+        (tuple, {"type": "array", "items": {}}, [1, "a"]),
+        (list | None, {"type": "array", "items": {}, "nullable": True}, [1]),
+        (list[list], {"type": "array", "items": {"type": "array", "items": {}}}, [[1]]),
+        (list[dict], {"type": "array", "items": {"type": "object"}}, [{}]),
+        (dict[str, list], {"type": "object", "additionalProperties": {"type": "array", "items": {}}}, {"a": [1]}),
+        (tuple[int, str], {"type": "array", "prefixItems": [{"type": "integer"}, {"type": "string"}]}, [1, "a"]),
+        (dict, {"type": "object"}, {"a": 1}),
+        (Pair, {"type": "object"}, {"first": 1}),
+        (Any, {}, [1]),
+        (Annotated[str, "a city"], {"type": "string"}, "Oslo"),
+        (Literal["a", 1] | None, {"type": ["string", "integer"], "enum": ["a", 1], "nullable": True}, None),
+    ],
+)
+def test_a_parameter_takes_the_json_values_of_its_type(hint: Any, schema: dict[str, Any], value: Any) -> None:
+    tool = annotated(hint)
+    properties = tool_spec(tool).schema["function"]["parameters"]["properties"]
+    assert properties == {"value": {**schema, "description": "What to show."}}
+    assert call_once(tool, {"value": value}).text == repr(value)
+
+
+@pytest.mark.parametrize(
+    ("hint", "shown", "instead"),
+    [
+        (Colour, "Colour", r"Literal\['red'\]"),
+        (list[Colour], "Colour", r"Literal\['red'\]"),
+        (dict[str, date | None], "datetime.date", "str, int"),
+        (datetime, "datetime.datetime", "str, int"),
+        (bytes, "bytes", "str, int"),
+        (set[int], r"set\[int\]", "str, int"),
+        (Point, "Point", "str, int"),
+        (object, "object", "str, int"),
+        (Callable[[int], int], "Callable", "str, int"),
+    ],
+)
+def test_a_parameter_of_a_type_that_json_lacks_is_refused_by_its_name(hint: Any, shown: str, instead: str) -> None:
+    with pytest.raises(ToolSpecError, match=rf"'tool': the parameter 'value' is annotated .*{shown}") as e:
+        tool_spec(annotated(hint))
+    assert re.search(rf"but [\w.]*{shown}.* is not a type of JSON values\. Annotate it with {instead}", str(e.value))
+
+
+@pytest.mark.parametrize(
+    ("hint", "value", "accepted"),
+    [
+        (Literal["red", "green"], "blue", False),
+        (Literal["red", "green"], "red", True),
+        (Literal["red", 2], True, False),
+        (Literal["red", 1], True, False),
+        (Literal["red", 1], [], False),
+        (Literal["red", 1], 1, True),
+        (Literal["red", True], True, True),
+        (Literal["red"] | None, None, True),
+    ],
+)
+def test_only_the_values_of_a_literal_reach_the_tool(hint: Any, value: Any, accepted: bool) -> None:
+    result = call_once(annotated(hint), {"value": value})
+    assert result.failure == (None if accepted else "bad_call")
+
+
+def test_a_value_that_is_no_choice_is_text_with_the_choices() -> None:
+    assert call_once(annotated(Literal["red", "green"]), {"value": "blue"}).text == (
+        "Error: tool: value must be one of 'red', 'green', got 'blue'."
+    )
+
+
+def test_a_docstring_may_repeat_the_types_of_parameters() -> None:
+    def move(piece: str, by: int = 1) -> None:
+        """Move a piece (x): far.
+
+        Args:
+            piece (str): Which one (the
+                white one).
+            by (Optional[int], optional): How far.
+        """
+
+    function = tool_spec(move).schema["function"]
+    assert function["description"] == "Move a piece (x): far."
+    properties = function["parameters"]["properties"]
+    assert properties["piece"]["description"] == "Which one (the white one)."
+    assert properties["by"]["description"] == "How far."
+
+
 def test_an_object_without_a_name_is_refused() -> None:
     class Callable_:
         def __call__(self, text: str) -> str:
@@ -242,16 +375,6 @@ def test_sync_and_async_tools_return_their_text_under_their_tickets() -> None:
         assert box.poll() == []
     assert {ticket: result.text for ticket, result in results.items()} == tickets
     assert {(result.ok, result.source) for result in results.values()} == {(True, "executed")}
-
-
-class Colour(Enum):
-    RED = "red"
-
-
-@dataclass
-class Point:
-    x: float
-    next: Any = None
 
 
 @pytest.mark.parametrize(
@@ -333,11 +456,25 @@ class Leaving:
         raise SystemExit(1)
 
 
-@pytest.mark.parametrize("value", [b"bytes", None, object(), {"a": object()}, [b"x"], {1, 2}, Leaving()])
-def test_a_value_without_text_is_a_failure_with_a_message(value: Any) -> None:
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (b"bytes", "bytes"),
+        (None, "NoneType"),
+        (object(), "object"),
+        ({1, 2}, "set"),
+        (Leaving(), "Leaving"),
+        ({"a": object()}, "dict with a value of type object"),
+        ([b"x"], "list with a value of type bytes"),
+        ({"a": [Point(1.0, {1})]}, "dict with a value of type set"),
+        ((1, Leaving()), "tuple with a value of type Leaving"),
+        ({frozenset(): 1}, "dict with a key of type frozenset"),
+    ],
+)
+def test_a_value_without_text_is_a_failure_that_names_the_type(value: Any, shown: str) -> None:
     result = call_once(returning(value))
     assert result.failure == "not_text"
-    assert result.text == f"Error: the tool call returned {type(value).__name__}, which is not text."
+    assert result.text == f"Error: the tool call returned {shown}, which is not text."
 
 
 @pytest.mark.parametrize("run_in", ["thread", "main"])
@@ -422,6 +559,13 @@ def test_a_text_of_just_the_longest_length_is_not_cut() -> None:
         (KeyboardInterrupt(), "Error: KeyboardInterrupt"),
         (StopIteration("end"), "Error: StopIteration: end"),
         (asyncio.CancelledError(), "Error: CancelledError"),
+        (FileNotFoundError("there is no order 'A7'"), "Error: FileNotFoundError: there is no order 'A7'"),
+        (TimeoutError("the shop took more than 3 s"), "Error: TimeoutError: the shop took more than 3 s"),
+        (URLError("unknown url type: foo"), "Error: URLError: <urlopen error unknown url type: foo>"),
+        (FileNotFoundError(2, None, "/a/secret/path"), "Error: FileNotFoundError"),
+        (OSError(2, b"bytes", "/a/secret/path"), "Error: FileNotFoundError"),
+        (OSError(2, b"bytes"), "Error: FileNotFoundError: [Errno 2] b'bytes'"),
+        (OSError(), "Error: OSError"),
     ],
 )
 @pytest.mark.parametrize("kind", ["sync", "async"])
@@ -440,12 +584,135 @@ def test_an_exception_is_one_line_without_paths(error: BaseException, text: str,
     assert (result.text, result.failure, result.source) == (text, "error", "executed")
 
 
-def test_an_exception_without_a_readable_message_is_still_text() -> None:
-    class Unprintable(Exception):
-        def __str__(self) -> str:
-            raise RuntimeError("no")
+async def leave() -> None:
+    sys.exit(2)
 
-    assert call_once(returning(Unprintable())).text == "Error: Unprintable"
+
+async def stop_the_loop() -> None:
+    asyncio.get_running_loop().stop()
+
+
+@pytest.mark.parametrize(("work", "text"), [(leave, "Error: SystemExit: 2"), (stop_the_loop, "null")])
+def test_an_async_tool_that_ends_the_program_in_a_task_ends_only_its_call(
+    work: Callable[[], Any], text: str, gate: Gate
+) -> None:
+    async def ending(text: str) -> Any:
+        """End the program.
+
+        Args:
+            text: Not used.
+        """
+        return json.dumps(await asyncio.wait_for(work(), 60))
+
+    async def waiting(text: str) -> str:
+        """Wait until the other call has ended.
+
+        Args:
+            text: What to return.
+        """
+        while not gate.opened.is_set():
+            await asyncio.sleep(0.001)
+        return text
+
+    with ToolBox([ending, waiting, echo_later]) as box:
+        during = box.submit(ToolCall(name="waiting", arguments={"text": "during"}))
+        box.submit(ToolCall(name="ending", arguments={"text": "x"}))
+        (result,) = collect(box, 1).values()
+        gate.opened.set()
+        later = box.submit(ToolCall(name="echo_later", arguments={"text": "later"}))
+        results = collect(box, 2)
+    assert result.text == text
+    assert (results[during].text, results[later].text) == ("during", "later")
+
+
+class Ending(BaseException):
+    """Neither an Exception nor one of Python's own."""
+
+
+def failing(error: BaseException | None) -> Any:
+    """A method that raises `error`; None: it returns no text."""
+
+    def method(self: Any, *arguments: Any) -> Any:
+        if error is not None:
+            raise error
+
+    return method
+
+
+ODD_ERRORS = [RuntimeError("no"), SystemExit(1), Ending(), None]
+
+
+@pytest.mark.parametrize("error", [*ODD_ERRORS, KeyboardInterrupt()])
+@pytest.mark.parametrize("base", [Exception, ToolError, ToolUnavailable, FileNotFoundError])
+@pytest.mark.parametrize("kind", ["thread", "main", "async"])
+def test_an_exception_whose_class_makes_no_message_is_text(
+    error: BaseException | None, base: type[Exception], kind: str
+) -> None:
+    if kind == "main" and isinstance(error, KeyboardInterrupt):
+        return  # in the main thread it comes from the user
+    unprintable = type("Unprintable", (base,), {"__str__": failing(error)})
+    result = call_once(of_kind(kind, returning(unprintable())))
+    assert result.text == "Error: Unprintable"
+    assert result.failure == ("degraded" if base is ToolUnavailable else "error")
+
+
+def test_the_message_of_an_exception_may_be_an_odd_text() -> None:
+    class Odd(str):
+        encode = strip = partition = failing(RuntimeError("no"))
+
+    assert call_once(returning(ToolError(Odd("closed")))).text == "closed"
+    assert call_once(returning(ValueError(Odd("closed")))).text == "Error: ValueError: closed"
+    assert call_once(returning(Odd("closed"))).text == "closed"
+
+
+@pytest.mark.parametrize("error", ODD_ERRORS)
+@pytest.mark.parametrize("kind", ["thread", "main", "async"])
+def test_a_value_whose_class_fails_to_write_it_is_not_text(error: BaseException | None, kind: str) -> None:
+    for base, arguments in ((Decimal, ("1.5",)), (date, (2024, 2, 29)), (Path, ("a",))):
+        unprintable = type("Unprintable", (type(base(*arguments)),), {"__str__": failing(error)})
+        result = call_once(of_kind(kind, returning(unprintable(*arguments))))
+        assert (result.text, result.failure) == (
+            "Error: the tool call returned Unprintable, which is not text.",
+            "not_text",
+        )
+
+
+@pytest.mark.parametrize("kind", ["thread", "main", "async"])
+def test_a_value_that_hides_its_class_ends_only_its_call(kind: str) -> None:
+    class Proxy:
+        @property
+        def __class__(self) -> Any:
+            raise RuntimeError("no object")
+
+    assert not call_once(of_kind(kind, returning(Proxy()))).ok
+
+
+class Soon:
+    """An awaitable that is no coroutine."""
+
+    def __await__(self) -> Iterator[Any]:
+        return asyncio.sleep(0).__await__()
+
+
+@pytest.mark.parametrize("other", [echo_later, returning(Soon())])
+def test_a_call_that_another_coroutine_cancels_before_its_first_step_is_text(other: Callable[[str], Any]) -> None:
+    async def cancel(text: str) -> str:
+        """Cancel the other call.
+
+        Args:
+            text: What to return.
+        """
+        while len(tasks := asyncio.all_tasks() - {asyncio.current_task()}) == 0:
+            await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        return text
+
+    with ToolBox([cancel, other]) as box:
+        first = box.submit(ToolCall(name="cancel", arguments={"text": "done"}))
+        second = box.submit(ToolCall(name=other.__name__, arguments={"text": "x"}))
+        results = collect(box, 2)
+    assert (results[first].text, results[second].text) == ("done", "Error: CancelledError")
 
 
 @pytest.mark.parametrize(
@@ -728,6 +995,140 @@ def test_an_async_tool_cannot_run_in_the_main_thread() -> None:
 
     with pytest.raises(ToolSpecError, match=r"'later' is async .* Make it a sync function"):
         tool_spec(wanting(later, run_in="main"))
+
+
+def test_a_tool_of_the_sampling_thread_that_needs_another_one_is_named_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with ThreadPoolExecutor(1, "sampling") as pool:
+        tool = wanting(price_tool(), run_in="main")
+        result = pool.submit(call_once, tool, {"metal": "tin"}).result(60)
+    assert result.text.startswith("Error: ProgrammingError: SQLite objects created in a thread")
+    (record,) = caplog.records
+    assert "'price' failed: ProgrammingError: SQLite objects" in record.message
+    assert "it ran in the sampling thread, sampling_0. With rollouts_ahead this is not the main" in record.message
+
+
+def test_an_interrupt_by_a_tool_in_another_sampling_thread_is_text() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(call_once, wanting(returning(KeyboardInterrupt()), run_in="main")).result(60)
+    assert result.text == "Error: KeyboardInterrupt"
+
+
+class Shelf(PathState):
+    """Its slow call takes until the gate opens."""
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+        self.calls: list[str] = []
+
+    def put(self, text: str) -> str:
+        self.gate.opened.wait(60)
+        self.calls.append(text)
+        return " ".join(self.calls)
+
+    async def put_later(self, text: str) -> str:
+        while not self.gate.opened.is_set():
+            await asyncio.sleep(0.001)
+        return self.put(text)
+
+    def look(self, text: str) -> str:
+        self.calls.append(text)
+        return " ".join(self.calls)
+
+    def fork(self) -> Shelf:
+        raise NotImplementedError
+
+
+def shelf_tools(gate: Gate) -> list[Callable[..., Any]]:
+    async def put_later(text: str) -> str:
+        """Put something on the shelf, asynchronously.
+
+        Args:
+            text: What.
+        """
+        raise AssertionError
+
+    def create(group: int) -> Shelf:
+        return Shelf(gate)
+
+    tools = [named("put"), put_later, wanting(named("look"), run_in="main")]
+    return [wanting(tool, create_state=create) for tool in tools]
+
+
+@pytest.mark.parametrize("slow", ["put", "put_later"])
+def test_calls_of_a_state_run_in_their_order_also_if_some_run_in_the_main_thread(slow: str, gate: Gate) -> None:
+    with ToolBox(shelf_tools(gate)) as box:
+        states, others = box.create_states(0), box.create_states(0)
+
+        def submit(name: str, text: str, states: PathStates) -> int:
+            return box.submit(ToolCall(name=name, arguments={"text": text}), states)
+
+        tickets = [submit(name, text, states) for name, text in (("look", "a"), (slow, "b"), ("look", "c"))]
+        tickets += [submit(name, text, states) for name, text in (("look", "d"), (slow, "e"))]
+        other = submit("look", "x", others)
+        results = collect(box, 2)  # of the first call, and of the other path's, which overtakes
+        assert set(results) == {tickets[0], other}
+        gate.opened.set()
+        results |= collect(box, 4)
+        assert results[other].text == "x"
+    assert [results[ticket].text for ticket in tickets] == ["a", "a b", "a b c", "a b c d", "a b c d e"]
+
+
+def test_calls_in_the_main_thread_run_in_their_order_also_if_some_have_a_state(gate: Gate) -> None:
+    order: list[str] = []
+
+    def note(text: str) -> str:
+        """Note something.
+
+        Args:
+            text: What.
+        """
+        order.append(text)
+        return text
+
+    class Noted(Shelf):
+        def look(self, text: str) -> str:
+            return note(text)
+
+    look = wanting(named("look"), run_in="main", create_state=lambda group: Noted(gate))
+    with ToolBox([look, wanting(note, run_in="main")]) as box:
+        states = box.create_states(0)
+        for name, text in (("look", "a"), ("look", "b"), ("note", "c"), ("look", "d")):
+            box.submit(ToolCall(name=name, arguments={"text": text}), states)
+        collect(box, 4)
+    assert order == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize("kind", ["thread", "main", "async"])
+def test_a_tool_that_changes_its_arguments_does_not_change_the_call(kind: str) -> None:
+    def change(cards: list[int], best: dict[str, list[int]]) -> int:
+        """Take the highest card.
+
+        Args:
+            cards: The cards.
+            best: The best ones.
+        """
+        cards.sort()
+        best["seen"].append(cards.pop())
+        return best["seen"][-1]
+
+    async def change_later(cards: list[int], best: dict[str, list[int]]) -> int:
+        """Take the highest card.
+
+        Args:
+            cards: The cards.
+            best: The best ones.
+        """
+        return change(cards, best)
+
+    tool = change_later if kind == "async" else wanting(change, run_in=kind)
+    call = ToolCall(name=tool.__name__, arguments={"cards": [3, 9, 1], "best": {"seen": []}})
+    with ToolBox([tool]) as box:
+        box.submit(call)
+        (result,) = collect(box, 1).values()
+    assert result.text == "9"
+    assert call.arguments == {"cards": [3, 9, 1], "best": {"seen": []}}
 
 
 # Sharing.

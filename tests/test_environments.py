@@ -706,6 +706,6 @@ def test_a_server_that_dies_becomes_text_and_no_instance_stays(server, caplog):
     environments = environments_of(Remote)
     (leaf,) = run(environments, script, leaves=1).trees[0].leaves()
     assert [call.failure for call in leaf.calls] == [None, ToolFailure.ERROR, ToolFailure.ERROR]
-    assert leaf.calls[1].text == "Error: URLError"
+    assert leaf.calls[1].text == "Error: URLError: <urlopen error [Errno 111] Connection refused>"
     environments.close_kept()
     assert environments.instances.live == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
 import weakref
@@ -18,14 +19,18 @@ _STOP_TIMEOUT_S = 1.0
 
 
 class LoopThread:
-    """An event loop in a daemon thread. It ends with `stop`, or when there are no more references to this object."""
+    """An event loop in a daemon thread. It ends with `stop`, or when there are no more references to this object.
+
+    A coroutine cannot end it: not with `loop.stop()`, and not with `sys.exit()`.
+    """
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
+        end: asyncio.Future[None] = self._loop.create_future()
         # The thread refers only to the loop. With a reference to this object, neither would ever be released.
-        self._thread = threading.Thread(target=_run, args=(self._loop,), name=name, daemon=True)
+        self._thread = threading.Thread(target=_run, args=(self._loop, end), name=name, daemon=True)
         self._thread.start()
-        self._end = weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)
+        self._end = weakref.finalize(self, self._loop.call_soon_threadsafe, end.set_result, None)
         self._end.atexit = False  # a daemon thread stops with its process
 
     def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
@@ -38,15 +43,29 @@ class LoopThread:
         self._thread.join(_STOP_TIMEOUT_S)
 
 
-def _run(loop: asyncio.AbstractEventLoop) -> None:
-    """Run `loop` until it is stopped. Then cancel its remaining coroutines, and close it."""
-    loop.run_forever()
+def _run(loop: asyncio.AbstractEventLoop, end: asyncio.Future[None]) -> None:
+    """Run `loop` until `end` is done. Then cancel its remaining coroutines, and close it."""
+    _run_until(end)
     tasks = asyncio.all_tasks(loop)
     for task in tasks:
         task.cancel()
     if tasks:
-        loop.run_until_complete(asyncio.wait(tasks, timeout=_STOP_TIMEOUT_S / 2))
+        _run_until(loop.create_task(asyncio.wait(tasks, timeout=_STOP_TIMEOUT_S / 2)))
     loop.close()
+
+
+def _run_until(end: asyncio.Future[Any]) -> None:
+    """Run the loop of `end` until `end` is done.
+
+    A coroutine that calls `loop.stop()` interrupts the loop. So does a task that raises SystemExit or
+    KeyboardInterrupt: asyncio tells those who await the task, then raises the exception out of the loop. The loop
+    continues with its next callback.
+    """
+    loop = end.get_loop()
+    end.add_done_callback(lambda _: loop.stop())
+    while not end.done():
+        with contextlib.suppress(SystemExit, KeyboardInterrupt):
+            loop.run_forever()
 
 
 def start(coroutine: Coroutine[Any, Any, T]) -> Future[T]:

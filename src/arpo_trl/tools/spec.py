@@ -16,7 +16,9 @@ import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from enum import Enum
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from transformers.utils.chat_template_utils import get_json_schema
 
@@ -35,6 +37,8 @@ _JSON_TYPES: dict[str, tuple[type, ...]] = {
     "array": (list, tuple),
     "object": (dict,),
 }
+
+_ARGUMENTS = re.compile(r"\n\s*Args:\n")
 
 RunIn = Literal["thread", "main"]
 
@@ -88,7 +92,8 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
 
     Raises:
         ToolSpecError: The name cannot be a tag; there is a parameter like `*args` or `**kwargs`; the docstring, or a
-            parameter's type or description, is missing; or an attribute has an invalid value.
+            parameter's type or description, is missing; JSON has no values of a parameter's type; or an attribute has
+            an invalid value.
     """
     name = getattr(tool, "__name__", None)
     if name is None:
@@ -106,7 +111,9 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
                 f"tool {name!r}: a model cannot use the parameter {str(parameter)!r}. Name each parameter."
             )
     try:
-        schema = getattr(tool, "json_schema", None) or get_json_schema(tool)
+        schema = getattr(tool, "json_schema", None) or _schema_of(tool, signature)
+    except ToolSpecError:
+        raise
     except Exception as error:  # parsing errors, and any exception that unusual annotations cause
         raise ToolSpecError(
             f"tool {name!r}: no schema can be built for it: {str(error).rstrip('.!')}. It needs a docstring with an "
@@ -154,6 +161,59 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
         run_in=run_in,
         create_state=create_state,
         single_text_parameter=single,
+    )
+
+
+def _schema_of(tool: Callable[..., Any], signature: inspect.Signature) -> dict[str, Any]:
+    """Return the JSON schema that transformers makes of a function.
+
+    A bare `list` or `tuple` is an array, and the docstring may repeat a type: `text (str): What to return.`
+    transformers makes an object of each class that it does not know, and refuses such a docstring.
+    """
+    hints = get_type_hints(tool)
+    doc = inspect.getdoc(tool) or ""
+    start = _ARGUMENTS.search(doc)
+    for name in signature.parameters:
+        if name in hints:
+            hints[name] = _json_hint(
+                hints[name],
+                f"tool {tool.__name__!r}: the parameter {name!r} is annotated {inspect.formatannotation(hints[name])}",
+            )
+        if start is not None:
+            head, described = doc[: start.end()], doc[start.end() :]
+            doc = head + re.sub(rf"^(\s*{name})\s*\(.*?\):", r"\1:", described, flags=re.MULTILINE)
+
+    def same() -> None: ...
+
+    same.__name__, same.__doc__, same.__annotations__ = tool.__name__, doc, hints
+    same.__signature__ = signature  # type: ignore[attr-defined]
+    schema: dict[str, Any] = get_json_schema(same)
+    return schema
+
+
+def _json_hint(hint: Any, annotated: str) -> Any:
+    """Return a type hint that transformers understands, with the same JSON values.
+
+    Args:
+        annotated: The beginning of an error: the tool, the parameter and its annotation.
+
+    Raises:
+        ToolSpecError: JSON has no values of this type.
+    """
+    origin, parts = get_origin(hint), get_args(hint)
+    if hint in (list, tuple):
+        return list[Any]
+    if hint in (str, int, float, bool, dict, type(None), Any, ...) or origin is Literal or is_typeddict(hint):
+        return hint
+    if origin in (list, dict, tuple, Union, UnionType):
+        known = tuple(_json_hint(part, annotated) for part in parts)
+        return (Union if origin is UnionType else origin)[known] if known else hint
+    instead = "str, int, float, bool, list[…], dict[str, …], Any or a Literal"
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        instead = f"Literal{[member.value for member in hint]}"
+    raise ToolSpecError(
+        f"{annotated}, but {inspect.formatannotation(hint)} is not a type of JSON values. Annotate it with {instead}, "
+        "and convert the value in the function."
     )
 
 
@@ -211,9 +271,14 @@ class ToolSet:
         for name, value in call.arguments.items():
             expected = properties[name].get("type")
             types = _JSON_TYPES.get(expected) if isinstance(expected, str) else None
+            if value is None and properties[name].get("nullable"):
+                continue
             # A bool is an int in Python, but not in a JSON schema.
             if types and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
-                if value is None and properties[name].get("nullable"):
-                    continue
                 return f"Error: {call.name}: {name} must be of type {expected}, got {type(value).__name__}."
+            choices = properties[name].get("enum")
+            if isinstance(choices, list) and not any(
+                value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices
+            ):
+                return f"Error: {call.name}: {name} must be one of {str(choices)[1:-1]}, got {value!r}."
         return None

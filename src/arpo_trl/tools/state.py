@@ -19,9 +19,9 @@ If the creation of a state takes time, set `create_state.at_start = True`. Then 
 
 from __future__ import annotations
 
-import asyncio
 import json
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -161,8 +161,9 @@ class BoundTool:
     run: Callable[..., Any]
     key: tuple[Any, ...] | None
     """`PathState.key` at the time of the call."""
-    turn: asyncio.Lock | None
-    """A lock to hold while the call runs, if the calls of the state run one after the other. Otherwise None."""
+    turn: deque[Any] | None
+    """The unfinished calls of the state in their order, if they run one after the other. Otherwise None. `ToolBox`
+    adds and removes calls, and runs the first one."""
     steps: int = 1
     """`PathState.call_steps` at the time of the call."""
 
@@ -189,7 +190,7 @@ class PathStates:
         self._no_state = no_state
         self._close_failed = close_failed
         self._states: dict[CreateState, PathState] = {}
-        self._turns: dict[CreateState, asyncio.Lock] = {}
+        self._turns: dict[CreateState, deque[Any]] = {}
 
     def bind(self, tool: str) -> BoundTool:
         """Return the tool, bound to its state for the path's next call."""
@@ -204,7 +205,7 @@ class PathStates:
                 f"bind() of {kind} returned {type(run).__name__} for the tool {tool!r}; expected the function that "
                 "runs its next call."
             )
-        turn = self._turns.setdefault(self._create[tool], asyncio.Lock()) if key is None else None
+        turn = self._turns.setdefault(self._create[tool], deque()) if key is None else None
         return BoundTool(run=run, key=key, turn=turn, steps=steps)
 
     def record(self, call: ToolCall, failure: ToolFailure | None) -> str | None:

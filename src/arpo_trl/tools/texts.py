@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from datetime import date, timedelta
 from datetime import time as time_of_day
@@ -22,30 +24,68 @@ _WRITTEN_OUT = (Decimal, Fraction, date, time_of_day, timedelta, UUID, PurePath)
 """Types with a single obvious text form."""
 
 
-def written_out(value: Any) -> str | None:
-    """Return a value that a tool returned as text; None if it has no obvious text form."""
-    with contextlib.suppress(Exception, SystemExit):  # code of the value's class
+class NotText(Exception):
+    """A value that a tool returned has no text form. The message names its type."""
+
+
+def written_out(value: Any) -> str:
+    """Return a value that a tool returned as text.
+
+    Raises:
+        NotText: It has no obvious text form, or its class fails to make one.
+    """
+    kind = type(value).__name__
+    with _code_of_a_class():
         value = _unwrapped(value)
-    if isinstance(value, str):
-        return value
-    if isinstance(value, _WRITTEN_OUT):
-        return str(value)
-    if isinstance(value, (bool, int, float, dict, list, tuple)):
-        with contextlib.suppress(Exception, SystemExit):  # not JSON, contains itself, or an odd subclass
-            return json.dumps(_with_plain_keys(value), ensure_ascii=False, default=_jsonable)
-    return None
+    try:
+        with _code_of_a_class():  # fails also if the value is not JSON or contains itself
+            if isinstance(value, str):
+                return str.__str__(value)
+            if isinstance(value, _WRITTEN_OUT):
+                return str.__str__(str(value))
+            if isinstance(value, (bool, int, float, dict, list, tuple)):
+                return json.dumps(_with_plain_keys(value), ensure_ascii=False, default=_jsonable)
+    except NotText as error:
+        raise NotText(f"{kind} with {error}") from None
+    raise NotText(kind)
 
 
 def described(error: BaseException) -> str:
-    """Return the message of a `ToolError`; for other exceptions one short line without paths of this machine."""
-    if isinstance(error, ToolError):
-        return str(error)
-    message: str | None = None
-    with contextlib.suppress(Exception, SystemExit):  # str() may fail; then there is no message
-        message = error.strerror if isinstance(error, OSError) else str(error)
-    # Without secrets before it is cut: a part of one would remain.
-    first_line = without_secrets((message or "").strip()).partition("\n")[0][:_MAX_ERROR_CHARS]
-    return f"Error: {type(error).__name__}: {first_line}" if first_line else f"Error: {type(error).__name__}"
+    """Return the message of a `ToolError`; for other exceptions one short line.
+
+    If an OSError names a file, this leaves out the file: the model does not see paths of this machine. If the
+    exception's class fails to make a message, the text consists of its name.
+    """
+    with _code_of_a_class():
+        if isinstance(error, ToolError):
+            return str.__str__(str(error))
+        # Without secrets before it is cut: a part of one would remain.
+        first_line = without_secrets(_message(error).strip()).partition("\n")[0][:_MAX_ERROR_CHARS]
+        if first_line:
+            return f"Error: {type(error).__name__}: {first_line}"
+    return f"Error: {type(error).__name__}"
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, OSError):
+        if isinstance(error.strerror, str):
+            return str.__str__(error.strerror)
+        if error.filename is not None:
+            return ""
+    return str.__str__(str(error))
+
+
+@contextmanager
+def _code_of_a_class() -> Iterator[None]:
+    """A context that ends quietly if code of a user's class raises anything. Ctrl-C passes: Python raises it in the
+    main thread only."""
+    try:
+        yield
+    except NotText:
+        raise
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+            raise
 
 
 def presentable(text: str, max_chars: int) -> str:
@@ -87,12 +127,13 @@ def _unwrapped(value: Any) -> Any:
 
 def _jsonable(value: Any) -> Any:
     """Return a JSON-compatible replacement for a value that JSON cannot represent."""
-    if isinstance(value, _WRITTEN_OUT):
-        return str(value)
-    unwrapped = _unwrapped(value)
-    if unwrapped is value:
-        raise TypeError(type(value).__name__)
-    return _with_plain_keys(unwrapped)
+    with _code_of_a_class():
+        if isinstance(value, _WRITTEN_OUT):
+            return str(value)
+        unwrapped = _unwrapped(value)
+        if unwrapped is not value:
+            return _with_plain_keys(unwrapped)
+    raise NotText(f"a value of type {type(value).__name__}")
 
 
 def _with_plain_keys(value: Any) -> Any:
@@ -103,5 +144,9 @@ def _with_plain_keys(value: Any) -> Any:
 
 
 def _plain_key(key: Any) -> Any:
-    key = _unwrapped(key)
-    return str(key) if isinstance(key, (*_WRITTEN_OUT, tuple)) else key
+    plain = _unwrapped(key)
+    if isinstance(plain, (*_WRITTEN_OUT, tuple)):
+        return str(plain)
+    if plain is None or isinstance(plain, str | int | float):
+        return plain
+    raise NotText(f"a key of type {type(key).__name__}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import inspect
 import json
 import queue
@@ -21,6 +22,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,7 +33,7 @@ from arpo_trl.net.background import LoopThread
 from arpo_trl.tools.calls import CallSource, ToolCall, ToolFailure
 from arpo_trl.tools.spec import ToolSet
 from arpo_trl.tools.state import BoundTool, CreateState, PathState, PathStates
-from arpo_trl.tools.texts import described, presentable, written_out
+from arpo_trl.tools.texts import NotText, described, presentable, written_out
 from arpo_trl.visible import get_logger
 
 logger = get_logger(__name__)
@@ -68,7 +70,7 @@ class ToolResult:
         return self.failure is None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Execution:
     """One execution, and the tickets that wait for its result."""
 
@@ -79,8 +81,15 @@ class _Execution:
     tickets: list[int]
     timeout_s: float
     is_async: bool = False
+    in_poller: bool = False
+    """Whether it runs in the thread that polls."""
     result: ToolResult | None = None
     """The outcome; None while it runs."""
+
+    @property
+    def is_next(self) -> bool:
+        """Whether no earlier call of its state is unfinished."""
+        return self.tool.turn is None or self.tool.turn[0] is self
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,12 +251,15 @@ class ToolBox:
                     self._done.put((ticket, replace(running.result, source=CallSource.JOINED)))
             else:
                 spec = offered.specs[call.name]
-                execution = _Execution(key, call, tool, [ticket], self._timeout_s * tool.steps, spec.is_async)
+                timeout_s = self._timeout_s * tool.steps
+                execution = _Execution(key, call, tool, [ticket], timeout_s, spec.is_async, spec.run_in == "main")
                 if key is not None and (spec.deterministic or self._cache is not None):
                     self._joinable[key] = execution
-                if spec.run_in == "main":
+                if tool.turn is not None:
+                    tool.turn.append(execution)
+                if execution.in_poller:
                     self._for_poller.append(execution)
-                else:
+                elif execution.is_next:
                     self._scheduler.start(self._schedule(execution))
         return ticket
 
@@ -264,17 +276,28 @@ class ToolBox:
         """Return the (ticket, result) pairs that are done, in order of completion.
 
         This waits up to `timeout_s` for the first pair. Before that, it runs calls of tools with `run_in` "main": at
-        least one if there is any, and more until some 50 ms have passed.
+        least one if any may run, and more until some 50 ms have passed. A call whose state has an unfinished earlier
+        call may not run yet.
         """
         start = time.perf_counter()
-        while self._for_poller and time.perf_counter() - start < _POLLER_S:
-            self._run_in_poller(self._for_poller.popleft())
+        while time.perf_counter() - start < _POLLER_S and (execution := self._next_for_poller()) is not None:
+            self._run_in_poller(execution)
         delivered = list(drained(self._done, timeout_s))
         if delivered:  # most polls find nothing
             with self._lock:
                 self._pending -= len(delivered)
                 self._settle({ticket for ticket, _ in delivered})
         return delivered
+
+    def _next_for_poller(self) -> _Execution | None:
+        """Remove the first execution that may run in this thread, and return it. None: there is none."""
+        if not self._for_poller:  # only this thread adds and removes executions
+            return None
+        with self._lock:
+            execution = next((execution for execution in self._for_poller if execution.is_next), None)
+        if execution is not None:
+            self._for_poller.remove(execution)
+        return execution
 
     def _settle(self, tickets: set[int]) -> None:
         """Stop the sharing of executions whose results were polled, and cache the results.
@@ -314,37 +337,56 @@ class ToolBox:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    async def _schedule(self, execution: _Execution) -> None:
-        """Run the execution when it has a slot. Runs on the scheduling thread."""
-        slot_of_tool = self._tool_slots.get(execution.call.name, contextlib.nullcontext())
-        async with execution.tool.turn or contextlib.nullcontext(), slot_of_tool, self._slots:
-            start = time.perf_counter()
-            try:
-                text, failure = await asyncio.wait_for(self._start(execution), execution.timeout_s)
-            except TimeoutError:
-                text, failure = self._overdue(execution.call.name, execution.timeout_s)
-            except RuntimeError as error:  # no thread can start; without a result the caller would wait forever
-                text, failure = self._as_text(execution.call.name, _Raised(error))
-            seconds = time.perf_counter() - start
-        self._deliver(execution, text, failure, seconds)
+    async def _schedule(self, first: _Execution) -> None:
+        """Run the execution when it has a slot, then those of its state that it delayed. Runs on the scheduling
+        thread."""
+        execution: _Execution | None = first
+        while execution is not None:
+            slot_of_tool = self._tool_slots.get(execution.call.name, contextlib.nullcontext())
+            async with slot_of_tool, self._slots:
+                start = time.perf_counter()
+                try:
+                    text, failure = await asyncio.wait_for(self._start(execution), execution.timeout_s)
+                except TimeoutError:
+                    text, failure = self._overdue(execution.call.name, execution.timeout_s)
+                except BaseException as error:  # such as: no thread can start. Without a result the caller waits on
+                    if self._closed:
+                        raise
+                    text, failure = self._as_text(execution.call.name, _Raised(error))
+                seconds = time.perf_counter() - start
+            execution = self._deliver(execution, text, failure, seconds)
 
     def _run_in_poller(self, execution: _Execution) -> None:
-        """Run the execution in this thread. A Ctrl-C here comes from the user and is not a failure of the tool."""
+        """Run the execution in this thread. A Ctrl-C comes from the user and is not a failure of the tool. Python
+        raises it in the main thread only."""
         start = time.perf_counter()
         value = self._awaited(_returned(execution.tool.run, execution.call.arguments))
-        if isinstance(value, _Raised) and isinstance(value.error, KeyboardInterrupt):
-            raise value.error
+        if type(value) is _Raised:
+            if isinstance(value.error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+                raise value.error
+            self._notice_bound_to_thread(execution, value.error)
         text, failure = self._as_text(execution.call.name, value)
-        self._deliver(execution, text, failure, time.perf_counter() - start)
+        delayed = self._deliver(execution, text, failure, time.perf_counter() - start)
+        if delayed is not None:
+            self._scheduler.start(self._schedule(delayed))
 
-    def _deliver(self, execution: _Execution, text: str, failure: ToolFailure | None, seconds: float) -> None:
-        """Deliver the result to all tickets of the execution."""
+    def _deliver(
+        self, execution: _Execution, text: str, failure: ToolFailure | None, seconds: float
+    ) -> _Execution | None:
+        """Deliver the result to all tickets of the execution.
+
+        Returns the execution of the same state that it delayed, if that one runs outside of the thread that polls.
+        """
         result = ToolResult(text=text, failure=failure, seconds=seconds, source=CallSource.EXECUTED)
         with self._lock:
             execution.result = result
             for ticket in execution.tickets:
                 self._done.put((ticket, result))
                 result = replace(result, source=CallSource.JOINED)
+            if (turn := execution.tool.turn) is None:
+                return None
+            turn.popleft()
+            return turn[0] if turn and not turn[0].in_poller else None
 
     def _start(self, execution: _Execution) -> asyncio.Future[_Outcome]:
         """Return a future of the scheduling loop with the outcome. The outcome is computed in another thread and is
@@ -365,8 +407,8 @@ class ToolBox:
 
         def work() -> None:
             value = self._awaited(_returned(tool, call.arguments))
-            if isinstance(value, _Raised):
-                self._notice_bound_to_thread(call.name, value.error)
+            if type(value) is _Raised:
+                self._notice_bound_to_thread(execution, value.error)
             outcome = self._as_text(call.name, value)
             with contextlib.suppress(RuntimeError):  # the box has been closed
                 loop.call_soon_threadsafe(settle, outcome)
@@ -377,28 +419,42 @@ class ToolBox:
 
     def _awaited(self, value: Any) -> Any:
         """Return `value`, the return value of a sync tool. If it is awaitable, await it on the loop of async tools."""
-        if not inspect.isawaitable(value):
-            return value
+        try:
+            if not inspect.isawaitable(value):
+                return value
+        except BaseException as error:  # code of the value's class, such as a proxy without an object
+            return _Raised(error)
         future = self._async_tools.start(_result_of(value))
         try:
             return future.result(self._timeout_s)
         except TimeoutError:
             return _Raised(_Overdue())
+        except CancelledError as error:  # another coroutine of the loop cancelled it before its start
+            return _Raised(error)
         finally:
             future.cancel()
 
-    def _notice_bound_to_thread(self, name: str, error: BaseException) -> None:
+    def _notice_bound_to_thread(self, execution: _Execution, error: BaseException) -> None:
         """Warn once if a tool seems to need a single thread. Otherwise only the model would see the error."""
-        message = described(error)
+        name, message = execution.call.name, described(error)
         if name not in self._thread_bound and not isinstance(error, ToolError) and _NAMES_THREADS.search(message):
             self._thread_bound.add(name)
-            hint = (
-                "The state of its path was made in another thread, for example by fork(). Make what needs one thread "
-                "in reset() or at the first call."
-                if name in self.specs and self.specs[name].create_state is not None
-                else "Each call runs in a new thread. If the tool must run in the thread that created it, set its "
-                f"attribute: {name}.run_in = 'main'."
-            )
+            if execution.in_poller:
+                hint = (
+                    f"Its run_in is 'main', so it ran in the sampling thread, {threading.current_thread().name}. With "
+                    "rollouts_ahead this is not the main thread, in which evaluations sample. Make what needs one "
+                    "thread at the first call in each thread, and keep it in a threading.local()."
+                )
+            elif name in self.specs and self.specs[name].create_state is not None:
+                hint = (
+                    "The state of its path was made in another thread, for example by fork(). Make what needs one "
+                    "thread in reset() or at the first call."
+                )
+            else:
+                hint = (
+                    "Each call runs in a new thread. If the tool must run in the thread that created it, set its "
+                    f"attribute: {name}.run_in = 'main'."
+                )
             logger.warning(f"A call of tool {name!r} failed: {message.removeprefix('Error: ')} {hint}")
 
     def _notice_not_closed(self, state: PathState, error: BaseException) -> None:
@@ -415,14 +471,14 @@ class ToolBox:
         return f"Error: the {name} call took longer than {timeout_s:g} s.", ToolFailure.TIMEOUT
 
     def _as_text(self, name: str, value: Any) -> _Outcome:
-        if isinstance(value, _Raised) and isinstance(value.error, _Overdue):
+        if type(value) is _Raised and type(value.error) is _Overdue:
             return self._overdue(name, self._timeout_s)
-        if isinstance(value, _Raised):
+        if type(value) is _Raised:
             return presentable(described(value.error), self._max_chars), _failure_of(value.error)
-        text = written_out(value)
-        if text is None:
-            return f"Error: the {name} call returned {type(value).__name__}, which is not text.", ToolFailure.NOT_TEXT
-        return presentable(text, self._max_chars), None
+        try:
+            return presentable(written_out(value), self._max_chars), None
+        except NotText as error:
+            return f"Error: the {name} call returned {error}, which is not text.", ToolFailure.NOT_TEXT
 
 
 def _key(call: ToolCall, tool: BoundTool) -> tuple[str, str] | None:
@@ -432,8 +488,9 @@ def _key(call: ToolCall, tool: BoundTool) -> tuple[str, str] | None:
 
 
 def _returned(tool: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """Call the tool. It gets a copy of the arguments, since it may change lists and dicts."""
     try:
-        return tool(**arguments)
+        return tool(**copy.deepcopy(arguments))
     except BaseException as error:
         return _Raised(error)
 
@@ -447,7 +504,7 @@ async def _result_of(awaitable: Awaitable[Any]) -> Any:
 
 async def _returned_async(tool: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     try:
-        return await tool(**arguments)
+        return await tool(**copy.deepcopy(arguments))
     except BaseException as error:
         return _Raised(error)
 
