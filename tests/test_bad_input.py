@@ -4,6 +4,7 @@ Settings alone are in test_config.py, datasets alone in test_data.py, tools alon
 model in test_sampler.py.
 """
 
+import asyncio
 import math
 import os
 import shutil
@@ -680,8 +681,12 @@ def test_an_async_reward_that_ends_the_program_is_an_error(make):
     async def leaving(completions, **_):
         raise SystemExit(0)
 
-    with pytest.raises(RewardError, match="The reward function 'leaving' raised SystemExit: 0 "):
-        make(reward_funcs=leaving).train()
+    async def in_tasks(completions, **_):
+        return await asyncio.gather(*(leaving([completion]) for completion in completions))
+
+    for reward, name in ((leaving, "leaving"), (in_tasks, "in_tasks")):
+        with pytest.raises(RewardError, match=f"The reward function '{name}' raised SystemExit: 0 "):
+            make(reward_funcs=reward).train()
 
 
 def test_an_async_reward_is_checked_like_any_other(make):

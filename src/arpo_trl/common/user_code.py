@@ -10,8 +10,10 @@ from typing import Any
 def text_of(error: BaseException) -> str:
     """Return the text of an exception. Its class may be the user's, and fail to make one."""
     try:
-        return str(error)
-    except (Exception, SystemExit):
+        return str.__str__(str(error))  # a class may also return a subclass of str
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
         return "(its text cannot be made)"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+import os
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -15,8 +16,10 @@ from typing import Any, SupportsFloat
 import torch
 
 import arpo_trl
+from arpo_trl.common.per_process import one_per_process
 from arpo_trl.common.user_code import outcome_of, text_of
 from arpo_trl.errors import ArpoError, Interrupted, RewardError
+from arpo_trl.net.background import LoopThread
 from arpo_trl.runs.interrupts import Interrupts
 from arpo_trl.trl_seam import get_callable_name, is_async_callable
 
@@ -54,13 +57,15 @@ def checked_reward(function: Any, interrupts: Interrupts) -> Any:
 
         async def checked_async(*, completions: Sequence[Any], **columns: Any) -> Any:
             given, rows = _with_environment({"completions": completions, **columns}, reads_environments)
-            task = asyncio.ensure_future(outcome_of(function(**select(given, wrapper.__name__))))
-            while not (await asyncio.wait([task], timeout=REWARD_POLL_S))[0]:
+            arguments = select(given, wrapper.__name__)
+            # Not on TRL's loop, which a SystemExit in a task of the function would end.
+            running = _loop().start(outcome_of(function(**arguments)))
+            while not (await asyncio.wait([asyncio.wrap_future(running)], timeout=REWARD_POLL_S))[0]:
                 if interrupts.told is not None:
-                    task.cancel()
+                    running.cancel()
                     return [0.0] * len(completions)
             with _told(function, wrapper.__name__):
-                rewards, error = task.result()
+                rewards, error = running.result()
                 if error is not None:
                     raise error
             return _spread(_checked(rewards, wrapper.__name__, len(rows)), rows, len(completions))
@@ -81,6 +86,12 @@ def checked_reward(function: Any, interrupts: Interrupts) -> Any:
     wrapper.__name__ = name
     wrapper.origin = _origin(function, name)
     return wrapper
+
+
+@one_per_process
+def _loop() -> LoopThread:
+    """The event loop of async reward functions."""
+    return LoopThread(f"arpo-rewards-{os.getpid()}")
 
 
 def named_apart(functions: Sequence[Any], names: Sequence[str]) -> list[str]:

@@ -678,9 +678,9 @@ class Instances:
 
 def as_reason(error: BaseException) -> str:
     """Return an exception as part of a sentence."""
-    if isinstance(error, ForkRefused | ToolError):
-        return str(error)
     text = text_of(error)
+    if isinstance(error, ForkRefused | ToolError):
+        return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
