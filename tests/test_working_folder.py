@@ -20,6 +20,16 @@ def test_a_change_of_the_working_folder_is_undone_with_a_warning(is_removed, tmp
     assert f"changed the working folder of the run to {place}. It is {tmp_path} again" in caplog.text
 
 
+def test_a_run_in_a_removed_folder_goes_on(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    os.chdir(tmp_path / "other")
+    (tmp_path / "other").rmdir()
+    with kept_working_folder():
+        os.chdir(tmp_path)
+    assert caplog.text == ""
+
+
 def test_an_unchanged_working_folder_is_no_warning(caplog):
     with kept_working_folder():
         pass
