@@ -190,8 +190,8 @@ class ChatTemplateProtocol(ToolProtocol):
             return BadCall(fault="malformed", text="Error: a tool call needs a name and arguments.")
         name = for_models(function["name"])
         spec = self.tools.get(name)
-        takes_none = spec is not None and not spec.parameters
-        if set(function) != {"name", "arguments"} and not (takes_none and set(function) == {"name"}):
+        needs_none = spec is None or not spec.parameters  # the text for an unknown tool names the others
+        if set(function) != {"name", "arguments"} and not (needs_none and set(function) == {"name"}):
             keys = ", ".join(map(str, function))[:80]
             return BadCall(
                 fault="malformed",
