@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -32,6 +33,13 @@ def secret(name: str) -> str:
 def fail(text: str) -> str:
     """Refuse."""
     raise ToolError(f"no {text} today")
+
+
+@server.tool(description=f"Show the token {os.environ.get('SHOWN_PAT', 'of nobody')}.")
+def show(text: str) -> str:
+    if text == "refuse":
+        raise ToolError(f"{os.environ['SHOWN_PAT']} is expired")
+    return f"as it is: {os.environ['SHOWN_PAT']}, as JSON: {json.dumps(os.environ['SHOWN_PAT'])}"
 
 
 @server.tool()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import re
@@ -350,6 +351,38 @@ def test_a_reset_without_row_arguments_is_an_error_at_the_start():
         environment_kind(Bare, 60.0).check_row(["prompt", "name"])
 
 
+def test_all_async_methods_run_on_one_event_loop():
+    loops = []
+
+    class Remote(Shop):
+        async def reset(self, **row: Any) -> None:  # type: ignore[override]
+            loops.append(asyncio.get_running_loop())
+            super().reset(**row)
+
+        async def put(self, item: str) -> str:  # type: ignore[override]
+            """Put an item.
+
+            Args:
+                item: Which.
+            """
+            loops.append(asyncio.get_running_loop())
+            return super().put(item)
+
+        async def close(self) -> None:  # type: ignore[override]
+            loops.append(asyncio.get_running_loop())
+            super().close()
+
+    async def remote() -> Remote:
+        loops.append(asyncio.get_running_loop())
+        return Remote()
+
+    for factory in (Remote, remote):
+        environments = environments_of(factory)
+        run(environments)
+        assert all_closed(environments)
+    assert len(loops) > 20 and len(set(map(id, loops))) == 1
+
+
 def test_optional_methods_are_no_tools():
     class Full(Lossy):
         def describe(self) -> str:
@@ -377,6 +410,20 @@ def test_a_fork_that_is_the_original_ends_the_run():
     with pytest.raises(ToolSpecError, match=r"fork\(\) of Selfish returned an object that another path already uses"):
         run(environments)
     assert all_closed(environments)
+
+
+class Traced(ForkingShop):
+    def fork(self) -> ForkingShop:
+        return TracedCopy()
+
+
+class TracedCopy(Traced):
+    pass
+
+
+def test_a_fork_of_a_subclass_ends_the_run():
+    with pytest.raises(ToolSpecError, match=r"fork\(\) of Traced returned a TracedCopy; expected a Traced, and no"):
+        run(environments_of(Traced))  # a reward belongs to one class, so the copy would have none
 
 
 def test_a_factory_that_repeats_itself_later_ends_the_run():

@@ -15,6 +15,8 @@ from datasets import Dataset
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.scripted import Script, ScriptedEngine, ScriptedTurn
+from arpo_trl.tools.builtin import ToolArguments, build_tools
+from loopback import Loopback, Reply
 from support import ANSWER, ON_CPU, Scripted, tiny_model, with_template
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +58,19 @@ def test_the_tool_with_a_connection_runs_in_the_thread_of_its_connection(
     names = run(example("docs/tools.md", "def price"))
     assert read_after(names["price"], "<price>iron</price>", "<price>gold</price>") == ["0.5", "not traded"]
     names["db"].close()
+
+
+def test_the_search_service_is_found_by_its_name_and_in_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pages = [{"name": "Iron", "href": "https://a.test/", "body": "Melts at 1538 °C."}]
+    with Loopback(lambda asked: Reply({"pages": pages})) as server:
+        code = example("docs/tools.md", "class Library").replace("http://127.0.0.1:9000", server.url)
+        of_python = run(code, __name__="library")["library_search"]()
+        (of_settings,) = build_tools(ToolArguments(tools=["search"], search_provider="library"))
+        found = "Page 1: Iron (https://a.test/): Melts at 1538 °C."
+        assert [search("melting point of iron") for search in (of_python, of_settings)] == [found, found]
 
 
 def writes_and_reads(request: Any, context: str) -> ScriptedTurn:

@@ -358,6 +358,29 @@ def test_a_secret_that_the_server_repeats_stays_out_of_the_error(monkeypatch: py
     assert "sk-PLANTED" not in str(error.value) + repr(error.value)
 
 
+def test_a_variable_that_the_server_repeats_stays_out_of_what_the_model_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name does not show that it is a secret."""
+    monkeypatch.setenv("SHOWN_PAT", 'ghp_"12345678')
+    with ToolBox(mcp_tools([{**COMMAND, "env": ["SHOWN_PAT"], "tools": ["show"]}])) as box:
+        shown, refused = results(box, ("show", {"text": "a"}), ("show", {"text": "refuse"}))
+        description = box.specs["show"].schema["function"]["description"]
+    assert shown.text == 'as it is: [SHOWN_PAT], as JSON: "[SHOWN_PAT]"'
+    assert "[SHOWN_PAT] is expired" in refused.text
+    assert description == "Show the token [SHOWN_PAT]."
+
+
+@pytest.mark.parametrize("value", ["Europe/Paris", "12345678", "short-1", sys.executable])
+def test_a_value_that_ordinary_text_may_contain_stays(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOWN", value)
+    assert McpServer(command="x", env=["SHOWN"]).without_secrets(f"It is {value}.") == f"It is {value}."
+
+
+def test_the_token_of_an_address_stays_out_of_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOWN", "ghp_1/2345678")
+    server = McpServer(url="http://127.0.0.1:1/mcp", token_env="SHOWN")
+    assert server.without_secrets("ghp_1/2345678 ghp_1%2F2345678") == "[SHOWN] [SHOWN]"
+
+
 def test_the_token_is_sent_to_the_address(http: HttpServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKEN", "sk-PLANTED")
     with Loopback(lambda asked: Reply("", 401)) as server, pytest.raises(ConfigError) as error:

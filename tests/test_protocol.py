@@ -235,6 +235,10 @@ def test_a_chat_template_turn_may_hold_several_calls():
         '{"name": 3, "arguments": {}}',
         '{"name": "search", "arguments": [1]}',
         '{"name": "search", "arguments": "text"}',
+        '{"name": "weather"}',
+        '{"name": "weather", "parameters": {"city": "Rome"}}',
+        '{"name": "weather", "arguments": {}, "city": "Rome"}',
+        '{"name": "search", "arguments": {"query": "a"}, "parameters": {"query": "b"}}',
         "[1]",
         "",
         "[" * 100_000,
@@ -246,6 +250,28 @@ def test_an_unreadable_call_becomes_an_error_for_the_model(call):
     assert bad.fault == "malformed"
     assert bad.text.startswith("Error: ")
     assert len(bad.text) < 400
+
+
+def test_a_call_without_arguments_is_one_for_a_tool_that_takes_none():
+    def ping() -> str:
+        """Answer."""
+        return "pong"
+
+    protocol = ChatTemplateProtocol(with_template("qwen3"), {"ping": tool_spec(ping)})
+    for call in ('{"name": "ping"}', '{"name": "ping", "arguments": {}}'):
+        assert protocol.parse_turn(f"<tool_call>\n{call}\n</tool_call>") == (ToolCall(name="ping", arguments={}),)
+    (bad,) = protocol.parse_turn('<tool_call>\n{"name": "ping", "count": 2}\n</tool_call>')
+    assert "a call has exactly a name and arguments" in bad.text
+
+
+def test_half_of_a_surrogate_pair_in_a_call_is_replaced():
+    protocol = chat_protocol()
+    call = '{"name": "a\\ud83d", "arguments": {"b\\ud83d": ["c\\ud83d", {"d": "\\ud83d\\ude00"}]}}'
+    text = f"<tool_call>\n{call}\n</tool_call>"
+    arguments = {"b\ufffd": ["c\ufffd", {"d": "\U0001f600"}]}
+    assert protocol.parse_turn(text) == (ToolCall(name="a\ufffd", arguments=arguments),)
+    message = protocol.as_message([*protocol.tokenizer.encode(text), protocol.eos_ids[0]], [])
+    assert [made["function"] for made in message["tool_calls"]] == [{"name": "a\ufffd", "arguments": arguments}]
 
 
 def rendered(protocol: ChatTemplateProtocol, template: str, results: list[tuple[str, str]]) -> str:

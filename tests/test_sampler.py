@@ -740,6 +740,83 @@ def test_a_failed_or_faulty_event_ends_a_batch(event, message):
         made(1)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ids": [10**6, 5]}, r"a turn with the id 1000000 \(int\); expected an int that is the id of a token"),
+        ({"ids": [10**30, 5]}, r"a turn with the id 1000000000000000000000000000000 \(int\)"),
+        ({"ids": [-1, 5]}, r"a turn with the id -1 \(int\)"),
+        ({"ids": [5.0, 5]}, r"a turn with the id 5.0 \(float\)"),
+        ({"ids": [True, 5]}, r"a turn with the id True \(bool\)"),
+        ({"ids": (5, 5)}, "a turn whose ids are a tuple; expected a list"),
+        ({"logprobs": None}, "a turn whose logprobs are a NoneType; expected a list"),
+        ({"logprobs": [-0.5]}, "a turn of 2 tokens with 1 logprobs; expected one logprob per sampled token"),
+        ({"entropies": [0.5] * 3}, "a turn of 2 tokens with 3 entropies; expected at most one"),
+        ({"versions": [1]}, "a turn of 2 tokens with 1 versions; expected none, or one"),
+        ({"ids": [5] * 99, "logprobs": [-0.5] * 99}, "a turn of 99 tokens; the request had max_tokens 50"),
+    ],
+)
+def test_a_turn_that_breaks_the_contract_names_the_engine(changes, message):
+    made = Scripted(lambda r, c: ANSWER)
+    made.sampler.settings = replace(made.sampler.settings, max_completion_length=50)
+    turn = Turn(id=0, ids=[5, 5], logprobs=[-0.5, -0.5], entropies=[0.5], stop=TurnStop.EOS)
+    made.engine.poll = lambda timeout_s: [replace(turn, **changes)]
+    with pytest.raises(EngineError, match=f"ScriptedEngine returned {message}"):
+        made(1)
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_the_rest_of_a_turn_may_only_use_the_tokens_that_are_left(more):
+    # The first request ends at a stop string in code, so the second one continues the turn.
+    made = Scripted(lambda r, c: "<python>print('</search>')</python>", leaves=1, at_root=1)
+    poll = made.engine.poll
+
+    def long(timeout_s=0.0):
+        (turn,) = poll(timeout_s)
+        count = made.engine.requests[1].max_tokens + more if turn.id == 1 else len(turn.ids)
+        ids = turn.ids if turn.id != 1 else [5] * count
+        return [replace(turn, ids=ids, logprobs=[-0.5] * count, stop=TurnStop.LENGTH if turn.id else turn.stop)]
+
+    made.engine.poll = long
+    if not more:
+        (leaf,) = made(1).trees[0].leaves()
+        assert leaf.stop is StopReason.LENGTH
+        return
+    with pytest.raises(EngineError, match=r"returned a turn of \d+ tokens; the request had max_tokens \d+"):
+        made(1)
+
+
+def test_an_engine_that_changes_the_ids_of_its_requests_changes_no_tree():
+    class Greedy(ScriptedEngine):
+        def submit(self, request):
+            super().submit(request)
+            request.ids.append(5)
+
+    made = Scripted(lambda r, c: ANSWER)
+    expected = [leaf.ids for leaf in made(1).trees[0].leaves()]
+    made.sampler.engine = Greedy(made.tokenizer, SamplingParams(eos_ids=(made.eos,)), lambda r, c: ANSWER)
+    tree = made(1).trees[0]
+    assert [leaf.ids for leaf in tree.leaves()] == expected
+    assert tree.root.ids == prompts(made, 1)[0].prompt_ids
+
+
+@pytest.mark.parametrize("method", ["decide", "supply"])
+def test_a_rule_that_changes_the_budget_is_an_error(method):
+    class Grasping(Threshold):
+        pass
+
+    def grasping(rule, asked, context):
+        context.remaining += 50
+        return getattr(Threshold, method)(rule, asked, context)
+
+    setattr(Grasping, method, grasping)
+    made = Scripted(lambda r, c: ["<search>a</search>", ANSWER][r.key[-1]], leaves=4, at_root=1, rule=Grasping())
+    with pytest.raises(
+        ConfigError, match=r"changed context.remaining from 3 to 53, but only the sampler may change it"
+    ):
+        made(1)
+
+
 # Limits of single tools ----------------------------------------------------------------------------------------------
 
 

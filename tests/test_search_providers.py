@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -314,6 +315,35 @@ def test_the_settings_name_a_provider_from_outside_the_package(
     assert asked.headers["x-key"] == KEY
 
 
+def test_a_provider_may_yield_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(provider: Wiki, answer: Any) -> Iterator[Hit]:
+        for page in answer["pages"]:
+            yield Hit(title=page["name"], url="", text=page["body"])
+
+    monkeypatch.setattr(Wiki, "read", read)
+    with Loopback(lambda asked: Reply({"pages": [{"name": "Iron", "body": "Melts at 1538 °C."}]})) as server:
+        service = search("wiki", server, tmp_path, monkeypatch, mode=CacheMode.RECORD)
+        assert service.search(QUERY, 5) == ["Iron: Melts at 1538 °C."]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_modules_of_all_tools_are_imported_before_the_search_tool_is_made(
+    order: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = f"provider_of_tools{order}".replace("-", "_")
+    (tmp_path / f"{module}.py").write_text(
+        "from test_search_providers import Wiki, register_provider\n"
+        f"@register_provider({module!r})\n"
+        "class Own(Wiki):\n    default_url = 'http://127.0.0.1:1'\n"
+        "def lookup(word: str) -> str:\n    return word\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WIKI_API_KEY", KEY)
+    names = ["search", f"{module}:lookup"][::order]
+    tools = build_tools(ToolArguments(tools=names, search_provider=module))
+    assert [tool.__name__ for tool in tools] == ["search", "lookup"][::order]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "broken"),
@@ -321,6 +351,8 @@ def test_the_settings_name_a_provider_from_outside_the_package(
         ("read", lambda *_: 1 / 0),
         ("read", lambda *_: None),
         ("read", lambda *_: ["text"]),
+        ("read", lambda *_: ""),
+        ("read", lambda *_: {}),
         ("read", lambda *_: [{"title": "Iron"}]),
         ("read", lambda *_: [Hit(title="Iron", url="", text=None)]),
         ("request", lambda *_: None),
@@ -341,5 +373,6 @@ def test_a_faulty_provider_degrades_searches_and_is_not_kept(
 
 
 def test_an_unknown_provider_is_named_with_all_that_are_registered() -> None:
-    with pytest.raises(ConfigError, match=r"search_provider is 'google'; expected one of \['local', .*'wiki'\]"):
+    message = r"search_provider is 'google'; expected one of \['local', .*'wiki'.*\]. A provider of your own is known"
+    with pytest.raises(ConfigError, match=message):
         build_tools(ToolArguments(tools=["search"], search_provider="google"))

@@ -146,6 +146,62 @@ def test_the_call_or_the_fault_of_a_turn(case: dict[str, Any]) -> None:
         assert calls == tuple(ToolCall(name="search", arguments={"query": query}) for query in case["calls"])
 
 
+def delete_files(older_than_days: int = 0, kind: str = "all") -> str:
+    """Delete files.
+
+    Args:
+        older_than_days: Only older ones.
+        kind: Which.
+    """
+    return f"deleted {kind} older than {older_than_days}"
+
+
+@pytest.mark.parametrize("case", cases("arguments"), ids=lambda case: f"{case['template']}: {case['text'][-60:]!r}")
+def test_a_call_runs_only_with_all_arguments_that_it_has(case: dict[str, Any]) -> None:
+    row = BY_NAME[case["template"]]
+    protocol = ChatTemplateProtocol(
+        family_tokenizer(row, row["eos"][0]), {"delete_files": tool_spec(delete_files)}, tool_parser=row["parser"]
+    )
+    (read,) = protocol.parse_turn(case["text"], protocol.tokenizer.convert_tokens_to_ids(row["call_end"]))
+    if "arguments" in case:
+        assert read == ToolCall(name="delete_files", arguments=case["arguments"])
+    else:
+        assert isinstance(read, BadCall)
+        assert read.fault == "malformed"
+        assert case["says"] in read.text
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    ("template", "parser", "end"),
+    [
+        ("qwen3_5_nothink", "qwen3_coder", "</function>\n</tool_call>"),
+        ("muse_glimmer", "muse_glimmer", "</atem:invoke>\n</atem:function_calls>"),
+    ],
+)
+def test_vllms_parsers_lose_no_argument(template: str, parser: str, end: str) -> None:
+    row = BY_NAME[template]
+    protocol = ChatTemplateProtocol(
+        family_tokenizer(row, row["eos"][0]), {"delete_files": tool_spec(delete_files)}, tool_parser=parser
+    )
+    starts, opens, closes = {
+        "qwen3_coder": ("<tool_call>\n<function=delete_files>\n", "<parameter=older_than_days>", "</parameter>"),
+        "muse_glimmer": (
+            ' to=delete_files<|message|><atem:function_calls>\n<atem:invoke name="delete_files">\n',
+            '<atem:parameter name="older_than_days">',
+            "</atem:parameter>",
+        ),
+    }[parser]
+    eos = protocol.tokenizer.convert_tokens_to_ids(row["call_end"])
+    whole = ToolCall(name="delete_files", arguments={"older_than_days": 365})
+    assert protocol.parse_turn(f"{starts}{opens}365{closes}\n{end}", eos) == (whole,)
+    assert protocol.parse_turn(f"{starts}{end}", eos) == (ToolCall(name="delete_files", arguments={}),)
+    for wrong in (f"{opens}365\n", f"{opens}365{closes}".replace("parameter", "param")):
+        (bad,) = protocol.parse_turn(f"{starts}{wrong}{end}", eos)
+        assert isinstance(bad, BadCall)
+        assert "It opens 1 arguments, and 0 could be read" in bad.text
+
+
 def test_a_tokenizer_without_the_templates_tokens_is_refused() -> None:
     row = BY_NAME["llama3_1"] | {"tokens": ["<|begin_of_text|>"]}
     with pytest.raises(ConfigError, match="no token of the tokenizer that could end the turn"):

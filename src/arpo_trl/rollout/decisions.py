@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from arpo_trl.errors import ConfigError
 from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, LivePath
 from arpo_trl.rollout.tree import BranchDecision
+
+T = TypeVar("T")
 
 
 def checked_roots(rule: BranchRule, planned: int, leaves: int, context: BranchContext) -> int:
@@ -34,7 +36,7 @@ def checked_supply(rule: BranchRule, live: Iterable[LivePath], context: BranchCo
     Raises:
         ConfigError: The rule returned no whole number.
     """
-    return _whole(rule.supply(live, context), rule, "supply")
+    return _whole(_with_budget_kept(lambda: rule.supply(live, context), rule, context), rule, "supply")
 
 
 def checked_decisions(
@@ -45,7 +47,8 @@ def checked_decisions(
     Raises:
         ConfigError: A decision is not valid, or together they grant more leaves than remain.
     """
-    decisions = [_plain(decision, rule) for decision in rule.decide(candidates, context)]
+    decided = _with_budget_kept(lambda: list(rule.decide(candidates, context)), rule, context)
+    decisions = [_plain(decision, rule) for decision in decided]
     granted = [decision.granted for decision in decisions]
     if len(granted) != len(candidates) or min(granted, default=0) < 0 or sum(granted) > context.remaining:
         raise ConfigError(
@@ -68,6 +71,22 @@ def checked_rewards(rewards: Any, leaves: int) -> list[float]:
     if len(numbers) != leaves:
         raise ConfigError(f"`score` of a TreeSampler returned {rewards!r}; expected {leaves} numbers, one per leaf.")
     return numbers
+
+
+def _with_budget_kept(ask: Callable[[], T], rule: BranchRule, context: BranchContext) -> T:
+    """The answer of a rule.
+
+    Raises:
+        ConfigError: The rule changed the remaining leaves, which only the sampler counts.
+    """
+    before = context.remaining
+    answer = ask()
+    if context.remaining != before:
+        raise ConfigError(
+            f"The branch rule {rule.name!r} changed context.remaining from {before} to {context.remaining}, but only "
+            "the sampler may change it. Set `granted` of the decisions instead."
+        )
+    return answer
 
 
 def _plain(decision: BranchDecision, rule: BranchRule) -> BranchDecision:

@@ -25,7 +25,17 @@ from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.options import RolloutSchedule, ShareCalls
 from arpo_trl.rollout.batch import Finished, GroupRequest, RolloutBatch, RolloutTimes, Score, TreeSettings, error_text
 from arpo_trl.rollout.decisions import checked_decisions, checked_rewards, checked_roots, checked_supply
-from arpo_trl.rollout.engines.base import Engine, Event, Probe, Turn, TurnFailed, TurnRequest, TurnStop, check_engine
+from arpo_trl.rollout.engines.base import (
+    Engine,
+    Event,
+    Probe,
+    Turn,
+    TurnFailed,
+    TurnRequest,
+    TurnStop,
+    check_engine,
+    check_turn,
+)
 from arpo_trl.rollout.paths import Calling, Group, Path
 from arpo_trl.rollout.protocols import BadCall, ToolProtocol
 from arpo_trl.rollout.rules.base import BranchContext, Candidate, LivePath, Moment
@@ -402,8 +412,10 @@ class _Run:
         return self._as_candidate(path, entropies) if path.decides else self._record_live(path)
 
     def _turn_finished(self, path: Path, turn: Turn) -> None:
-        if not turn.ids:
-            raise EngineError(f"{type(self.engine).__name__} returned a turn without ids; expected at least one.")
+        written = 0 if path.written is None else len(path.written.ids)
+        check_turn(
+            turn, self.engine, self.protocol.tokenizer.get_vocab, self._room(path.group, len(path.ids) + written)
+        )
         if path.written is not None:
             turn, path = path.written.followed_by(turn), replace(path, written=None)
         text = self.protocol.decode_turn(turn.ids)
@@ -600,7 +612,7 @@ class _Run:
         written = path.written
         if written is None:
             path = replace(path, since_s=time.perf_counter() - path.group.started_s)
-        ids = path.ids if written is None else path.ids + written.ids
+        ids = path.ids + ([] if written is None else written.ids)  # a list of its own, which an engine may change
         count = len(ids) - len(path.ids)
         request = TurnRequest(
             id=self.sampler.requests,

@@ -187,7 +187,9 @@ def build_tools(arguments: ToolArguments, *, run: str = "default") -> list[Calla
             logger.warning(f"{name} is set, but tools is {arguments.tools}, without search. Add search to tools.")
     makers = {"search": lambda: _build_search(arguments, run), "python": lambda: _build_python(arguments)}
     makers["visit"] = lambda: _build_visit(arguments)
-    tools = [makers[name]() if name in makers else load_callable(name, "tools") for name in arguments.tools]
+    # First, because their modules may register search providers.
+    own = {name: load_callable(name, "tools") for name in arguments.tools if name not in makers}
+    tools = [makers[name]() if name in makers else own[name] for name in arguments.tools]
     if arguments.mcp_servers:
         from arpo_trl.tools.mcp import mcp_tools
 
@@ -214,7 +216,11 @@ def _search_source(arguments: ToolArguments, run: str) -> Searchable:
     if provider == "recorded":
         return RecordedSearch(str(arguments.search_recorded))
     if provider not in PROVIDERS.names:
-        raise ConfigError(f"search_provider is {provider!r}; expected one of {[*LOCAL_SOURCES, *PROVIDERS.names]}.")
+        raise ConfigError(
+            f"search_provider is {provider!r}; expected one of {[*LOCAL_SOURCES, *PROVIDERS.names]}. A provider of "
+            "your own is known after its module has been imported: name a function of that module in tools, such as "
+            "my_tools:lookup."
+        )
     return WebSearch(
         make_provider(provider, url=arguments.search_url, zone=arguments.search_zone),
         SearchCache(arguments.search_cache),

@@ -26,13 +26,14 @@ from concurrent.futures import CancelledError
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from typing import IO, Any
+from urllib.parse import quote
 
 from arpo_trl.errors import ConfigError, ToolError, ToolSpecError, ToolUnavailable
 from arpo_trl.net import background
 from arpo_trl.net.addresses import check_server_url
 from arpo_trl.tools.environments.kind import NOT_TOOLS, environment_kind
 from arpo_trl.tools.environments.state import Environments
-from arpo_trl.visible import without_credentials
+from arpo_trl.visible import SHORTEST_SECRET, without_credentials
 
 START_TIMEOUT_S = 60.0
 MAX_ANSWER_BYTES = 8 << 20
@@ -96,10 +97,28 @@ class McpServer:
             raise ConfigError(f"{where} must have either command or url.")
         if server.url is not None:
             check_server_url(server.url, f"{where}: url", "that token_env names", may_have_query=True)
-        for name in (*server.env, *([server.token_env] if server.token_env else [])):
+        for name in server.variables:
             if name not in os.environ:
                 raise ConfigError(f"{where} needs the environment variable {name}, which is not set.")
         return server
+
+    def without_secrets(self, text: str) -> str:
+        """Return a text of the server with the names of its variables instead of their values, which may be secrets.
+
+        Values that ordinary text may contain are left: words, a number, the path of a file, and short values.
+        """
+        for name in self.variables:
+            value = os.environ.get(name, "").strip()
+            is_ordinary = value.isdigit() or all(part.isalpha() for part in value.split("/"))  # Europe/Paris too
+            if len(value) >= SHORTEST_SECRET and not is_ordinary and not (value[0] == "/" and os.path.exists(value)):
+                for form in (value, json.dumps(value)[1:-1], quote(value, safe="", errors="surrogateescape")):
+                    text = text.replace(form, f"[{name}]")
+        return text
+
+    @property
+    def variables(self) -> list[str]:
+        """The names of the environment variables that the server receives."""
+        return [*self.env, *([self.token_env] if self.token_env else [])]
 
     @property
     def shown(self) -> str:
@@ -234,7 +253,12 @@ class McpSession:
                 cursor = page.next_cursor
                 if cursor is None:
                     break
-            return tools
+            return [self._without_secrets(tool) for tool in tools]
+
+    def _without_secrets(self, tool: Any) -> Any:
+        schema = json.loads(self._server.without_secrets(json.dumps(tool.input_schema)))
+        description = self._server.without_secrets(tool.description or "")
+        return tool.model_copy(update={"description": description, "input_schema": schema})
 
     async def _call(self, name: str, arguments: dict[str, Any]) -> str:
         from mcp import MCPError
@@ -252,14 +276,15 @@ class McpSession:
             raise ToolError(f"Error: the {name} call took longer than {self._timeout_s:g} s.") from None
         except MCPError as error:
             if error.code not in (CONNECTION_CLOSED, INVALID_REQUEST):  # INVALID_REQUEST: the session is unknown
-                raise ToolError(without_credentials(f"Error: {error.message}")) from None
+                message = self._server.without_secrets(error.message)
+                raise ToolError(without_credentials(f"Error: {message}")) from None
             overlong = self._overlong.is_set()
             if session is self._ready:  # otherwise another call has already reconnected
                 await self._shut()
             if overlong:
                 raise ToolUnavailable(f"Error: the server of this tool sent {_TOO_LONG}.") from None
             raise ToolUnavailable("Error: the server of this tool stopped during the call.") from None
-        text = _text_of(result)
+        text = self._server.without_secrets(_text_of(result))
         if result.is_error:
             raise ToolError(text if text.startswith("Error") else f"Error: {text}")
         return text
@@ -341,8 +366,7 @@ class McpSession:
         self._stderr.seek(0)
         said = self._stderr.read().decode("utf-8", "replace").strip()[-_SHOWN_STDERR_CHARS:]
         reason += f"; it said: {said}" if said else ""
-        secrets = [*self._server.env, *([self._server.token_env] if self._server.token_env else [])]
-        for name in secrets:
+        for name in self._server.variables:
             reason = reason.replace(os.environ[name].strip() or "\0", f"[{name}]")
         return reason
 

@@ -8,13 +8,13 @@ have the same number of live paths.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Protocol, runtime_checkable
 
-from arpo_trl.errors import ConfigError
+from arpo_trl.errors import ConfigError, EngineError
 
 
 class TurnStop(StrEnum):
@@ -161,6 +161,57 @@ def check_engine(engine: Engine) -> None:
         raise ConfigError(
             f"The engine {type(engine).__name__} has no {', '.join(missing)}, which the sampler needs. Define "
             f"{'it' if len(missing) == 1 else 'them'} as in `Engine`."
+        )
+
+
+def check_turn(turn: Turn, engine: Engine, vocabulary: Callable[[], Mapping[str, int]], max_tokens: int) -> None:
+    """Check a turn of an engine, which may be from outside the package.
+
+    Args:
+        vocabulary: Returns the tokenizer's tokens with their ids. Called only for ids outside of V.
+        max_tokens: The limit that the turn's request had.
+
+    Raises:
+        EngineError: A list has another type or length than `Turn` states, or an id is no token.
+    """
+    name = type(engine).__name__
+    for part in ("ids", "logprobs", "entropies", "versions"):
+        if not isinstance(value := getattr(turn, part), list):
+            raise EngineError(f"{name} returned a turn whose {part} are a {type(value).__name__}; expected a list.")
+    count = len(turn.ids)
+    if not count:
+        raise EngineError(f"{name} returned a turn without ids; expected at least one.")
+    if count > max_tokens:
+        raise EngineError(
+            f"{name} returned a turn of {count} tokens; the request had max_tokens {max_tokens}. A turn contains only "
+            "the sampled tokens, without the prompt, and must end at its limit."
+        )
+    wrong = next((token for token in turn.ids if type(token) is not int or token < 0), None)
+    if (
+        wrong is None
+        and (last := max(turn.ids)) >= engine.vocab_size
+        and last > max(vocabulary().values(), default=-1)
+    ):
+        wrong = last
+    if wrong is not None:
+        raise EngineError(
+            f"{name} returned a turn with the id {wrong!r} ({type(wrong).__name__}); expected an int that is the id "
+            "of a token. Check that the engine has the trained model's tokenizer."
+        )
+    if len(turn.logprobs) != count:
+        raise EngineError(
+            f"{name} returned a turn of {count} tokens with {len(turn.logprobs)} logprobs; expected one logprob per "
+            "sampled token."
+        )
+    if len(turn.entropies) > count:
+        raise EngineError(
+            f"{name} returned a turn of {count} tokens with {len(turn.entropies)} entropies; expected at most one "
+            "entropy per sampled token."
+        )
+    if turn.versions and len(turn.versions) != count:
+        raise EngineError(
+            f"{name} returned a turn of {count} tokens with {len(turn.versions)} versions; expected none, or one "
+            "version per sampled token."
         )
 
 

@@ -24,6 +24,7 @@ from arpo_trl.rollout.protocols.parsers import Rendered, ToolParser, fitting_par
 from arpo_trl.rollout.text import decode_exactly
 from arpo_trl.tools.calls import ToolCall
 from arpo_trl.tools.spec import ToolSpec
+from arpo_trl.tools.texts import for_models
 
 RESULT = "[result]"
 _NESTED_THOUGHTS = 3
@@ -137,7 +138,9 @@ class ChatTemplateProtocol(ToolProtocol):
         return ids
 
     def as_message(self, ids: Sequence[int], before: Sequence[int]) -> dict[str, Any]:
-        ids = list(ids)
+        return _for_models(self._as_parsed(list(ids), before))
+
+    def _as_parsed(self, ids: list[int], before: Sequence[int]) -> dict[str, Any]:
         if ids and ids[-1] in self.eos_ids:
             ids[-1] = self._id(self._written_end(ids[-1]))
         if self.tool_parser.template is not None:
@@ -185,7 +188,16 @@ class ChatTemplateProtocol(ToolProtocol):
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             return BadCall(fault="malformed", text="Error: a tool call needs a name and arguments.")
-        name, arguments = function["name"], function.get("arguments", {})
+        name = for_models(function["name"])
+        spec = self.tools.get(name)
+        needs_none = spec is None or not spec.parameters  # the text for an unknown tool names the others
+        if set(function) != {"name", "arguments"} and not (needs_none and set(function) == {"name"}):
+            keys = ", ".join(map(str, function))[:80]
+            return BadCall(
+                fault="malformed",
+                text=f"Error: the call of {name[:40]!r} has {keys!r}; a call has exactly a name and arguments.",
+            )
+        arguments = _for_models(function.get("arguments", {}))
         if not isinstance(arguments, dict) or not all(isinstance(key, str) for key in arguments):
             return BadCall(fault="malformed", text=f"Error: the arguments of {name[:40]!r} must be an object.")
         return ToolCall(name=name, arguments=arguments)
@@ -301,6 +313,16 @@ class ChatTemplateProtocol(ToolProtocol):
 
     def _id(self, token: str) -> int:
         return int(self.tokenizer.convert_tokens_to_ids(token))
+
+
+def _for_models(value: Any) -> Any:
+    """Return a value with `for_models` applied to every text in it. JSON's escapes can write half of a surrogate
+    pair."""
+    if isinstance(value, str):
+        return for_models(value)
+    if isinstance(value, dict):
+        return {_for_models(key): _for_models(item) for key, item in value.items()}
+    return [_for_models(item) for item in value] if isinstance(value, list) else value
 
 
 def _thought_in(message: Mapping[str, Any]) -> str | None:

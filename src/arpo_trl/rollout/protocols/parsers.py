@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -62,6 +64,11 @@ VLLM_FAMILIES = {
 }
 """Families without a response template, and the text that marks their calls. Importing vLLM's parsers takes seconds,
 so they are tried only if a call contains the mark. vLLM's other parsers are used only by name."""
+_PARAMETER = re.compile(r"<[\w:]*param")
+"""The start of an argument in vLLM's formats with tags, even if it is misspelled: `<parameter=`, `<atem:parameter`."""
+
+_NAME_AND_ARGUMENTS = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
+"""The transform of a response template for calls whose text contains only the arguments."""
 
 Parse = Callable[[str, str, Sequence[Mapping[str, Any]]], Mapping[str, Any]]
 """(turn with its last token, text that the template puts before a turn, the tools' schemas) → the message: `content`
@@ -99,7 +106,7 @@ def fitting_parser(wanted: str, tokenizer: PreTrainedTokenizerBase, sample: Rend
         ConfigError: No parser reads it, or none has that name.
     """
     tried = []
-    for parser in _candidates(wanted, tokenizer, sample.turn):
+    for parser in _candidates(wanted, tokenizer, sample):
         if (wrong := _why_not(parser.parse, sample)) is None:
             return parser
         tried.append(f"{parser.name}: {wrong}")
@@ -110,25 +117,26 @@ def fitting_parser(wanted: str, tokenizer: PreTrainedTokenizerBase, sample: Rend
     )
 
 
-def _candidates(wanted: str, tokenizer: PreTrainedTokenizerBase, turn: str) -> Iterator[ToolParser]:
+def _candidates(wanted: str, tokenizer: PreTrainedTokenizerBase, sample: Rendered) -> Iterator[ToolParser]:
     own = getattr(tokenizer, "response_template", None)
     known = ({} if own is None else {OWN: own}) | RESPONSE_TEMPLATES
     has_vllm = importlib.util.find_spec("vllm") is not None
     if wanted != AUTO:
         if wanted in known:
-            yield ToolParser(name=wanted, parse=_by_template(tokenizer, known[wanted]), template=known[wanted])
+            parse = _by_template(tokenizer, known[wanted], sample)
+            yield ToolParser(name=wanted, parse=parse, template=known[wanted])
             return
         names = _vllm_names() if has_vllm else []
         if wanted not in names:
             others = names or ["with vLLM installed, any of its parsers"]
             raise ConfigError(f"tool_parser is {wanted!r}; expected {AUTO}, {', '.join([*_names(), *others])}.")
-        yield ToolParser(name=wanted, parse=_by_vllm(wanted, tokenizer))
+        yield ToolParser(name=wanted, parse=_by_vllm(wanted, tokenizer, sample))
         return
     for name, template in known.items():
-        yield ToolParser(name=name, parse=_by_template(tokenizer, template), template=template)
+        yield ToolParser(name=name, parse=_by_template(tokenizer, template, sample), template=template)
     for name, mark in VLLM_FAMILIES.items():
-        if has_vllm and mark in turn:
-            yield ToolParser(name=name, parse=_by_vllm(name, tokenizer))
+        if has_vllm and mark in sample.turn:
+            yield ToolParser(name=name, parse=_by_vllm(name, tokenizer, sample))
 
 
 def _names() -> list[str]:
@@ -145,11 +153,86 @@ def _why_not(parse: Parse, sample: Rendered) -> str | None:
     return None if found == [{"name": NAME, "arguments": arguments_of(0)}] else f"read {found}"
 
 
-def _by_template(tokenizer: PreTrainedTokenizerBase, template: dict[str, Any]) -> Parse:
+def _by_template(tokenizer: PreTrainedTokenizerBase, template: dict[str, Any], sample: Rendered) -> Parse:
+    calls = template["fields"].get("tool_calls", {})
+    finds_arguments = calls.get("content") == "xml-inline" and calls.get("transform") == _NAME_AND_ARGUMENTS
+    settings = calls.get("content_args", {})
+    as_text = {key: value for key, value in calls.items() if key != "content_args"} | {"content": "text"}
+    unread = {**template, "fields": {**template["fields"], "tool_calls": as_text}}
+    end = tokenizer.decode(tokenizer.encode(sample.turn, add_special_tokens=False)[-1:])
+
+    def texts(turn: str, opening: str) -> list[str]:
+        """Return the text of each call, between its name and its end. The turn may end before the call's end."""
+        read = tokenizer.parse_response(turn, unread, prefix=opening)["tool_calls"]
+        return [call["function"]["arguments"].removesuffix(end) for call in read]
+
+    @cache
+    def form() -> _ArgumentForm:
+        return _ArgumentForm.of(texts(sample.turn, sample.opening)[0], settings)
+
     def parse(text: str, opening: str, tools: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        return tokenizer.parse_response(text, template, prefix=opening, tools=list(tools))
+        message = tokenizer.parse_response(text, template, prefix=opening, tools=list(tools))
+        if finds_arguments and message.get("tool_calls"):
+            for call in texts(text, opening):
+                form().check(call)
+        return message
 
     return parse
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ArgumentForm:
+    """How a call is written whose arguments a pattern finds, learned from the sample call.
+
+    The parser ignores all text that the pattern does not match. Without `check`, a call with a misspelled argument, or
+    with one that is not closed, would run without that argument.
+    """
+
+    pattern: re.Pattern[str]
+    quotes: Sequence[Sequence[str]]
+    """The marks around a text, if texts have any: [opening, closing]."""
+    opening: str
+    """The start of an argument, up to its name."""
+    before: str
+    between: str
+    after: str
+    """The text before the first argument, between two, and after the last one, without white space around it."""
+
+    @classmethod
+    def of(cls, call: str, settings: Mapping[str, Any]) -> _ArgumentForm:
+        """Return the form of the sample call `call`, which has two arguments."""
+        pattern = re.compile(settings["tag_pattern"], re.DOTALL)
+        quotes = settings.get("value_parser", {}).get("args", {}).get("string_delims", [])
+        first, second = pattern.finditer(call)
+        return cls(
+            pattern=pattern,
+            quotes=[*quotes, ('"', '"')] if quotes else [],
+            opening=call[first.start() : first.start("key")],
+            before=call[: first.start()].strip(),
+            between=call[first.end() : second.start()].strip(),
+            after=call[second.end() :].strip(),
+        )
+
+    def check(self, call: str) -> None:
+        """Check the text of a call.
+
+        Raises:
+            ValueError: It has text that is no part of an argument, or an argument that is not closed.
+        """
+        rest, start = [], 0
+        for argument in self.pattern.finditer(call):
+            value = argument["value"].strip()
+            cut = any(value.startswith(opens) and not value[1:].endswith(closes) for opens, closes in self.quotes)
+            if cut or (self.opening and self.opening in value):
+                raise ValueError(f"The argument {argument['key'][:40]!r} is not closed. Close each argument.")
+            rest.append(call[start : argument.start()].strip())
+            start = argument.end()
+        rest.append(call[start:].strip())
+        count = len(rest) - 1
+        expected = [self.before, *[self.between] * (count - 1), self.after] if count else [self.before + self.after]
+        for found, form in zip(rest, expected, strict=True):
+            if found != form:
+                raise ValueError(f"It has {found[:60]!r} where its format has {form!r}. Write each argument in full.")
 
 
 def _vllm_names() -> list[str]:
@@ -158,7 +241,9 @@ def _vllm_names() -> list[str]:
     return [name for name in ToolParserManager.list_registered() if name not in RESPONSE_TEMPLATES]
 
 
-def _by_vllm(name: str, tokenizer: PreTrainedTokenizerBase) -> Parse:
+def _by_vllm(name: str, tokenizer: PreTrainedTokenizerBase, sample: Rendered) -> Parse:
+    has_tags = _PARAMETER.search(sample.turn) is not None
+
     def parse(text: str, opening: str, tools: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
         from vllm.tool_parsers import ToolParserManager
@@ -168,6 +253,9 @@ def _by_vllm(name: str, tokenizer: PreTrainedTokenizerBase) -> Parse:
         functions = [
             {"name": call.function.name, "arguments": json.loads(call.function.arguments)} for call in found.tool_calls
         ]
+        opened = len(_PARAMETER.findall(text)) - len(_PARAMETER.findall(found.content or ""))
+        if has_tags and functions and opened > (read := sum(len(function["arguments"]) for function in functions)):
+            raise ValueError(f"It opens {opened} arguments, and {read} could be read. Close each argument.")
         made = [{"type": "function", "function": function} for function in functions]
         return {"role": "assistant", "content": found.content or "", "tool_calls": made}
 

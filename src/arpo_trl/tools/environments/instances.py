@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import inspect
 import json
 import threading
 import time
@@ -27,12 +26,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from arpo_trl.common.user_code import outcome_of, text_of
+from arpo_trl.common.user_code import text_of
 from arpo_trl.errors import ArpoError, DataError, ToolError, ToolSpecError
-from arpo_trl.net.background import LoopThread
 from arpo_trl.tools.environments.differences import around_difference
 from arpo_trl.tools.environments.kind import EnvironmentKind, Forking
-from arpo_trl.tools.environments.worker import Worker
+from arpo_trl.tools.environments.worker import GRACE_S, Worker, result_of
 from arpo_trl.tools.texts import for_models
 from arpo_trl.visible import get_logger
 
@@ -41,8 +39,6 @@ logger = get_logger(__name__)
 
 _MAX_OUTCOME_CHARS = 2000
 _MAX_DESCRIBED_CHARS = 10_000
-_GRACE_S = 1.0
-"""Seconds that an async method may take beyond the deadline of its call, so that the deadline passes first."""
 
 
 class ForkRefused(Exception):
@@ -171,7 +167,6 @@ class Instances:
         """Workers without an object."""
         self._copies: dict[Point, None] = {}  # the points with a copy, oldest first
         self._counts = Counts()
-        self._loop: LoopThread | None = None
         self._told: set[str] = set()
         self.fatal: ArpoError | None = None
         """An error of the class after which the run cannot continue: paths would share a state, or differ in
@@ -363,9 +358,14 @@ class Instances:
         return instance
 
     def _adopted(self, value: Any, start: Start, made_by: str, worker: Worker, *, reusable: bool = False) -> Instance:
-        if not isinstance(value, start.kind.type):
-            error = ToolSpecError(f"{made_by} returned {type(value).__name__}; expected a {start.kind.name}.")
-            raise self._final(error)
+        if not start.kind.made(value):
+            raise self._final(
+                ToolSpecError(
+                    f"{made_by} returned a {type(value).__name__}; expected a {start.kind.name}, and no object of a "
+                    "subclass: tools and rewards belong to one class. Return an object of type(self) from fork(), and "
+                    "of one class from environment_factory."
+                )
+            )
         with self.changed:
             if id(value) in self._objects:
                 raise self._final(
@@ -477,10 +477,10 @@ class Instances:
         with self.changed:
             instance = self._objects.get(id(value))
         if instance is None:  # not of this run
-            return self.result_of(value.get_reward(), None)
+            return result_of(value.get_reward(), None)
         try:
             with instance.turn(self.timeout_s):
-                return self.result_of(instance.worker.run(lambda: value.get_reward()), None)
+                return result_of(instance.worker.run(lambda: value.get_reward()), None)
         except StillRunning as error:
             self.tell_once(
                 f"An environment {instance.start.kind.name} has no reward", f"{as_reason(error)} Its reward is None."
@@ -517,24 +517,7 @@ class Instances:
 
     def finished(self, value: Any) -> Any:
         """Like `result_of`, with the deadline of a call."""
-        return self.result_of(value, self.timeout_s + _GRACE_S)
-
-    def result_of(self, value: Any, timeout_s: float | None) -> Any:
-        """Return `value`, or its result if it is awaitable. Awaitables of environments run on a separate event
-        loop."""
-        if not inspect.isawaitable(value):
-            return value
-        with self.changed:
-            self._loop = self._loop or LoopThread("arpo-environments")
-        future = self._loop.start(outcome_of(value))
-        try:
-            returned, error = future.result(timeout_s)
-        except TimeoutError:
-            future.cancel()
-            raise
-        if error is not None:
-            raise error
-        return returned
+        return result_of(value, self.timeout_s + GRACE_S)
 
     # Points ----------------------------------------------------------------------------------------------------------
 

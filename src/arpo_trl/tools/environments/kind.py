@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import functools
 import inspect
 import typing
-from collections.abc import Awaitable, Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass
 from enum import StrEnum
@@ -15,7 +14,7 @@ from typing import Any
 
 from arpo_trl.common.user_code import text_of
 from arpo_trl.errors import ConfigError, DataError, ToolSpecError
-from arpo_trl.tools.environments.worker import Worker
+from arpo_trl.tools.environments.worker import GRACE_S, Worker, result_of
 
 COLUMN = "environment"
 """The column in which a row selects one of several classes, as in TRL."""
@@ -240,11 +239,7 @@ def _in_time(worker: Worker, call: Callable[[], Any], timeout_s: float, name: st
         ConfigError: The call raised, or did not return in time.
     """
 
-    def run() -> Any:
-        value = call()
-        return asyncio.run(_awaited(value)) if inspect.isawaitable(value) else value
-
-    future = worker.start(run)
+    future = worker.start(lambda: result_of(call(), timeout_s + GRACE_S))
     if not wait([future], timeout_s).done:
         raise ConfigError(
             f"{name} did not return within {timeout_s:g} s. Find the cause of the wait, or raise tool_timeout_s."
@@ -253,7 +248,3 @@ def _in_time(worker: Worker, call: Callable[[], Any], timeout_s: float, name: st
         raised = f"{type(error).__name__}: {text_of(error)}"
         raise ConfigError(f"{name} raised {raised}. Correct it before training.") from error
     return future.result()
-
-
-async def _awaited(value: Awaitable[Any]) -> Any:
-    return await value

@@ -1,7 +1,12 @@
-"""A thread that runs the methods of an object, for objects that must be used from one thread."""
+"""What runs the methods of environments: a thread for each object, and one event loop for all async methods.
+
+Some objects must be used from one thread, and async objects may share a client, which works on one event loop only.
+"""
 
 from __future__ import annotations
 
+import inspect
+import os
 import queue
 import threading
 import weakref
@@ -9,8 +14,14 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from arpo_trl.common.per_process import one_per_process
+from arpo_trl.common.user_code import outcome_of
+from arpo_trl.net.background import LoopThread
+
 T = TypeVar("T")
 
+GRACE_S = 1.0
+"""Seconds that an async method may take beyond the deadline of its call, so that the deadline passes first."""
 _Work = tuple["Future[Any]", Callable[[], Any]]
 
 
@@ -43,3 +54,27 @@ def _run(work: queue.SimpleQueue[_Work | None]) -> None:
         except BaseException as error:  # also SystemExit: the thread also runs the object's later calls
             future.set_exception(error)
         del item, future, function  # the next item may be far away
+
+
+def result_of(value: Any, timeout_s: float | None) -> Any:
+    """Return `value`, or its result if it is awaitable. All awaitables of environments run on one event loop.
+
+    Raises:
+        TimeoutError: There was no result in time. The awaitable is cancelled.
+    """
+    if not inspect.isawaitable(value):
+        return value
+    future = _loop().start(outcome_of(value))
+    try:
+        returned, error = future.result(timeout_s)
+    except TimeoutError:
+        future.cancel()
+        raise
+    if error is not None:
+        raise error
+    return returned
+
+
+@one_per_process
+def _loop() -> LoopThread:
+    return LoopThread(f"arpo-environments-{os.getpid()}")

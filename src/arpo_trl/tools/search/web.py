@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import httpx
 
@@ -213,8 +213,11 @@ class WebSearch:
             raise RequestFailed(f"could not be asked: `request` raised {type(error).__name__}", status=200) from None
         answer = fetch_json(request, timeout_s=max(0.1, deadline - time.time()), sent=query)
         try:
-            hits = self._provider.read(answer)
-            if not all(isinstance(part, str) for hit in hits for part in (hit.title, hit.url, hit.text)):
+            read = self._provider.read(answer)
+            hits = list(read)
+            if isinstance(read, str | Mapping) or not all(
+                isinstance(part, str) for hit in hits for part in (hit.title, hit.url, hit.text)
+            ):
                 raise TypeError
         except Unanswered as error:
             raise RequestFailed(str(error)) from None

@@ -86,8 +86,8 @@ class Provider(ABC):
         """Return the request for at most `results` results; `key` is empty if the service needs none."""
 
     @abstractmethod
-    def read(self, answer: Any) -> list[Hit]:
-        """Return the hits in `answer`, the decoded JSON of a response with status 200.
+    def read(self, answer: Any) -> Iterable[Hit]:
+        """Return or yield the hits in `answer`, the decoded JSON of a response with status 200.
 
         Raises:
             ValueError, KeyError, TypeError: `answer` has another layout. An error object is not "no results".
