@@ -122,15 +122,6 @@ def test_a_turn_that_runs_out_of_room_has_no_eos(ids):
     assert decode(turn.ids) == "melting point of iron"
 
 
-@pytest.mark.parametrize("ids", [True, False], ids=["token ids", "text"])
-def test_a_turn_of_more_tokens_than_requested_is_cut(ids):
-    with Loopback(Server(lambda prompt: "melting point of iron <search>iron</search>", ids=ids)) as loopback:
-        turn = outcomes(engine(loopback), request(0, max_tokens=3))[0]
-    assert turn.stop is TurnStop.LENGTH
-    assert turn.ids == encode("melting point of iron <search>iron</search>")[:3]
-    assert len(turn.logprobs) == 3
-
-
 def test_many_turns_run_concurrently_and_a_slow_turn_delays_no_other():
     gate = threading.Event()
 

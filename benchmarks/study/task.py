@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
@@ -131,6 +133,12 @@ class TabularProtocol:
 
     def __init__(self, task: Task):
         self._task = task
+
+    @property
+    def tokenizer(self) -> Any:
+        """The sampler looks up the largest id, since those of turns exceed the number of actions, which is V."""
+        kinds, states = self._task.moves.shape[:2]
+        return SimpleNamespace(get_vocab=lambda: {"last": TURN + kinds * states * self._task.actions - 1})
 
     def decode_turn(self, ids: Sequence[int]) -> str:
         return str(ids[0])

@@ -413,9 +413,8 @@ class _Run:
 
     def _turn_finished(self, path: Path, turn: Turn) -> None:
         written = 0 if path.written is None else len(path.written.ids)
-        check_turn(
-            turn, self.engine, self.protocol.tokenizer.get_vocab, self._room(path.group, len(path.ids) + written)
-        )
+        room = self._room(path.group, len(path.ids) + written)
+        check_turn(turn, self.engine, lambda: self.protocol.tokenizer.get_vocab(), room)
         if path.written is not None:
             turn, path = path.written.followed_by(turn), replace(path, written=None)
         text = self.protocol.decode_turn(turn.ids)

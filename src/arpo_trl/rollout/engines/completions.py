@@ -245,8 +245,6 @@ class CompletionsEngine:
             case _:
                 stop = TurnStop.EOS
                 ids = [*ids[:end], eos_ids[0] if end is None else ids[end]]
-        if len(ids) > request.max_tokens:  # a server that sends text may count other tokens than this tokenizer
-            ids, stop = ids[: request.max_tokens], TurnStop.LENGTH
         return Turn(id=request.id, ids=ids, logprobs=[math.nan] * len(ids), entropies=[], stop=stop)
 
     def _body(self, ids: list[int], max_tokens: int) -> dict[str, Any]:
