@@ -102,23 +102,31 @@ def secrets_of_environment() -> dict[str, str]:
 
 
 def without_secrets(text: str) -> str:
-    """Return `text` with every secret of the environment replaced by a mark.
+    """Return `text` with every secret of the environment replaced by a mark."""
+    return with_marks(text, dict.fromkeys(secrets_of_environment().values(), "[key]")) if text else text
 
-    A secret is found as it is, and as URLs, JSON and Python write it. Values that ordinary text may contain are left:
-    a word, a number, and the path of a file.
+
+def with_marks(text: str, marks: Mapping[str, str]) -> str:
+    """Return `text` with each of the secrets replaced by its mark.
+
+    A secret is found as it is, and as URLs, JSON and Python write it. Short values are left, and those that ordinary
+    text may contain: words such as Europe/Paris, a number, and the path of a file.
+
+    Args:
+        marks: Secret → its mark.
     """
-    if not text:
-        return text
-    secrets = [secret for secret in secrets_of_environment().values() if not _is_ordinary(secret)]
+    secrets = [secret for secret in marks if len(secret) >= SHORTEST_SECRET and not _is_ordinary(secret)]
     for secret in sorted(secrets, key=len, reverse=True):  # one may contain another
         quoted = (of(secret, safe="", errors="surrogateescape") for of in (quote, quote_plus))
-        for form in {secret, json.dumps(secret, ensure_ascii=False)[1:-1], repr(secret)[1:-1], *quoted}:
-            text = text.replace(form, "[key]")
+        written = (json.dumps(secret, ensure_ascii=is_ascii)[1:-1] for is_ascii in (False, True))
+        for form in {secret, *written, repr(secret)[1:-1], *quoted}:
+            text = text.replace(form, marks[secret])
     return text
 
 
 def _is_ordinary(secret: str) -> bool:
-    return secret.isalpha() or secret.isdigit() or (secret.startswith("/") and os.path.exists(secret))
+    is_word = all(part.isalpha() for part in secret.split("/"))
+    return is_word or secret.isdigit() or (secret.startswith("/") and os.path.exists(secret))
 
 
 def for_people(text: str) -> str:

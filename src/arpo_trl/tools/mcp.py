@@ -26,14 +26,13 @@ from concurrent.futures import CancelledError
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from typing import IO, Any
-from urllib.parse import quote
 
 from arpo_trl.errors import ConfigError, ToolError, ToolSpecError, ToolUnavailable
 from arpo_trl.net import background
 from arpo_trl.net.addresses import check_server_url
 from arpo_trl.tools.environments.kind import NOT_TOOLS, environment_kind
 from arpo_trl.tools.environments.state import Environments
-from arpo_trl.visible import SHORTEST_SECRET, without_credentials
+from arpo_trl.visible import with_marks, without_credentials
 
 START_TIMEOUT_S = 60.0
 MAX_ANSWER_BYTES = 8 << 20
@@ -103,17 +102,9 @@ class McpServer:
         return server
 
     def without_secrets(self, text: str) -> str:
-        """Return a text of the server with the names of its variables instead of their values, which may be secrets.
-
-        Values that ordinary text may contain are left: words, a number, the path of a file, and short values.
-        """
-        for name in self.variables:
-            value = os.environ.get(name, "").strip()
-            is_ordinary = value.isdigit() or all(part.isalpha() for part in value.split("/"))  # Europe/Paris too
-            if len(value) >= SHORTEST_SECRET and not is_ordinary and not (value[0] == "/" and os.path.exists(value)):
-                for form in (value, json.dumps(value)[1:-1], quote(value, safe="", errors="surrogateescape")):
-                    text = text.replace(form, f"[{name}]")
-        return text
+        """Return a text of the server with the names of its variables instead of their values, which may be
+        secrets."""
+        return with_marks(text, {os.environ.get(name, "").strip(): f"[{name}]" for name in self.variables})
 
     @property
     def variables(self) -> list[str]:
