@@ -19,7 +19,6 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl import GRPOTrainer
 
 from arpo_trl.common.full_disk import as_free_space, is_full_disk
-from arpo_trl.common.weak import weakly
 from arpo_trl.config import ARPOConfig
 from arpo_trl.errors import ArpoError, CheckpointError, ConfigError, Interrupted
 from arpo_trl.runs.checkpoints import (
@@ -82,7 +81,7 @@ class Resumable(GRPOTrainer):
         self._moment: dict[str, Any] | None = None
         self._saved_step: int | None = None
         self._writing = False
-        self.add_callback(_StepBegins(weakly(self._remember_moment)))
+        self.add_callback(_StepBegins(self._remember_moment))
 
     # State that a subclass extends -----------------------------------------------------------------------------------
 

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from trl import GRPOTrainer
 
 from arpo_trl.common.spans import Spans
-from arpo_trl.common.weak import weakly
 from arpo_trl.common.working_folder import kept_working_folder
 from arpo_trl.config import ARPOConfig
 from arpo_trl.data.loading import refuse_taken_columns
@@ -242,7 +241,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         self._baseline = make_baseline(args)
         check_logprobs(args, self.tree_sampler, self._credit, self._baseline)
         check_ahead(args, self.tree_sampler.engine, self.train_dataset)
-        self.rollout_func = weakly(self._rollout)  # set after TRL's __init__, which warns about the argument
+        self.rollout_func = self._rollout  # set after TRL's __init__, which warns about the argument
         check_prompts(datasets, args, self._kits.protocols, self.tree_sampler.settings.max_length, self.toolbox.names)
         self._trajectories = TrajectoryLog(
             Path(args.output_dir) / "trajectories", args.trajectory_log_rate, args.seed, self.accelerator.process_index
@@ -278,12 +277,12 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
             return transformers_source(
                 self.args,
                 self.model,
-                weakly(self._model_for_generation),
+                self._model_for_generation,
                 sharded=self.is_deepspeed_enabled or self.is_fsdp_enabled,
                 may_pad=self._may_pad,
                 evaluates=self.eval_dataset is not None,
             )
-        weights = (self._tokenizer, weakly(self._global_step), weakly(self._logprobs_of))
+        weights = (self._tokenizer, lambda: self.state.global_step, self._logprobs_of)
         if self.args.vllm_mode == "colocate":
             return colocated_source(self.args, settings, self.model, self.vllm_generation, *weights)
         return served_source(self.args, settings, self.model, self.accelerator, *weights, self._interrupts.check)
@@ -292,9 +291,6 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
 
     def _model_for_generation(self) -> AbstractContextManager[PreTrainedModel]:
         return model_for_generation(self.model_wrapped, self.accelerator, self.args)
-
-    def _global_step(self) -> int:
-        return self.state.global_step
 
     def _logprobs_of(self, ids: Sequence[int]) -> list[float]:
         return logprobs_of(self.model, self._model_for_generation, ids)
