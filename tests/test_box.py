@@ -908,8 +908,8 @@ def test_a_failure_that_is_about_something_else_is_not_taken_for_a_matter_of_thr
     assert not caplog.records
 
 
-def test_calls_in_the_main_thread_run_in_their_order_and_take_no_place(gate: Gate) -> None:
-    order: list[str] = []
+def noting(order: list[str]) -> Callable[[str], str]:
+    """A tool that appends its texts to `order`."""
 
     def note(text: str) -> str:
         """Note something.
@@ -919,6 +919,13 @@ def test_calls_in_the_main_thread_run_in_their_order_and_take_no_place(gate: Gat
         """
         order.append(text)
         return text
+
+    return note
+
+
+def test_calls_in_the_main_thread_run_in_their_order_and_take_no_place(gate: Gate) -> None:
+    order: list[str] = []
+    note = noting(order)
 
     with ToolBox([gate.tool(), wanting(note, run_in="main")], concurrency=1) as box:
         waiting = box.submit(ToolCall(name="wait", arguments={"text": "in the only place"}))
@@ -1077,15 +1084,7 @@ def test_calls_of_a_state_run_in_their_order_also_if_some_run_in_the_main_thread
 
 def test_calls_in_the_main_thread_run_in_their_order_also_if_some_have_a_state(gate: Gate) -> None:
     order: list[str] = []
-
-    def note(text: str) -> str:
-        """Note something.
-
-        Args:
-            text: What.
-        """
-        order.append(text)
-        return text
+    note = noting(order)
 
     class Noted(Shelf):
         def look(self, text: str) -> str:

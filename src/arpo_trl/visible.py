@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 from urllib.parse import quote, quote_plus
 
@@ -64,13 +64,18 @@ def visible(text: str) -> str:
 
 
 def visible_data(value: Any) -> Any:
-    """Return `value` with `visible` applied to every string in it, in lists and in keys and values of mappings."""
+    """Return `value` with `visible` applied to every string in it."""
+    return with_texts(visible, value)
+
+
+def with_texts(change: Callable[[str], str], value: Any) -> Any:
+    """Return `value` with `change` applied to every string in it, in lists and in keys and values of mappings."""
     if isinstance(value, str):
-        return visible(value)
+        return change(value)
     if isinstance(value, Mapping):
-        return {visible_data(key): visible_data(item) for key, item in value.items()}
+        return {with_texts(change, key): with_texts(change, item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [visible_data(item) for item in value]
+        return [with_texts(change, item) for item in value]
     return value
 
 

@@ -1,9 +1,11 @@
-"""YAML whose numbers mean what YAML 1.2, JSON and Python say. PyYAML implements YAML 1.1.
+"""YAML whose numbers mean what YAML 1.2, JSON and Python say.
 
-text     YAML 1.1           here
-1e-6     the text "1e-6"    0.000001
-010      8                  an error
-1:30     90                 an error
+    text     YAML 1.1           here
+    1e-6     the text "1e-6"    0.000001
+    010      8                  an error
+    1:30     90                 an error
+
+PyYAML implements YAML 1.1.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class CBPO(Credit):
         self, trees: Sequence[RolloutTree], rewards: torch.Tensor, advantages: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         of_leaf, reward_of = advantages.tolist(), rewards.tolist()
-        cut = cut_into_segments(trees)
+        cut = cut_into_segments(trees) if shares_nodes(trees) else []
         spreads: dict[tuple[int, int], float] = {}  # (first row of the tree, branch point) → CBV
         for segments in cut:
             for segment in segments.rows:
@@ -46,7 +46,7 @@ class CBPO(Credit):
                     spreads[_fork(segments, segment)] = statistics.pstdev(known) if known else math.nan
         values = list(spreads.values())
         everyones = self.gathered(values)  # on every rank, also without a branch point
-        if not shares_nodes(trees):
+        if not cut:
             return advantages, None
         scores = dict(zip(spreads, z_scores(values, everyones), strict=True))
 

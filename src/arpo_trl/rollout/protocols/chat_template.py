@@ -25,6 +25,7 @@ from arpo_trl.rollout.text import decode_exactly
 from arpo_trl.tools.calls import ToolCall
 from arpo_trl.tools.spec import ToolSpec
 from arpo_trl.tools.texts import for_models
+from arpo_trl.visible import with_texts
 
 RESULT = "[result]"
 _NESTED_THOUGHTS = 3
@@ -138,7 +139,9 @@ class ChatTemplateProtocol(ToolProtocol):
         return ids
 
     def as_message(self, ids: Sequence[int], before: Sequence[int]) -> dict[str, Any]:
-        return _for_models(self._as_parsed(list(ids), before))
+        # JSON's escapes can write half of a surrogate pair.
+        message: dict[str, Any] = with_texts(for_models, self._as_parsed(list(ids), before))
+        return message
 
     def _as_parsed(self, ids: list[int], before: Sequence[int]) -> dict[str, Any]:
         if ids and ids[-1] in self.eos_ids:
@@ -197,7 +200,7 @@ class ChatTemplateProtocol(ToolProtocol):
                 fault="malformed",
                 text=f"Error: the call of {name[:40]!r} has {keys!r}; a call has exactly a name and arguments.",
             )
-        arguments = _for_models(function.get("arguments", {}))
+        arguments = with_texts(for_models, function.get("arguments", {}))
         if not isinstance(arguments, dict) or not all(isinstance(key, str) for key in arguments):
             return BadCall(fault="malformed", text=f"Error: the arguments of {name[:40]!r} must be an object.")
         return ToolCall(name=name, arguments=arguments)
@@ -313,16 +316,6 @@ class ChatTemplateProtocol(ToolProtocol):
 
     def _id(self, token: str) -> int:
         return int(self.tokenizer.convert_tokens_to_ids(token))
-
-
-def _for_models(value: Any) -> Any:
-    """Return a value with `for_models` applied to every text in it. JSON's escapes can write half of a surrogate
-    pair."""
-    if isinstance(value, str):
-        return for_models(value)
-    if isinstance(value, dict):
-        return {_for_models(key): _for_models(item) for key, item in value.items()}
-    return [_for_models(item) for item in value] if isinstance(value, list) else value
 
 
 def _thought_in(message: Mapping[str, Any]) -> str | None:
