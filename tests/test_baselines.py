@@ -301,6 +301,7 @@ def test_every_baseline_trains_with_the_real_engine(model_path, tmp_path, baseli
         ({"score_norm_cap": 3.0}, "score_norm_cap is 3.0, but advantage_baseline is 'mean'"),
         ({"advantage_baseline": "score_norm", "score_norm_cap": 0.5}, "score_norm_cap is 0.5; expected"),
         ({"running_baseline_decay": 1.0}, "running_baseline_decay is 1.0; expected"),
+        ({"running_baseline_decay": 0.5}, "running_baseline_decay is 0.5, but advantage_baseline is 'mean'"),
         (
             {"advantage_baseline": "running", "multi_objective_aggregation": "normalize_then_sum"},
             "advantage_baseline is 'running', but multi_objective_aggregation is 'normalize_then_sum'",

@@ -187,6 +187,7 @@ def test_the_papers_symbols_stand_in_the_help(symbol):
         (SERVER | {"vllm_server_urls": []}, "expected at least one URL, without duplicates"),
         (SERVER | {"vllm_server_urls": ["http://a", "http://a"]}, "expected at least one URL, without duplicates"),
         (SERVER | {"vllm_server_urls": ["http://a"], "vllm_server_base_url": "http://b"}, "are both set"),
+        ({"weight_sync_dir": "/shared"}, "weight_sync_dir is set, but weight_sync is 'nccl', which writes no files"),
         ({"weight_sync": "post"}, r"weight_sync is 'post'; expected one of \['nccl', 'disk'\]"),
         ({"weight_sync_tolerance": 0.0}, "weight_sync_tolerance is 0.0; expected a number of more than 0 nats"),
         ({"vllm_request_timeout_s": -1.0}, "vllm_request_timeout_s is -1.0; expected a number of more than 0 seconds"),

@@ -839,3 +839,11 @@ def test_the_trainer_logs_the_defaults_that_are_used_and_differ_once(models, tmp
     (said,) = [record.getMessage() for record in caplog.records if "differ from TRL's" in record.getMessage()]
     assert "loss_type grpo (TRL's: dapo)" in said
     assert "num_generations" not in said
+
+
+@pytest.mark.parametrize(("paths", "warnings"), [(1, ["branch_threshold is 0.9"]), (2, [])])
+def test_a_changed_setting_that_the_branch_rule_does_not_read_is_a_warning(models, tmp_path, caplog, paths, warnings):
+    settings = {"num_generations": 2, "initial_rollouts": paths, "branch_rule": "random", "branch_probability": 0.9}
+    ARPOTrainer(models["qwen2"], length, config(tmp_path, branch_threshold=0.9, **settings), TEXT)
+    expected = [f"[RANK 0] {start}, but the branch rule 'random' does not read it." for start in warnings]
+    assert [text for text in caplog.messages if "does not read" in text] == expected

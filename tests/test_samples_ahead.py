@@ -663,6 +663,7 @@ def test_later_epochs_are_those_that_the_data_loader_will_deal_out():
             "max_staleness is 3, but the next rollout is first trained 4 steps later",
         ),
         ({"rollouts_ahead": 0, "max_staleness": 2}, "max_staleness is set, but rollouts_ahead is 0"),
+        ({"stale_tokens": "drop"}, "stale_tokens is 'drop', but max_staleness is not set"),
         ({"max_staleness": 0}, "max_staleness is 0; expected"),
         ({"stale_tokens": "keep"}, "stale_tokens is 'keep'; expected"),
     ],

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -529,6 +529,16 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         one = self.vllm_server_base_url or f"http://{self.vllm_server_host}:{self.vllm_server_port}"
         return self.vllm_server_urls or [one]
 
+    def _is_changed(self, setting: str) -> bool:
+        """Whether a setting differs from its default."""
+        return any(f.name == setting and f.default != getattr(self, setting) for f in fields(self))
+
+    @property
+    def unread(self) -> list[str]:
+        """The changed settings of branch rules that `branch_rule` does not read."""
+        rule = {setting.name for setting in fields(self.make_branch_rule())}
+        return [setting for setting in _OF_RULES if self._is_changed(setting) and setting not in rule]
+
     def _check_paths(self) -> None:
         """Checks N against M, the names of branch rule and credit, and that there is an output_dir."""
         if self.output_dir is not None and not str(self.output_dir).strip():
@@ -586,6 +596,12 @@ class ARPOConfig(ToolLimits, GRPOConfig):
                 f"score_norm_cap is {self.score_norm_cap}, but advantage_baseline is {self.advantage_baseline!r}, "
                 "which has no weights. Set advantage_baseline: score_norm, or unset score_norm_cap."
             )
+        if self._is_changed("running_baseline_decay") and self.advantage_baseline != AdvantageBaseline.RUNNING:
+            raise ConfigError(
+                f"running_baseline_decay is {self.running_baseline_decay}, but advantage_baseline is "
+                f"{self.advantage_baseline!r}, which is no moving average. Set advantage_baseline: running, or unset "
+                "running_baseline_decay."
+            )
         own = self.advantage_baseline != AdvantageBaseline.MEAN
         if own and self.multi_objective_aggregation != "sum_then_normalize":
             raise ConfigError(
@@ -610,6 +626,11 @@ class ARPOConfig(ToolLimits, GRPOConfig):
 
     def _check_ahead(self) -> None:
         """Raises ConfigError for settings that contradict rollouts ahead."""
+        if self.stale_tokens == StaleTokens.DROP and self.max_staleness is None:
+            raise ConfigError(
+                "stale_tokens is 'drop', but max_staleness is not set, so that no token is too stale. Set "
+                "max_staleness, or unset stale_tokens."
+            )
         if not self.rollouts_ahead:
             if self.max_staleness is not None:
                 raise ConfigError(
@@ -680,6 +701,11 @@ class ARPOConfig(ToolLimits, GRPOConfig):
             raise ConfigError(
                 f"loss_type is 'vespo' but vllm_importance_sampling_mode is {self.vllm_importance_sampling_mode!r}; "
                 "expected 'token_truncate' or 'token_mask'."
+            )
+        if self.weight_sync_dir is not None and self.weight_sync != WeightSync.DISK:
+            raise ConfigError(
+                f"weight_sync_dir is set, but weight_sync is {self.weight_sync!r}, which writes no files. Set "
+                "weight_sync: disk, or unset weight_sync_dir."
             )
         for url in self.server_urls:
             check_server_url(url, "A vLLM server's address", VLLM_KEY_VARIABLE)

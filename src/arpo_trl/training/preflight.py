@@ -68,6 +68,15 @@ def log_defaults(args: ARPOConfig) -> None:
         logger.info(f"Defaults that differ from TRL's (docs/from-grpo.md): {', '.join(changed)}.")
 
 
+def warn_of_unread(args: ARPOConfig) -> None:
+    """Warns of changed settings that the branch rule does not read. Without branches there is no warning."""
+    branches = args.initial_rollouts != args.num_generations
+    for setting in args.unread if branches else ():
+        logger.warning(
+            f"{setting} is {getattr(args, setting)}, but the branch rule {args.branch_rule!r} does not read it."
+        )
+
+
 def check_writable(folder: Path) -> None:
     """Raises ConfigError if `folder` is not writable. Otherwise the run would fail only at the first checkpoint."""
     try:

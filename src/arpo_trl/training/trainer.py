@@ -70,6 +70,7 @@ from arpo_trl.training.preflight import (
     prepare_prefix_sharing,
     refuse_own_rollouts,
     tokenizer_for,
+    warn_of_unread,
     without_trls_vllm_client,
 )
 from arpo_trl.training.reporting import Reporting
@@ -217,6 +218,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         """The part of `__init__` after TRL's. `datasets`: the training dataset, then the evaluation datasets."""
         args = self.args
         log_defaults(args)
+        warn_of_unread(args)
         check_launch(self.accelerator, gathers=args.ds3_gather_for_generation)
         warn_of_emulation(self.model, self.accelerator)
         self.use_vllm = args.use_vllm
