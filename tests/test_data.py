@@ -14,7 +14,7 @@ import pytest
 
 from arpo_trl.data.layouts import shared_system_prompt, system_prompt_text
 from arpo_trl.data.loading import load_arpo_dataset, read_file, validate_rows
-from arpo_trl.data.prompts import SYSTEM_PROMPTS, tags_system_prompt
+from arpo_trl.data.prompts import SYSTEM_PROMPTS, default_system_prompt, tags_system_prompt
 from arpo_trl.errors import ConfigError, DataError, ToolSpecError
 from arpo_trl.evaluation.benchmarks import load_dataset_questions
 from support import python, search
@@ -519,7 +519,7 @@ def test_a_system_prompt_for_a_tool_that_tags_cannot_offer_is_refused() -> None:
         return a + b
 
     with pytest.raises(
-        ToolSpecError, match=r"'add' has the parameters \['a', 'b'\]; .* or set tool_protocol \"chat_template\""
+        ToolSpecError, match=r"'add' has the parameters \['a', 'b'\]; .* or set tool_protocol to \"chat_template\""
     ):
         tags_system_prompt([add])
 
@@ -551,6 +551,31 @@ def test_a_plain_question_gets_a_system_prompt_that_is_logged_and_can_be_replace
         own = load_arpo_dataset(str(file), system_prompt="Answer briefly.")[0]["prompt"]
     assert own == [{"role": "system", "content": "Answer briefly."}, question]
     assert "system prompt" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("offered", "tags", "expected", "name"),
+    [
+        (["python", "search"], True, SYSTEM_PROMPTS["reasoning"], '"reasoning"'),
+        (["python", "search"], False, SYSTEM_PROMPTS["tools"], '"tools"'),
+        (["my_tools:search"], True, tags_system_prompt([search]), "of this run's tools"),
+        (["python", "search", {"url": "http://mcp"}], True, tags_system_prompt([search]), "of this run's tools"),
+        (
+            [],
+            True,
+            SYSTEM_PROMPTS["tools"].replace(" Call the tools as often as you need.", ""),
+            "of this run's tools",
+        ),
+    ],
+)
+def test_plain_questions_hear_of_a_runs_tools_and_of_no_others(tmp_path, caplog, offered, tags, expected, name):
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"question": "What is 1 + 1?", "answer": "2", "task": "math"}\n', "utf-8")
+    with caplog.at_level("INFO", logger="arpo_trl"):
+        prompt = default_system_prompt(offered, lambda: [search], tags=tags)
+        rows = load_arpo_dataset(str(file), default_system_prompt=prompt)
+    assert rows[0]["prompt"][0] == {"role": "system", "content": expected}
+    assert f"1 row(s) have the system prompt {name}, which explains" in caplog.text
 
 
 def test_an_empty_system_prompt_removes_that_of_messages(tmp_path):

@@ -8,11 +8,14 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import datasets
+import nbformat
 import pytest
 from datasets import Dataset
+from nbclient.exceptions import CellExecutionError
 
 import run_notebooks
 import settings_page
@@ -177,6 +180,19 @@ def test_every_notebook_runs(notebook: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("PYTHONPATH", child_environment([], os.environ)["PYTHONPATH"])
     run = run_notebooks.executed(notebook, tmp_path)
     assert any(cell.get("outputs") for cell in run.cells)
+
+
+@pytest.mark.slow
+def test_a_command_of_a_notebook_that_fails_is_an_error(tmp_path: Path) -> None:
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell("!echo first"), nbformat.v4.new_code_cell("")]
+    )
+    path = tmp_path / "some.ipynb"
+    for command, fails in (("true", False), ("arpo-trl tree nowhere", True)):
+        notebook.cells[1].source = f"!{command}"
+        path.write_text(nbformat.writes(notebook), "utf-8")
+        with pytest.raises(CellExecutionError, match=command) if fails else nullcontext():
+            assert run_notebooks.executed(path, tmp_path).cells[0].outputs[0].text.split() == ["first"]
 
 
 @pytest.mark.slow

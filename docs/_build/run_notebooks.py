@@ -15,6 +15,18 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parents[2]
 _TERMINAL = re.compile(r"\x1b\[[0-9;]*m|\r")
 _LOG_LINE = re.compile(r"^\[\d{4}-\d\d-\d\d .*\n", re.MULTILINE)
+CHECKED = """
+shell = get_ipython()
+run = shell.system
+
+def checked(command):
+    run(command)
+    if shell.user_ns["_exit_code"]:
+        raise RuntimeError(f"{command} ended with status {shell.user_ns['_exit_code']}")
+
+shell.system = checked
+"""
+"""A cell after which a command that fails (`!command`) is an error. Only the last command of a pipe is checked."""
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -22,12 +34,14 @@ def executed(path: Path, folder: Path, timeout_s: int = 240) -> Any:
     """The notebook with its outputs, run in `folder`. No cell may take longer than `timeout_s` seconds.
 
     Raises:
-        nbclient.exceptions.CellExecutionError: A cell raised an error.
+        nbclient.exceptions.CellExecutionError: A cell raised an error, or a command in it failed.
     """
     commands = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(notebook, timeout=timeout_s, resources={"metadata": {"path": str(folder)}})
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(CHECKED))
     client.execute(env={**os.environ, "PATH": commands, "OMP_NUM_THREADS": "1"})
+    del notebook.cells[0]
     return notebook
 
 

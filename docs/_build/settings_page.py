@@ -21,6 +21,15 @@ from arpo_trl.scripts.sft import ColdStartArguments
 from arpo_trl.scripts.train import TrainArguments
 from arpo_trl.tools.builtin import ToolArguments
 
+REFUSED = {
+    **dict.fromkeys(
+        ("cache_implementation", "use_transformers_continuous_batching", "vllm_structured_outputs_regex"),
+        "Not supported by `train.py`: an error.",
+    ),
+    "hub_token": "An error: set the environment variable `HF_TOKEN`, or log in with `hf auth login`.",
+    "ignore_data_skip": "An error when `train.py` resumes a run.",
+}
+"""Settings of TRL and transformers that are errors here, and what the page says in place of their texts."""
 PAGE = Path(__file__).parents[1] / "settings.md"
 HEAD = """\
 # Every setting
@@ -54,7 +63,7 @@ def page() -> str:
     parts.append(section(f"TRL {trl}: GRPO", "TRL's. `train.py`; `ARPOConfig`.", theirs))
     parts.append(section(f"TRL {trl}: the model", "TRL's. `train.py`, `sft.py`.", own_fields(ModelConfig)))
     parts.append(section(f"TRL {trl}: SFT", "TRL's. `sft.py`.", own_fields(SFTConfig)))
-    inherited = [field for field in own_fields(TrainingArguments) if field.name not in changed()]
+    inherited = [field for field in own_fields(TrainingArguments, GRPOConfig) if field.name not in changed()]
     parts.append(section(f"transformers {transformers}", "transformers'. `train.py`, `sft.py`.", inherited))
     return "\n".join(parts)
 
@@ -64,10 +73,13 @@ def changed() -> set[str]:
     return {*ARPOConfig.__annotations__, *GRPOConfig.__annotations__}
 
 
-def own_fields(kind: type[Any]) -> list[dataclasses.Field[Any]]:
-    """The fields that a dataclass itself defines, in their order."""
+def own_fields(kind: type[Any], subclass: type[Any] | None = None) -> list[dataclasses.Field[Any]]:
+    """The fields that a dataclass itself defines, in their order; with the defaults of its subclass, if one is given.
+
+    TRL changes defaults of transformers in a base class of its configurations.
+    """
     own = kind.__annotations__
-    by_name = {field.name: copy.copy(field) for field in dataclasses.fields(kind)}
+    by_name = {field.name: copy.copy(field) for field in dataclasses.fields(subclass or kind)}
     for name in own.keys() & by_name.keys():
         by_name[name].type = own[name]  # transformers' parser of arguments changes the type of a field
     return [by_name[name] for name in own if name in by_name]
@@ -79,7 +91,7 @@ def section(title: str, used_by: str, fields: Iterable[dataclasses.Field[Any]], 
     rows = []
     for field in fields:
         text = meaning(field)
-        shown = in_table(text if whole else first_sentences(text))
+        shown = REFUSED.get(field.name) or in_table(text if whole else first_sentences(text))
         rows.append(f"| `{field.name}` | {default(field)} | {values(field)} | {shown} |")
     return "\n".join([*head, *rows, ""])
 
@@ -111,7 +123,7 @@ def kind(field: dataclasses.Field[Any]) -> str:
 
 def meaning(field: dataclasses.Field[Any]) -> str:
     """The text of `--help`, without the range, which has its own column."""
-    text = " ".join(str(field.metadata.get("help", "")).split())
+    text = " ".join(str(field.metadata.get("help", "")).split()).replace("%%", "%")  # argparse's escape
     limits = str(field.metadata.get("range", ""))
     return text.removesuffix(f" {limits[:1].upper()}{limits[1:]}.") if limits else text
 

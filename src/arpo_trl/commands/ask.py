@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache, partial
 
 from arpo_trl.common.flags import VisibleParser
 from arpo_trl.common.waiting import say_loading
@@ -36,21 +37,31 @@ def main(words: Sequence[str]) -> int:
     from rich.markup import escape
 
     from arpo_trl.data.layouts import convert_row, system_prompt_text
+    from arpo_trl.data.prompts import default_system_prompt
     from arpo_trl.evaluation.engines import load_tokenizer, make_sampler
     from arpo_trl.logs.render import render_tree
     from arpo_trl.logs.trajectories import LoggedTree
+    from arpo_trl.options import ProtocolKind
     from arpo_trl.rewards.answers import extract_answer
     from arpo_trl.rollout.batch import GroupRequest
     from arpo_trl.tools.builtin import build_tools
     from arpo_trl.tools.toolbox import ToolBox
     from arpo_trl.visible import visible
 
+    tools = cache(partial(build_tools, tool_arguments, run=arguments.run))
     # The prompt that training and evaluation give to a row that is a plain question. `own_reward`: it has no answer.
-    row = convert_row({"question": arguments.question}, 0, system_prompt_text(settings.system_prompt), own_reward=True)
+    row = convert_row(
+        {"question": arguments.question},
+        0,
+        system_prompt_text(settings.system_prompt),
+        own_reward=True,
+        of_questions=system_prompt_text(
+            default_system_prompt(tool_arguments.offered, tools, tags=settings.tool_protocol == ProtocolKind.TAGS)
+        ),
+    )
     assert row is not None
     tokenizer = load_tokenizer(settings)
-    tools = build_tools(tool_arguments, run=arguments.run)
-    with ToolBox(tools, timeout_s=settings.tool_timeout_s, concurrency=settings.tool_concurrency) as toolbox:
+    with ToolBox(tools(), timeout_s=settings.tool_timeout_s, concurrency=settings.tool_concurrency) as toolbox:
         sampler = make_sampler(settings, toolbox, tokenizer)
         rollout = sampler.sample(
             [GroupRequest(id=0, prompt_ids=sampler.protocol.encode_prompt(row["prompt"]))],

@@ -76,8 +76,9 @@ def _settings(kind: Any, names: Iterable[str] | None = None, described_in: Any =
     for name in fields if names is None else (name for name in names if name in fields):
         field = fields[name]
         text = field.metadata.get("help") or elsewhere[name].metadata.get("help") or ""
+        text = " ".join(text.split()).replace("%%", "%")  # argparse's escape
         values = str(field.metadata.get("metavar", ""))
-        found.append({"name": name, "help": " ".join(text.split()), "values": values, "default": _default(field)})
+        found.append({"name": name, "help": text, "values": values, "default": _default(field)})
     return found
 
 

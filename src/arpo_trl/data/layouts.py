@@ -76,6 +76,7 @@ def convert_row(
     task: Task | None = None,
     columns: Mapping[str, str] | None = None,
     own_reward: bool = False,
+    of_questions: str | None = DEFAULT_SYSTEM_PROMPT,
 ) -> dict[str, Any] | None:
     """The row in this project's layout; None if it has no answer by design (`golds.find_answer`).
 
@@ -84,12 +85,12 @@ def convert_row(
 
     Args:
         number: The row's number in its dataset. It becomes the id of a row without an id.
-        system_text: Replaces the system message. None: only a plain-text prompt gets one,
-            `SYSTEM_PROMPTS["reasoning"]`.
+        system_text: Replaces the system message. None: only a plain question gets one, `of_questions`.
         task: Overrides the row's own task.
         columns: Key of `MAPPABLE` → field that replaces the usual ones. Dots select nested fields.
         own_reward: The row is for a reward function of the user: it needs no answer, and its task may be any text. An
             answer that cannot be read is still an error, and so is a missing one that `columns` names.
+        of_questions: The text of the system message of plain questions.
 
     Raises:
         DataError: The row cannot be converted; names the field.
@@ -102,13 +103,15 @@ def convert_row(
     golds = [] if answer is None else accepted(*answer) + ([] if "answer" in mapped else aliases(row))
     prompt = _prompt(row)
     is_question = isinstance(prompt, str)
+    if is_question and system_text is None:
+        system_text = of_questions
     if (choices := find_choices(row, golds)) is not None:
         golds = [] if answer is None else chosen(golds, answer[0], choices)
         if is_question:
             prompt = "\n".join([prompt, *(f"{label}. {text}" for label, text in choices.items())])
     level = first(row, _LEVEL_FIELDS)
     return {
-        "prompt": _with_system(_checked_prompt(prompt), system_text, is_question=is_question),
+        "prompt": _with_system(_checked_prompt(prompt), system_text),
         "answer": list(dict.fromkeys(golds)) if has_answer else None,
         "task": task or (_own_task(row) if own_reward else _stated_task(row)),
         "id": text_of(_identity(row, number), "id"),
@@ -365,12 +368,9 @@ def _checked_prompt(prompt: Any) -> list[Message]:
     return [{"role": message["role"], "content": text_of(message["content"], "prompt")} for message in messages]
 
 
-def _with_system(messages: list[Message], system_text: str | None, *, is_question: bool) -> list[Message]:
-    """The messages with the given system message; "" removes it. For None, only a plain question gets a system
-    message."""
+def _with_system(messages: list[Message], system_text: str | None) -> list[Message]:
+    """The messages with the given system message; "" removes it. None: unchanged."""
     if system_text is None:
-        if not is_question:
-            return messages
-        system_text = DEFAULT_SYSTEM_PROMPT
+        return messages
     others = messages[messages[0]["role"] == "system" :]
     return [{"role": "system", "content": system_text}, *others] if system_text else others

@@ -21,7 +21,6 @@ import pyarrow.parquet
 from arpo_trl.common.user_files import is_url, json_lines, not_utf_8, read_json, repeated, shown, user_path
 from arpo_trl.data.golds import NoResultError
 from arpo_trl.data.layouts import (
-    DEFAULT_SYSTEM_PROMPT,
     QUESTION_FIELDS,
     TASKS,
     check_prompt,
@@ -29,6 +28,7 @@ from arpo_trl.data.layouts import (
     read_columns,
     system_prompt_text,
 )
+from arpo_trl.data.prompts import SYSTEM_PROMPTS
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.net.hub_dataset import load_from_hub
 from arpo_trl.visible import get_logger
@@ -74,6 +74,7 @@ def load_arpo_dataset(
     task: str | None = None,
     columns: Mapping[str, str] | None = None,
     own_reward: bool = False,
+    default_system_prompt: str = "reasoning",
 ) -> datasets.Dataset:
     """Loads a dataset with the columns prompt, answer, task and id, and level if the rows have it.
 
@@ -86,7 +87,7 @@ def load_arpo_dataset(
             `save_to_disk` of datasets wrote; or a dataset on the Hub. All values of a `.csv` file are text.
         split: The split of a folder or a Hub dataset.
         system_prompt: None: prompts that are messages stay unchanged, and plain questions get
-            `SYSTEM_PROMPTS["reasoning"]`, which is logged. A name in `SYSTEM_PROMPTS`, or a text, replaces the system
+            `default_system_prompt`, which is logged. A name in `SYSTEM_PROMPTS`, or a text, replaces the system
             message of every row. "": no row has a system message.
         task: Overrides the task of all rows. None: each row's own `task` or, if it has none, verl's `ability`. If rows
             have neither, their answers together determine the task, with a warning: math if at least 75 % are a number
@@ -96,6 +97,7 @@ def load_arpo_dataset(
         own_reward: The rows are for your own reward function. They need no answer, their task may be any text, and
             their other fields stay, under their own names. `answer` and `task` are None in rows without them, and are
             no columns if no row has them.
+        default_system_prompt: The system message of plain questions: a name in `SYSTEM_PROMPTS`, or a text.
 
     Rows without an answer by design are excluded with a warning: a verl row with a blank answer (the published data
     has one), a proof in NuminaMath, and a worked solution without a box if at most half of the rows are such. With
@@ -103,7 +105,7 @@ def load_arpo_dataset(
     `own_reward` a warning if other rows have one.
 
     Raises:
-        ConfigError: `system_prompt`, `task` or a key of `columns` is not known.
+        ConfigError: A system prompt, `task` or a key of `columns` is not known.
         DataError: There is no readable file, or a row cannot be converted. Names the file, the line (from 1) or, in
             parquet files and lists, the row (from 0), and the field. With `own_reward`: the values of a field have
             different types.
@@ -112,13 +114,21 @@ def load_arpo_dataset(
     if override is None and task is not None:
         raise ConfigError(f"task is {task!r}; expected one of {TASKS}, or None to read it from the rows.")
     columns = read_columns(columns)
-    system_text = system_prompt_text(system_prompt)
+    system_text, of_questions = map(system_prompt_text, (system_prompt, default_system_prompt))
     loaded: list[_Loaded] = []
     skipped: list[str] = []
     without_result: dict[str, NoResultError] = {}
     for number, (where, raw) in enumerate(_read_rows(path_or_hub_id, split)):
         try:
-            row = convert_row(raw, number, system_text, task=override, columns=columns, own_reward=own_reward)
+            row = convert_row(
+                raw,
+                number,
+                system_text,
+                task=override,
+                columns=columns,
+                own_reward=own_reward,
+                of_questions=of_questions,
+            )
         except NoResultError as error:
             without_result[where] = error
             continue
@@ -142,12 +152,14 @@ def load_arpo_dataset(
         )
     _guess_task(loaded, path_or_hub_id, own_reward=own_reward)
     rows = [row for _, row, _ in loaded]
-    if system_text is None and (told := sum(row["prompt"][0]["content"] == DEFAULT_SYSTEM_PROMPT for row in rows)):
+    if system_text is None and (told := sum(row["prompt"][0]["content"] == of_questions for row in rows)):
+        name = f'"{default_system_prompt}"' if default_system_prompt in SYSTEM_PROMPTS else "of this run's tools"
         logger.info(
-            '%s: %d row(s) have the system prompt "reasoning", which explains the tools and the answer format. It is '
+            "%s: %d row(s) have the system prompt %s, which explains the tools and the answer format. It is "
             'the default for plain questions. Set system_prompt for another one, or to "" for none.',
             path_or_hub_id,
             told,
+            name,
         )
     dataset = _as_dataset(rows)
     return _with_other_fields(dataset, loaded) if own_reward else dataset

@@ -3,13 +3,12 @@ r"""The system prompts, by name.
 `reasoning` and `deepsearch` explain the tags of `TagProtocol`: a tool's name is its tag, and its result is in
 `<result>`. `tags_system_prompt` does the same for any tools. `tools` is for `tool_protocol: chat_template`, whose
 template describes the tools. All prompts ask for the answer as `\boxed{}` within `<answer>`, which the reward's format
-check and `extract_answer` expect.
+check and `extract_answer` expect. `default_system_prompt` selects one for the tools of a run.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from arpo_trl.errors import ToolSpecError
 from arpo_trl.tools.spec import tool_spec
 
 _ANSWER = r"""Finish with <answer>a short conclusion, \boxed{the answer}</answer>.
@@ -29,23 +28,28 @@ def _form(*calls: str) -> str:
     return _FORM.format(calls="\n".join(f"- {call}" for call in calls), answer=_ANSWER)
 
 
+_STEPS = "Solve the task step by step."
+
+
 _TAGS = _form(
     "<search>a query</search> to look something up.",
     "<python>code</python> to compute; print what you want to see.",
 )
 
 SYSTEM_PROMPTS: dict[str, str] = {
-    "reasoning": "Solve the task step by step. You can search an encyclopedia and run Python code." + _TAGS,
+    "reasoning": f"{_STEPS} You can search an encyclopedia and run Python code." + _TAGS,
     "deepsearch": (
         "Answer the question by research. You can search the web, where a result may hold text from the pages found, "
         "and run Python code. Break the question into parts, follow leads over several searches, and check what you "
         "find against a second source before you rely on it."
     )
     + _TAGS,
-    "tools": "Solve the task step by step. Call the tools as often as you need. " + _ANSWER,
+    "tools": f"{_STEPS} Call the tools as often as you need. {_ANSWER}",
 }
 """`reasoning`: mathematics and factual questions, with local search. `deepsearch`: many searches on the live web.
 `tools`: both, if the chat template describes the tools."""
+_OF_REASONING = (["search", "python"], ["python", "search"])
+"""The tools that `reasoning` describes."""
 
 
 def tags_system_prompt(tools: Sequence[Callable[..., Any]]) -> str:
@@ -56,16 +60,31 @@ def tags_system_prompt(tools: Sequence[Callable[..., Any]]) -> str:
     """
     calls = []
     for spec in map(tool_spec, tools):
-        name, parameter, function = spec.name, spec.single_text_parameter, spec.schema["function"]
-        if parameter is None:
-            raise ToolSpecError(
-                f"The tool {name!r} has the parameters {list(spec.parameters)}; the tags protocol needs exactly one "
-                f"required `str` "
-                'argument. Change its signature, or set tool_protocol "chat_template".'
-            )
+        name, parameter, function = spec.name, spec.tag_parameter, spec.schema["function"]
         about = function["parameters"]["properties"][parameter]["description"]
         calls.append(f"<{name}>{parameter}</{name}>: {_sentence(function['description'])} {parameter}: {about}")
-    return "Solve the task step by step. You can call tools." + _form(*calls)
+    return f"{_STEPS} You can call tools." + _form(*calls)
+
+
+def default_system_prompt(
+    offered: Sequence[Any], tools: Callable[[], Sequence[Callable[..., Any]]], *, tags: bool
+) -> str:
+    """The system prompt of plain questions, by its name in `SYSTEM_PROMPTS` or as text. It describes a run's tools and
+    no others.
+
+    Args:
+        offered: The settings `tools` and `mcp_servers` together.
+        tools: Makes the tools. It is called only if their descriptions are needed, since making them can take long.
+        tags: Whether the tools are called by tags. Otherwise the chat template describes them.
+
+    Raises:
+        ToolSpecError: As for `tags_system_prompt`.
+    """
+    if not offered:
+        return f"{_STEPS} {_ANSWER}"
+    if not tags:
+        return "tools"
+    return "reasoning" if list(offered) in _OF_REASONING else tags_system_prompt(tools())
 
 
 def _sentence(text: str) -> str:

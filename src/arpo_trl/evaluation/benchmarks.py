@@ -385,9 +385,17 @@ def load_dataset_questions(
     limit: int | None = None,
     task: str | None = None,
     columns: Mapping[str, str] | None = None,
+    default_system_prompt: str = "reasoning",
 ) -> Questions:
     """Load a dataset that `load_arpo_dataset` accepts as a benchmark. The `task` of each row selects its scorer."""
-    dataset = load_arpo_dataset(data, split, system_prompt=system_prompt, task=task, columns=columns)
+    dataset = load_arpo_dataset(
+        data,
+        split,
+        system_prompt=system_prompt,
+        task=task,
+        columns=columns,
+        default_system_prompt=default_system_prompt,
+    )
     rows = dataset.to_list()[:limit]
     name = Path(data).stem
     benchmark = Benchmark(name=name, title=name, suite=None, scorer=None, file=str(data))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,6 +19,7 @@ from rich.table import Table
 
 from arpo_trl.common.files import write_whole
 from arpo_trl.common.user_files import user_path
+from arpo_trl.data.prompts import default_system_prompt
 from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.evaluation import report, self_check
 from arpo_trl.evaluation.benchmarks import (
@@ -39,6 +41,7 @@ from arpo_trl.evaluation.samples import Record, counted, lacks_verdict, read_rec
 from arpo_trl.evaluation.scoring import main_metric
 from arpo_trl.evaluation.settings import EvalSettings
 from arpo_trl.logs.progress import show_log
+from arpo_trl.options import ProtocolKind
 from arpo_trl.rewards.judge import LLMJudge
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.tools.toolbox import ToolBox
@@ -60,16 +63,17 @@ def evaluate(settings: EvalSettings, tool_arguments: ToolArguments) -> int:
     if settings.list_benchmarks:
         console.print(_registry_table())
         return DONE
-    chosen = load_all(settings)
     if settings.self_check:
-        return _self_check(chosen, settings, console)
+        return _self_check(load_all(settings), settings, console)
+    output = user_path(settings.output, "output") if settings.output is not None else _new_folder(settings)
+    tools = cache(partial(build_tools, tool_arguments, run=str(output)))
+    tags = settings.tool_protocol == ProtocolKind.TAGS
+    chosen = load_all(settings, partial(default_system_prompt, tool_arguments.offered, tools, tags=tags))
     judge = None
     if settings.judge_url is not None and settings.judge_model is not None:
         judge = LLMJudge(settings.judge_url, settings.judge_model, cache=settings.judge_cache)
     tokenizer = load_tokenizer(settings)
-    output = user_path(settings.output, "output") if settings.output is not None else _new_folder(settings)
-    tools = build_tools(tool_arguments, run=str(output))
-    with ToolBox(tools, timeout_s=settings.tool_timeout_s, concurrency=settings.tool_concurrency) as toolbox:
+    with ToolBox(tools(), timeout_s=settings.tool_timeout_s, concurrency=settings.tool_concurrency) as toolbox:
         for name in settings.call_limits():
             if name not in toolbox.names and name not in ("python", "search"):  # the defaults may have no such tool
                 raise ConfigError(
@@ -99,8 +103,11 @@ def evaluate(settings: EvalSettings, tool_arguments: ToolArguments) -> int:
     return SOME_FAILED if said else DONE
 
 
-def load_all(settings: EvalSettings) -> list[Questions]:
+def load_all(settings: EvalSettings, of_questions: Callable[[], str] = lambda: "reasoning") -> list[Questions]:
     """Load the questions of every benchmark in the settings.
+
+    Args:
+        of_questions: Returns the system message of plain questions that belong to no benchmark: a name or a text.
 
     Raises:
         ConfigError: The settings name no benchmark, or an unknown one.
@@ -127,6 +134,7 @@ def load_all(settings: EvalSettings) -> list[Questions]:
                 limit=settings.limit,
                 task=settings.task,
                 columns=settings.columns,
+                default_system_prompt=of_questions(),
             )
         ]
     elif custom:

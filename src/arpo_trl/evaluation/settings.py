@@ -130,7 +130,10 @@ class EvalSettings(ToolLimits, JudgeArguments):
     )
     system_prompt: str | None = field(
         default=None,
-        metadata={"help": 'Name or text of the system prompt, or "" for none. Default: the benchmark\'s.'},
+        metadata={
+            "help": 'Name or text of the system prompt, or "" for none. Default: the benchmark\'s, and for '
+            "plain questions of data one that describes the tools."
+        },
     )
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None,

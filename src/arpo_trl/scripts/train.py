@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
 from datasets import Dataset
@@ -21,8 +22,10 @@ from arpo_trl.common.imports import load_callable
 from arpo_trl.common.settings import JudgeArguments, check_fields, described
 from arpo_trl.data.layouts import MAPPABLE, TASKS, read_columns
 from arpo_trl.data.loading import load_arpo_dataset
+from arpo_trl.data.prompts import default_system_prompt
 from arpo_trl.errors import ConfigError
 from arpo_trl.logs.progress import closed_bars, show_compactly, show_log
+from arpo_trl.options import ProtocolKind
 from arpo_trl.rewards import HierarchicalReward, LLMJudge
 from arpo_trl.runs.interrupts import follow_launcher
 from arpo_trl.runs.output_folder import check_output, remove_earlier_run, sole_run
@@ -45,8 +48,8 @@ class TrainArguments(JudgeArguments):
     eval_split: str = field(default="validation", metadata={"help": "Split of eval_dataset."})
     system_prompt: str | None = field(
         default=None,
-        metadata={"help": "Replaces the rows' system messages: a name in arpo_trl.data.prompts.SYSTEM_PROMPTS, or a "
-                  "text."},
+        metadata={"help": "Replaces the rows' system messages: 'reasoning', 'deepsearch', 'tools' or a text; '' for "
+                  "none. None: messages stay as they are, and plain questions get one that describes the tools."},
     )  # fmt: skip
     task: str | None = field(
         default=None,
@@ -139,6 +142,9 @@ def _train(
         "dtype": model_config.dtype,
     }
 
+    tags = config.tool_protocol == ProtocolKind.TAGS
+    tools = cache(partial(build_tools, tool_arguments, run=config.output_dir))
+
     def load(name: str, split: str) -> Dataset:
         return load_arpo_dataset(
             name,
@@ -147,6 +153,7 @@ def _train(
             task=arguments.task,
             columns=read_columns(arguments.columns),
             own_reward=bool(arguments.reward),
+            default_system_prompt=default_system_prompt(tool_arguments.offered, tools, tags=tags),
         )
 
     watched = arguments.eval_dataset if config.eval_strategy != "no" else None
@@ -161,7 +168,7 @@ def _train(
             args=config,
             train_dataset=load(arguments.dataset, arguments.dataset_split),
             eval_dataset=None if watched is None else load(watched, arguments.eval_split),
-            tools=build_tools(tool_arguments, run=config.output_dir),
+            tools=tools(),
             quantization_config=get_quantization_config(model_config),
             peft_config=get_peft_config(model_config),
         )

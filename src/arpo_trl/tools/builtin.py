@@ -156,11 +156,17 @@ class ToolArguments:
     mcp_servers: list[dict[str, Any]] | None = field(
         default=None,
         metadata={"help": "MCP servers whose tools are also offered. Each has command, args and env (names of "
-                  "variables), or url and token_env. tools limits which of its tools are offered."},
+                  "variables), or url and token_env. tools limits which of its tools are offered, and per_path gives "
+                  "each path its own session."},
     )  # fmt: skip
     mcp_timeout_s: float = field(
         default=15.0, metadata=described("Maximum time of a call of an MCP tool.", above=0, unit="seconds")
     )
+
+    @property
+    def offered(self) -> list[Any]:
+        """The names of tools, then the MCP servers."""
+        return [*self.tools, *(self.mcp_servers or [])]
 
     def __post_init__(self) -> None:
         if not isinstance(self.tools, list) or not all(t in BUILT_IN or is_import_path(str(t)) for t in self.tools):

@@ -67,6 +67,21 @@ class ToolSpec:
     """The only required parameter if it is a string: the text between the tool's tags. Otherwise None."""
 
     @property
+    def tag_parameter(self) -> str:
+        """The argument of a call between tags: `single_text_parameter`.
+
+        Raises:
+            ToolSpecError: There is none, so tags cannot call the tool.
+        """
+        if self.single_text_parameter is None:
+            raise ToolSpecError(
+                f"The tool {self.name!r} has the parameters {list(self.parameters)}; a call between tags has exactly "
+                "one required `str` argument. Change the signature to that, or set tool_protocol to "
+                '"chat_template", with which a tool may have several arguments.'
+            )
+        return self.single_text_parameter
+
+    @property
     def undescribed_parameters(self) -> Any:
         """The JSON schema of the parameters, without descriptions."""
         return _undescribed(self.schema["function"]["parameters"])

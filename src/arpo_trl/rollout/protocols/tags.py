@@ -17,7 +17,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from arpo_trl.common.tags import CODE_PARAMETER, plain_spans
-from arpo_trl.errors import ConfigError, ToolSpecError
+from arpo_trl.errors import ConfigError
 from arpo_trl.rollout.protocols.base import BadCall, ToolProtocol
 from arpo_trl.rollout.protocols.parsers import AUTO
 from arpo_trl.rollout.text import decode_exactly
@@ -36,13 +36,7 @@ class TagProtocol(ToolProtocol):
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tools: Mapping[str, ToolSpec], **settings: Any):
-        for name, spec in tools.items():
-            if spec.single_text_parameter is None:
-                raise ToolSpecError(
-                    f"The tool {name!r} has the parameters {list(spec.parameters)}; a call between tags has exactly "
-                    "one required `str` argument. Change the signature to that, or set tool_protocol to "
-                    '"chat_template", with which a tool may have several arguments.'
-                )
+        self._parameters = {name: spec.tag_parameter for name, spec in tools.items()}
         super().__init__(tokenizer, tools, **settings)
         if self._wanted_parser != AUTO:
             raise ConfigError(
@@ -57,7 +51,7 @@ class TagProtocol(ToolProtocol):
         known = "|".join(map(re.escape, [*tools, *sorted(RESERVED_TAGS)]))
         self._known_tag = re.compile(rf"</?({known})>")
         self._tool_tag = re.compile(rf"<(/?)({'|'.join(map(re.escape, tools))})>" if tools else r"(?!)")
-        self._code_tools = {name for name, spec in tools.items() if spec.single_text_parameter == CODE_PARAMETER}
+        self._code_tools = {name for name, parameter in self._parameters.items() if parameter == CODE_PARAMETER}
         self._unknown_call = re.compile(rf"<(?!/|(?:{known})>)([A-Za-z_]\w*)>[^<]*</\1>")
 
     def encode_prompt(self, prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
@@ -131,7 +125,7 @@ class TagProtocol(ToolProtocol):
             return BadCall(fault="nested", text=f"Error: {inner.group()} stands inside <{name}>. {self._usage(name)}")
         if not body.strip():
             return BadCall(fault="empty", text=f"Error: the {name} call is empty. {self._usage(name)}")
-        return ToolCall(name=name, arguments={str(self.tools[name].single_text_parameter): body.strip()})
+        return ToolCall(name=name, arguments={self._parameters[name]: body.strip()})
 
     def _missing_close(
         self, text: str, opened: Sequence[re.Match[str]], ending: re.Match[str] | None
