@@ -1,6 +1,7 @@
 """Answers are found in the text and compared as mathematics or as words."""
 
 import os
+import signal
 import subprocess
 import threading
 from pathlib import Path
@@ -153,6 +154,23 @@ def test_a_worker_that_died_while_idle_is_replaced() -> None:
     process.kill()
     process.wait()
     assert worker.equal("2/4", "0.5")
+    worker.close()
+
+
+def test_an_interrupt_during_the_start_of_the_worker_does_not_shift_later_answers() -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    worker = MathWorker()
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)  # importing sympy takes longer
+        with pytest.raises(KeyboardInterrupt):
+            worker.equal("1/2", "0.5")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert [worker.equal(*pair) for pair in (("1/2", "0.5"), ("3", "4"), ("2", "2"))] == [True, False, True]
     worker.close()
 
 

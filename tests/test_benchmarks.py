@@ -299,6 +299,8 @@ def test_a_benchmark_of_ones_own_needs_no_code(tmp_path):
     file = write(tmp_path / "mine.jsonl", {"q": "Who?", "a": "I", "hard": "very"})
     mine = custom_benchmark({**CUSTOM, "file": file, "level": "hard"})
     assert find_benchmarks(["mine"], [mine]) == [mine]
+    capital = custom_benchmark({**CUSTOM, "file": file, "name": "MyBench"})
+    assert find_benchmarks(["MyBench", "mybench"], [mine, capital]) == [capital]
     (row,) = load_questions(mine, "ignored").rows
     assert (row["prompt"][1]["content"], row["answer"], row["task"], row["level"]) == ("Who?", ["I"], "qa", "very")
 
@@ -312,6 +314,7 @@ def test_a_benchmark_of_ones_own_needs_no_code(tmp_path):
         ({"question": 3}, "'mine' has question 3; expected text"),
         ({"file": " "}, "'mine' has file ' '; expected text"),
         ({"name": "gsm8k"}, "'gsm8k' has the name of a built-in benchmark"),
+        ({"name": "2WikiMultihopQA"}, "'2WikiMultihopQA' has the name of a built-in benchmark"),
         ({"system_prompt": "reasonning"}, "system_prompt is 'reasonning'"),
     ],
 )

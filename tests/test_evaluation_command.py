@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 from arpo_trl import cli, command_line
 from arpo_trl.errors import ConfigError
 from arpo_trl.evaluation.benchmarks import BENCHMARKS
+from arpo_trl.evaluation.command import compare_runs, load_all
 from arpo_trl.evaluation.engines import load_tokenizer, make_sampler
 from arpo_trl.evaluation.samples import key_of, read_records
 from arpo_trl.evaluation.settings import EvalSettings
@@ -416,6 +417,28 @@ def test_help_is_there_in_no_time_and_names_every_setting():
     assert "Exit status: 0 success, 1 some samples failed, 2 usage error." in " ".join(done.stdout.split())
 
 
+@pytest.mark.parametrize("benchmarks", [None, 2, [2]])
+def test_benchmarks_of_another_type_are_named(benchmarks):
+    with pytest.raises(ConfigError, match="benchmarks is .*; expected"):
+        EvalSettings(model="m", benchmarks=benchmarks)
+
+
+def test_no_limits_of_tools_are_none_in_a_file_too():
+    assert EvalSettings(model="m", tool_call_limits="none").call_limits() == {}
+
+
+@pytest.mark.parametrize("settings", ["plot.xyz", "plot"])
+def test_a_comparison_writes_pictures_only(settings):
+    with pytest.raises(ConfigError, match=rf"--plot is {settings}; expected a file that ends in \.png"):
+        compare_runs(Path("a"), Path("b"), Path(settings))
+
+
+def test_two_benchmarks_of_ones_own_need_two_names(here):
+    mine = {"name": "mine", "file": "a", "question": "q", "answer": "a", "scorer": "math"}
+    with pytest.raises(ConfigError, match="custom has two benchmarks with the name 'mine'"):
+        load_all(EvalSettings(model="m", custom=[mine, mine | {"name": "Mine"}]))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -430,6 +453,7 @@ def test_help_is_there_in_no_time_and_names_every_setting():
         (("--model", "m", "--temperature", "-1"), "temperature is -1.0"),
         (("--model", "m", "--top-p", "0"), "top_p is 0.0"),
         (("--model", "m", "--engine", "sglang"), "engine is 'sglang'; expected one of ['transformers', 'vllm']"),
+        (("--model", "m", "--judge-cache", "v.jsonl"), "judge_cache is set without"),
         (("--model", "m", "--tool-call-limits", "python"), "tool_call_limits contains 'python'"),
         (("--model", "m", "--judge-url", "http://x"), "Only one of judge_url and judge_model is set"),
         (("--model", "m", "--resume"), "resume is set without output"),

@@ -142,6 +142,18 @@ def test_an_answer_in_gzip_is_read() -> None:
     assert answer.body == b"iron " * 10_000
 
 
+@pytest.mark.parametrize("body", [gzip.compress(b"iron " * 9)[:-9], gzip.compress(b"a") + gzip.compress(b"b")])
+def test_an_answer_in_gzip_of_which_a_part_would_be_lost_is_an_error(body: bytes) -> None:
+    reply = Reply(body, headers={"Content-Encoding": "gzip"})
+    with Loopback(lambda asked: reply) as server, pytest.raises(RequestFailed, match="broken gzip"):
+        fetch(httpx.Request("GET", server.url), timeout_s=60)
+
+
+def test_an_empty_answer_may_be_called_gzip() -> None:
+    with Loopback(lambda asked: Reply(b"", headers={"Content-Encoding": "gzip"})) as server:
+        assert fetch(httpx.Request("GET", server.url), timeout_s=60).body == b""
+
+
 def test_json_that_is_too_long_or_too_deep_is_an_error() -> None:
     for body, message in (
         ("[" + "0," * MAX_JSON_BYTES + "0]", f"more than {MAX_JSON_BYTES:,} bytes"),

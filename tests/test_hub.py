@@ -530,7 +530,7 @@ def test_short_values_and_other_variables_are_no_secrets(tmp_path, monkeypatch):
     [
         (("{folder}/run",), "ConfigError: No repository is given. Pass --repo, --trajectories or both."),
         (("{folder}/none", "--repo", "me/a"), "DataError: {folder}/none contains no model and no adapter."),
-        (("{folder}/run", "--trajectories", "me/a"), "DataError: {folder}/run/trajectories contains no .jsonl file."),
+        (("{folder}/run", "--trajectories", "me/a"), "DataError: {folder}/run/trajectories contains no logged trees."),
         (("{folder}/run", "--repo", "them/policy"), "ConfigError: --repo requires the model repository 'them/policy'"),
         (
             ("{folder}/run", "--repo", "me/a", "--evaluation", "{folder}"),

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from arpo_trl.errors import ConfigError, DataError
+from arpo_trl.errors import ConfigError, DataError, RewardError
 from arpo_trl.net.circuit_breaker import CircuitBreaker
 from arpo_trl.rewards import HierarchicalReward, Judgement, LLMJudge
 from arpo_trl.rewards.judge import KEY_VARIABLE, MAX_PREDICTION_CHARS, read_verdict
@@ -165,6 +165,20 @@ def test_a_judge_requires_its_setting() -> None:
     for accuracy, given in (("judge", None), ("task", judge)):
         with pytest.raises(ConfigError, match="judge_url"):
             HierarchicalReward(accuracy, judge=given)
+
+
+def test_a_judge_needs_the_prompts() -> None:
+    reward = HierarchicalReward("judge", judge=LLMJudge("http://127.0.0.1:1/v1", "wise"))
+    columns = answering("Rome") | {"prompts": []}
+    with pytest.raises(RewardError, match="0 prompts and 1 paths"):
+        reward.scores(**{name: value for name, value in columns.items() if name != "completions"})
+
+
+def test_a_lone_surrogate_reaches_the_judge_as_a_mark() -> None:
+    with Loopback(paris) as server:
+        reward = HierarchicalReward("judge", judge=LLMJudge(server.url, "wise"))
+        assert reward(**answering("Rome \ud83d")) == [0.0]
+    assert "Rome ?" in server.asked[0].json["messages"][0]["content"]
 
 
 def answering(*answers: str) -> dict[str, list]:

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from arpo_trl.errors import ConfigError, ToolError
 from arpo_trl.net.chat_model import ChatModel
+from arpo_trl.net.http_client import RequestFailed
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.tools.spec import tool_spec
 from arpo_trl.tools.visit.pages import (
@@ -432,6 +433,35 @@ def test_settings_that_cannot_work_say_so(settings: dict[str, Any], message: str
     with pytest.raises(ConfigError, match=message) as refused:
         build_tools(ToolArguments(["visit"], **settings))
     assert "planted" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("[::1]:8080", "http://[::1]:8080/x"),
+        ("[::1]", "http://[::1]:9000/x"),
+        ("bücher.local", "http://bücher.local/x"),
+        ("Wiki.local.:81", "http://wiki.LOCAL:81/x"),
+    ],
+)
+def test_a_host_of_the_settings_is_allowed_however_it_is_written(host: str, url: str) -> None:
+    guard = AddressGuard([host], lambda host, port: ["127.0.0.1"])
+    assert guard.request(url, 5.0).url.host == "127.0.0.1"
+    with pytest.raises(ToolError):
+        guard.request("http://other.local/x", 5.0)
+
+
+@pytest.mark.parametrize("key", ["sk-abc’", "sk\x01"])
+def test_a_key_that_no_header_can_have_is_an_error_at_the_start(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv(SUMMARY_KEY_VARIABLE, key)
+    with pytest.raises(ConfigError, match=f"{SUMMARY_KEY_VARIABLE} contains characters that are not allowed") as told:
+        ChatModel(url="http://127.0.0.1:1/v1", model="m", key_variable=SUMMARY_KEY_VARIABLE, setting="url")
+    assert key not in str(told.value)
+    monkeypatch.delenv(SUMMARY_KEY_VARIABLE)
+    model = ChatModel(url="http://127.0.0.1:1/v1", model="m", key_variable=SUMMARY_KEY_VARIABLE, setting="url")
+    monkeypatch.setenv(SUMMARY_KEY_VARIABLE, key)
+    with pytest.raises(RequestFailed, match="not allowed in a key"):
+        model.ask("half of a pair: \ud83d", 5.0)
 
 
 def test_a_missing_library_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -274,6 +274,22 @@ def test_half_of_a_surrogate_pair_in_a_call_is_replaced():
     assert [made["function"] for made in message["tool_calls"]] == [{"name": "a\ufffd", "arguments": arguments}]
 
 
+@pytest.mark.parametrize("depth", [49, 50, 120, 400, 900])
+def test_arguments_may_nest_as_deep_as_the_files_of_trees_can_hold(depth):
+    protocol = chat_protocol()
+    text = f'<tool_call>\n{{"name": "search", "arguments": {{"query": {"[" * depth}1{"]" * depth}}}}}\n</tool_call>'
+    (call,) = protocol.parse_turn(text)
+    message = protocol.as_message([*protocol.tokenizer.encode(text), protocol.eos_ids[0]], [])
+    if depth < 50:
+        assert isinstance(call, ToolCall)
+        assert message["tool_calls"][0]["function"]["arguments"] == call.arguments
+    else:
+        assert call == BadCall(
+            fault="malformed", text="Error: the arguments of 'search' are nested more than 50 deep."
+        )
+        assert message == {"role": "assistant", "content": text}
+
+
 def rendered(protocol: ChatTemplateProtocol, template: str, results: list[tuple[str, str]]) -> str:
     """What the template itself writes after the call, less the EOS that ended the turn."""
     name = results[0][0]

@@ -5,8 +5,9 @@ import resource
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -125,6 +126,25 @@ def test_files_and_bytes_are_counted_in_all_folders_and_links_not_followed(tmp_p
     assert not holds_more(tmp_path, files=5, size=1 << 20)
     assert holds_more(tmp_path, files=4, size=1 << 20)
     assert holds_more(tmp_path, files=5, size=(1 << 16) - 1)
+
+
+def test_files_that_are_removed_meanwhile_do_not_hide_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").mkdir()
+    for number in range(8):
+        (tmp_path / "a" / str(number)).write_bytes(os.urandom(1 << 16))
+    scan = os.scandir
+
+    def removing(path: str) -> Any:
+        entries = list(scan(path))
+        for entry in entries[:2] if path.endswith("a") else ():
+            os.unlink(entry.path)
+        return nullcontext(entries)
+
+    monkeypatch.setattr(os, "scandir", removing)
+    assert holds_more(tmp_path, files=8, size=1 << 30)
+    assert holds_more(tmp_path, files=100, size=1 << 16)
 
 
 def test_a_sparse_file_counts_with_its_disk_usage(tmp_path: Path) -> None:

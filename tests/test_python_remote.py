@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from arpo_trl.errors import ConfigError, ToolError, ToolStopped
+from arpo_trl.errors import ConfigError, ToolError, ToolStopped, ToolUnavailable
 from arpo_trl.tools.builtin import ToolArguments, _print_once, build_tools
 from arpo_trl.tools.calls import ToolCall, ToolFailure
 from arpo_trl.tools.python.remote import RemotePython, remote_python_tool
@@ -214,7 +214,7 @@ def test_an_invalid_reply_is_an_error_for_the_model(
 ) -> None:
     body = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
     executor[0].answer = lambda handler, _: executor[0].reply(handler, body)
-    with pytest.raises(ToolError) as caught:
+    with pytest.raises(ToolStopped if "printed" in text else ToolUnavailable) as caught:
         run(remote, "1")
     assert str(caught.value) == text
     assert len(executor[0].requests) == 1  # asking again would get no better reply
@@ -233,7 +233,7 @@ def test_a_reply_without_end_is_cut_off_while_it_is_read(
             sent += handler.wfile.write(b"x" * 65536)
 
     executor[0].answer = endless
-    with pytest.raises(ToolError, match="printed more than 1000 bytes"):
+    with pytest.raises(ToolStopped, match="printed more than 1000 bytes"):
         run(remote, "1")
     assert sent < 50_000_000
 
@@ -265,7 +265,7 @@ def test_a_server_that_is_slow_or_drips_meets_the_deadline(
 
     executor[0].answer = drip
     began = time.monotonic()
-    with pytest.raises(ToolError, match="did not answer in time"):
+    with pytest.raises(ToolStopped, match="did not answer in time"):
         run(remote, "1")
     stopped.set()
     assert time.monotonic() - began < 20
@@ -292,7 +292,7 @@ def test_a_permanently_failing_server_is_an_error_after_three_attempts(
     executor: tuple[Executor, RemotePython], remote: RemotePython
 ) -> None:
     executor[0].answer = lambda handler, _: executor[0].reply(handler, b"oops", 500)
-    with pytest.raises(ToolError, match=r"^Error: the python executor cannot be reached \(HTTP status 500\)$"):
+    with pytest.raises(ToolUnavailable, match=r"^Error: the python executor cannot be reached \(HTTP status 500\)$"):
         run(remote, "1")
     assert len(executor[0].requests) == 3
 
@@ -313,7 +313,7 @@ def test_a_refusal_is_not_repeated_and_no_redirect_is_followed(
     executor: tuple[Executor, RemotePython], remote: RemotePython, status: int
 ) -> None:
     executor[0].answer = lambda handler, _: executor[0].reply(handler, b"", status, Location="http://127.0.0.1:1/")
-    with pytest.raises(ToolError, match=f"rejected the call .HTTP status {status}"):
+    with pytest.raises(ToolUnavailable, match=f"rejected the call .HTTP status {status}"):
         run(remote, "1")
     assert len(executor[0].requests) == 1
 

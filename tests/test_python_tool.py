@@ -1,6 +1,7 @@
 """The python tool has the output of a notebook, and the sandbox blocks everything that its docstring lists."""
 
 import contextlib
+import gc
 import json
 import os
 import platform
@@ -639,6 +640,23 @@ def test_the_network_is_not_reached(isolated: Worker, tmp_path: Path) -> None:
             f"socket.socket(socket.AF_UNIX).connect({abstract_name!r})",
         ):
             assert refused(isolated, "import socket\n" + attempt).startswith("PermissionError"), attempt
+
+
+def test_a_fork_of_this_process_leaves_the_worker_and_its_folder_alone(isolated: Worker) -> None:
+    tool = PythonTool(isolated._limits, max_workers=1, allow_unsafe=False, isolation=str(isolated.tier))
+    assert tool("print(1)") == "1"
+    (worker,) = (worker for workers in tool._idle.values() for worker in workers)
+    child = os.fork()
+    if not child:
+        signal.alarm(60)  # in case it hangs
+        made = tool("print(2)")
+        gc.collect()
+        worker.close()
+        os._exit(made != "2")
+    assert os.waitpid(child, 0)[1] == 0
+    assert worker.folder.exists() and tool("print(3)") == "3"
+    assert [worker] == [worker for workers in tool._idle.values() for worker in workers]
+    tool.close()
 
 
 def test_processes_are_not_started(isolated: Worker) -> None:

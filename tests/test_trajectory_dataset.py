@@ -9,8 +9,8 @@ import yaml
 from datasets import load_dataset
 
 from arpo_trl.errors import DataError
-from arpo_trl.logs.trajectories import LoggedTree, TrajectoryLog
-from arpo_trl.publishing.trajectory_dataset import dataset_card, export_rows, leaf_rows
+from arpo_trl.logs.trajectories import LogFile, LoggedTree, TrajectoryLog, log_files
+from arpo_trl.publishing.trajectory_dataset import dataset_card, export_rows
 from support import ANSWER, Scripted
 
 
@@ -36,7 +36,7 @@ def log(folder, name: str, script=searching, rewards=(1.0, None, 0.0, 0.5)):
 
 
 def rows(folder, logs, split="train"):
-    splits = export_rows(logs, folder / "data")
+    splits = export_rows([file for path in logs if (file := LogFile.of(path))], folder / "data")
     (folder / "README.md").write_text(dataset_card("me/trees", splits), "utf-8")
     return load_dataset(str(folder), split=split, cache_dir=str(folder / "cache"))
 
@@ -91,10 +91,10 @@ def test_a_broken_log_is_named(tmp_path):
     path = tmp_path / "step-000000-rank0.jsonl"
     path.write_text("{}\n")
     with pytest.raises(DataError, match=r"step-000000-rank0\.jsonl, line 1: not a logged tree"):
-        export_rows([path], tmp_path / "data")
+        export_rows(log_files(tmp_path), tmp_path / "data")
 
 
 def test_a_file_with_another_name_is_not_a_log(tmp_path):
-    (tmp_path / "step-000001-rankx.jsonl").write_text("")
-    with pytest.raises(DataError, match=r"rankx\.jsonl does not have the name of a trajectory log"):
-        list(leaf_rows(tmp_path / "step-000001-rankx.jsonl"))
+    for name in ("step-000001-rankx.jsonl", "foo-rank0.jsonl", "notes.jsonl", "step-000001-rank0.jsonl.partial"):
+        (tmp_path / name).write_text("")
+    assert log_files(tmp_path) == []

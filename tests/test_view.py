@@ -394,6 +394,7 @@ def test_the_server_answers_this_machine_only_and_tells_errors(run: Path, server
     assert server.server_address[0] == "127.0.0.1"
     with pytest.raises(urllib.error.HTTPError, match="403"):
         ask(server, "changes", Host="evil.example:80")
+    assert ask(server, "changes", Host="127.0.0.1")  # of port 80
     with pytest.raises(urllib.error.HTTPError, match="404"):
         ask(server, "etc/passwd")
     (run / "trainer_state.json").write_text("[]")

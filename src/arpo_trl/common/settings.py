@@ -297,3 +297,5 @@ class JudgeArguments:
     def __post_init__(self) -> None:
         if (self.judge_url is None) != (self.judge_model is None):
             raise ConfigError("Only one of judge_url and judge_model is set; expected both or neither.")
+        if self.judge_cache is not None and self.judge_url is None:
+            raise ConfigError("judge_cache is set without judge_url, so there is no judge. Set judge_url too.")

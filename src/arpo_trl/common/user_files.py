@@ -15,7 +15,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
-from arpo_trl.errors import DataError
+from arpo_trl.errors import ConfigError, DataError
 
 MAX_DEPTH = 100
 """The maximum nesting of lists and mappings. Beyond several hundred levels Python can neither compare nor print
@@ -120,6 +120,15 @@ def read_yaml(path: Path) -> Any:
     return value
 
 
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def check_picture(path: Path, flag: str) -> None:
+    """Checks that a picture can be written to `path`, the value of `flag`. Raises `ConfigError` for other formats."""
+    if path.suffix not in PICTURES:
+        raise ConfigError(f"{flag} is {path}; expected a file that ends in {', '.join(PICTURES)}.")
+
+
 def parse_json(text: str, where: str) -> Any:
     """The value of a JSON text. Raises `DataError`, which names its place `where`, if it is not JSON, or names a key
     twice."""
@@ -192,15 +201,25 @@ def _too_deep(where: str) -> DataError:
 
 
 def _check_depth(value: Any, where: str, most: int | None = None) -> None:
-    level = [value]
-    for _ in range(MAX_DEPTH + 1):
-        parts = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
-        level = [item for part in parts for item in part]
-        if not level:
-            return
+    for depth, level in enumerate(_levels(value)):
+        if depth > MAX_DEPTH:
+            raise _too_deep(where)
         if most is not None and len(level) > most:
             raise DataError(f"{where}: it has more than {most:,} values on one level. Check its aliases (*name).")
-    raise _too_deep(where)
+
+
+def is_deeper(value: Any, depth: int) -> bool:
+    """Whether lists and mappings are nested more than `depth` deep. Does not recurse."""
+    return any(number > depth for number, _ in enumerate(_levels(value)))
+
+
+def _levels(value: Any) -> Iterator[list[Any]]:
+    """The value, the values in it, the values in those, and so on."""
+    level = [value]
+    while level:
+        yield level
+        parts = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
+        level = [item for part in parts for item in part]
 
 
 def shown(value: Any) -> str:

@@ -61,8 +61,9 @@ def tags_system_prompt(tools: Sequence[Callable[..., Any]]) -> str:
     calls = []
     for spec in map(tool_spec, tools):
         name, parameter, function = spec.name, spec.tag_parameter, spec.schema["function"]
-        about = function["parameters"]["properties"][parameter]["description"]
-        calls.append(f"<{name}>{parameter}</{name}>: {_sentence(function['description'])} {parameter}: {about}")
+        call = f"<{name}>{parameter}</{name}>: {_sentence(function['description'])}"
+        about = function["parameters"]["properties"][parameter].get("description")  # some MCP servers give none
+        calls.append(f"{call} {parameter}: {about}" if about else call)
     return f"{_STEPS} You can call tools." + _form(*calls)
 
 

@@ -224,7 +224,9 @@ def find_benchmarks(names: Iterable[str], custom: Sequence[Benchmark] = ()) -> l
         ConfigError: A name is unknown. The message suggests similar names.
     """
     known = {benchmark.name: benchmark for benchmark in (*BENCHMARKS.values(), *custom)}
-    by_alias = {alias: benchmark for benchmark in known.values() for alias in (benchmark.name, *benchmark.aliases)}
+    by_alias = {
+        alias.lower(): benchmark for benchmark in known.values() for alias in (benchmark.name, *benchmark.aliases)
+    }
     found: dict[str, Benchmark] = {}
     for name in names:
         if name.lower() not in by_alias:
@@ -279,7 +281,7 @@ def custom_benchmark(description: Mapping[str, Any]) -> Benchmark:
             f"The custom benchmark {name!r} has scorer {description['scorer']!r}; expected one of "
             f"{[scorer.value for scorer in Scorer]}."
         )
-    if name in BENCHMARKS:
+    if any(name.lower() in (known.name, *known.aliases) for known in BENCHMARKS.values()):
         raise ConfigError(f"The custom benchmark {name!r} has the name of a built-in benchmark. Choose another name.")
     system_prompt_text(description.get("system_prompt"))
     return Benchmark(

@@ -18,7 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from arpo_trl.common.files import write_whole
-from arpo_trl.common.user_files import user_path
+from arpo_trl.common.user_files import check_picture, repeated, user_path
+from arpo_trl.data.loading import SUFFIXES
 from arpo_trl.data.prompts import default_system_prompt
 from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.evaluation import report, self_check
@@ -114,6 +115,8 @@ def load_all(settings: EvalSettings, of_questions: Callable[[], str] = lambda: "
         DataError: Questions cannot be loaded.
     """
     custom = [custom_benchmark(description) for description in settings.custom]
+    if twice := repeated(benchmark.name.lower() for benchmark in custom):
+        raise ConfigError(f"custom has two benchmarks with the name {twice[0]!r}. Rename one of them.")
     if settings.suite is not None:
         benchmarks = suite(settings.suite)
     elif settings.benchmarks:
@@ -232,6 +235,8 @@ def _system_prompt(questions: Questions) -> str | None:
 
 def compare_runs(a: Path, b: Path, picture: Path | None) -> int:
     """Print and plot the difference of run B from run A. Return the exit status."""
+    if picture is not None:
+        check_picture(picture, "--plot")
     comparisons = compare(a, b)
     console = Console()
     headings = ["benchmark", "scored by", "questions", "A", "B", "B − A", "95 % interval", "p"]
@@ -316,7 +321,7 @@ def _check_template(sampler: Any, chosen: Sequence[Questions]) -> None:
 def _is_named_after_benchmarks(data: str, custom: Sequence[Benchmark]) -> bool:
     folder = user_path(data, "data")
     names = {name for b in (*BENCHMARKS.values(), *custom) for name in (b.name, *b.aliases)}
-    return folder.is_dir() and any(file.stem in names for file in folder.iterdir())
+    return folder.is_dir() and any(file.stem in names and file.suffix in SUFFIXES for file in folder.iterdir())
 
 
 def _new_folder(settings: EvalSettings) -> Path:

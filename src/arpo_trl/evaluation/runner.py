@@ -21,6 +21,7 @@ from typing import Any
 
 from arpo_trl.common.files import write_whole
 from arpo_trl.common.full_disk import is_full_disk
+from arpo_trl.common.tags import CODE_PARAMETER
 from arpo_trl.common.user_files import expect, read_json, user_path
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.evaluation.benchmarks import Questions
@@ -177,12 +178,13 @@ class Evaluator:
         assert tree is not None
         (leaf,) = tree.leaves()
         prediction = predicted(leaf.turns)
+        code_tools = {call.name for call in leaf.calls if CODE_PARAMETER in call.arguments}  # as in the reward
         nodes = [(node.kind, len(node.ids)) for node in leaf.nodes]
         return {
             "task": row["task"],
             "prediction": prediction,
             "scores": score(prediction, row, judge),
-            "fault": format_fault(leaf.turns, leaf.stop, self.sampler.toolbox.names),
+            "fault": format_fault(leaf.turns, leaf.stop, self.sampler.toolbox.names, code_tools),
             "stop": leaf.stop.value,
             "trajectory": trajectory(tree),
             "tokens": {

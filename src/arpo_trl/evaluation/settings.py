@@ -159,10 +159,12 @@ class EvalSettings(ToolLimits, JudgeArguments):
         names: Any = self.benchmarks  # in YAML possibly a single text
         limits: Any = self.tool_call_limits  # in YAML possibly a mapping
         names = [names] if isinstance(names, str) else names
-        self.benchmarks = [name for part in names for name in part.replace(",", " ").split()]
+        if isinstance(names, list) and all(isinstance(part, str) for part in names):
+            names = [name for part in names for name in part.replace(",", " ").split()]
+        self.benchmarks = names
         if isinstance(limits, dict):
             self.tool_call_limits = [f"{name}={number}" for name, number in limits.items()]
-        elif limits == ["none"]:
+        elif limits in ("none", ["none"]):
             self.tool_call_limits = []
         check_fields(self, {"chat_template_kwargs": {"options": True}})
         self.chat_template_kwargs = self.template_arguments()

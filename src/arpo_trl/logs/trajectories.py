@@ -28,7 +28,55 @@ from arpo_trl.visible import get_logger
 
 logger = get_logger(__name__)
 
-_FILE = re.compile(r"(?P<kind>step|eval)-(?P<step>\d+)(\.\d+)?-rank\d+\.jsonl(\.partial)?")
+FOLDER = "trajectories"
+"""The name of the log's folder in the output_dir of a run."""
+_FILE = re.compile(r"(?P<kind>step|eval)-(?P<step>\d+)(\.(?P<part>\d+))?-rank(?P<rank>\d+)\.jsonl")
+
+
+@dataclass(frozen=True, slots=True, order=True, kw_only=True)
+class LogFile:
+    """A file of the trajectory log. Files sort by step; the evaluation of a step comes before its training rollout.
+
+    LogFile.of(Path("runs/my/trajectories/step-000012-rank0.jsonl")).step  # 12
+    """
+
+    step: int
+    kind: str
+    """`eval` or `step`."""
+    part: int
+    rank: int
+    path: Path
+
+    @classmethod
+    def of(cls, path: Path) -> LogFile | None:
+        """The file at `path`; None if its name is not a log file's name."""
+        match = _FILE.fullmatch(path.name)
+        if match is None:
+            return None
+        return cls(
+            step=int(match["step"]),
+            kind=match["kind"],
+            part=int(match["part"] or 0),
+            rank=int(match["rank"]),
+            path=path,
+        )
+
+    @property
+    def rollout(self) -> str:
+        """The name without the rank: `step-000012`, or `eval-000012`."""
+        return self.path.stem.rpartition("-rank")[0]
+
+
+def log_files(run: Path) -> list[LogFile]:
+    """The files of the trajectory log in `run`, a run's output_dir or its folder `trajectories`.
+
+    Raises:
+        DataError: `run` is not a folder.
+    """
+    if not run.is_dir():
+        raise DataError(f"{run} is not a folder. Pass the output_dir of a run.")
+    folder = run / FOLDER if (run / FOLDER).is_dir() else run
+    return sorted(file for path in folder.glob("*.jsonl") if (file := LogFile.of(path)) is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +183,7 @@ class TrajectoryLog:
 
     def warn_of_earlier_run(self) -> None:
         """Warns that the folder has files, which a new run replaces only in part."""
-        if any(_FILE.fullmatch(path.name) for path in self.folder.glob("*-rank*")):
+        if any(LogFile.of(path) for path in self.folder.glob("*.jsonl")):
             logger.warning(
                 f"{self.folder} contains trees of an earlier run. The new run replaces those of the same steps only, "
                 "so `arpo-trl tree` and `view` show both runs. Remove the folder, or choose another output_dir."
@@ -148,12 +196,10 @@ class TrajectoryLog:
         these files anyway, but not the files of ranks or steps that it no longer has.
         """
         for path in self.folder.glob("*-rank*"):
-            if match := _FILE.fullmatch(path.name):
-                kept = int(match["step"]) < step or (
-                    match["kind"] == "eval" and evaluated and int(match["step"]) == step
-                )
-                if not kept:
-                    path.unlink(missing_ok=True)
+            file = LogFile.of(path.with_name(path.name.removesuffix(".partial")))
+            if file is None or file.step < step or (file.kind == "eval" and evaluated and file.step == step):
+                continue
+            path.unlink(missing_ok=True)
 
 
 def read_trees(path: str | Path) -> Iterator[LoggedTree]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from arpo_trl.errors import ConfigError
@@ -26,6 +27,18 @@ def check_server_url(url: Any, subject: str, key_variable: str | None, *, may_ha
             f"{subject} must be an address like http://host:port/v1, without {without}. {fault}."
             + (where if key_variable else "")
         )
+
+
+def server_key(variable: str) -> str:
+    """Return the key in an environment variable; "" without one.
+
+    Raises:
+        ConfigError: It has characters that a key cannot have. The message does not quote it.
+    """
+    key = os.environ.get(variable, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"{variable} contains characters that are not allowed in a key. Set it to the key alone.")
+    return key
 
 
 def _fault(url: Any, may_have_query: bool) -> str | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import httpx
 
-from arpo_trl.net.addresses import check_server_url
+from arpo_trl.errors import ConfigError
+from arpo_trl.net.addresses import check_server_url, server_key
 from arpo_trl.net.http_client import RequestFailed, fetch_json, without
 
 
@@ -21,7 +21,7 @@ class ChatModel:
     Example: `ChatModel(url="http://127.0.0.1:8000/v1", model="m", key_variable="KEY", setting="visit_summary_url")`
 
     Raises:
-        ConfigError: `url` is not the address of a server.
+        ConfigError: `url` is not the address of a server, or the key has characters that a key cannot have.
     """
 
     url: str
@@ -34,6 +34,7 @@ class ChatModel:
 
     def __post_init__(self) -> None:
         check_server_url(self.url, self.setting, self.key_variable)
+        server_key(self.key_variable)
 
     def ask(self, prompt: str, timeout_s: float) -> str:
         """Return the model's reply to `prompt`, sampled at temperature 0.
@@ -41,14 +42,17 @@ class ChatModel:
         Raises:
             RequestFailed: There is no reply, or an empty one, within `timeout_s`.
         """
-        key = os.environ.get(self.key_variable, "").strip()
+        try:
+            key = server_key(self.key_variable)
+        except ConfigError as error:  # the variable has changed
+            raise RequestFailed(str(error)) from None
         request = httpx.Request(
             "POST",
             self.url.rstrip("/") + "/chat/completions",
             headers={"Authorization": f"Bearer {key}"} if key else {},
             json={
                 "model": self.model,
-                "messages": [{"role": "user", "content": prompt}],
+                "messages": [{"role": "user", "content": prompt.encode("utf-8", "replace").decode()}],
                 "temperature": 0,
                 "max_tokens": self.max_tokens,
             },

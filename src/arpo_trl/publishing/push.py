@@ -29,6 +29,7 @@ from huggingface_hub.utils import _http as hub_client
 from arpo_trl.common.files import write_whole
 from arpo_trl.common.retries import retry
 from arpo_trl.errors import ArpoError, ConfigError, DataError, HubError
+from arpo_trl.logs.trajectories import FOLDER, log_files
 from arpo_trl.net.http_client import without
 from arpo_trl.publishing.model_card import ADAPTER_CONFIG_NAME, CURVES_FOLDER, EVALUATION_NAME, Card
 from arpo_trl.publishing.trajectory_dataset import dataset_card, export_rows
@@ -272,13 +273,13 @@ def push_trajectories(repo_id: str, run: Path, token: str | None = None) -> Any:
     Raises:
         HubError: The push failed. The message gives the command to push later.
     """
-    folder = run / "trajectories"
-    logs = sorted(folder.glob("*-rank*.jsonl"))
+    folder = run / FOLDER
+    logs = log_files(run)
     if not logs:
         return None
     command = f"arpo-trl push {shlex.quote(str(run))} --trajectories {shlex.quote(repo_id)}"
     try:
-        refuse_secrets(logs)
+        refuse_secrets([log.path for log in logs])
         with tempfile.TemporaryDirectory(prefix=".push-", dir=run) as name:
             splits = export_rows(logs, Path(name) / "data")
             (Path(name) / "README.md").write_text(dataset_card(repo_id, splits), "utf-8")
@@ -318,17 +319,17 @@ def push_run(
         raise ConfigError("No repository is given. Pass --repo, --trajectories or both.")
     if repo is not None and not any((run / name).is_file() for name in ("config.json", ADAPTER_CONFIG_NAME)):
         raise DataError(f"{run} contains no model and no adapter. Pass the output_dir of a run that has been saved.")
-    if trajectories is not None and not list((run / "trajectories").glob("*.jsonl")):
+    if trajectories is not None and not log_files(run):
         raise DataError(
-            f"{run / 'trajectories'} contains no .jsonl file. Set trajectory_log_rate above 0 to log trajectories."
+            f"{run / FOLDER} contains no logged trees. Set trajectory_log_rate above 0 to log trajectories."
         )
+    if evaluation is not None and repo is not None and Card.of(run, repo) is None:
+        raise DataError(f"{run} has no training_config.yaml, which the card needs. Omit --evaluation.")
     urls = []
     if repo is not None:
         repo_id = prepare_repo(repo, setting="--repo", private=private)
         card = Card.of(run, repo_id)
-        if evaluation is not None:
-            if card is None:
-                raise DataError(f"{run} has no training_config.yaml, which the card needs. Omit --evaluation.")
+        if evaluation is not None and card is not None:
             card = dataclasses.replace(card, evaluation=evaluation)
             write_whole(run / EVALUATION_NAME, evaluation.strip() + "\n")  # for later pushes
         snapshot = Snapshot(run=run, model=run, card=card)

@@ -10,8 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from arpo_trl.errors import DataError
-from arpo_trl.logs.trajectories import read_trees
+from arpo_trl.logs.trajectories import LogFile, read_trees
 
 _TEXT, _INTEGER, _NUMBER = pa.string(), pa.int64(), pa.float64()
 _MESSAGE = pa.struct({"role": _TEXT, "content": _TEXT, "name": _TEXT})
@@ -29,11 +28,11 @@ TRAJECTORY_SCHEMA = pa.schema(
         "shared_with": _INTEGER,
     }
 )
-SPLITS = {"train": "step-", "evaluation": "eval-"}
-"""Split of the dataset → prefix of the names of its log files."""
+SPLITS = {"train": "step", "evaluation": "eval"}
+"""Split of the dataset → kind of its log files."""
 
 
-def export_rows(logs: Sequence[Path], folder: Path) -> list[str]:
+def export_rows(logs: Sequence[LogFile], folder: Path) -> list[str]:
     """Writes the rows of these log files to `<split>.parquet` in the new `folder`; returns the names of the splits.
 
     Raises:
@@ -41,8 +40,8 @@ def export_rows(logs: Sequence[Path], folder: Path) -> list[str]:
     """
     folder.mkdir(parents=True)
     splits = []
-    for split, start in SPLITS.items():
-        chosen = [log for log in logs if log.name.startswith(start)]
+    for split, kind in SPLITS.items():
+        chosen = [log for log in logs if log.kind == kind]
         if chosen:
             with pq.ParquetWriter(folder / f"{split}.parquet", TRAJECTORY_SCHEMA) as writer:
                 for log in chosen:
@@ -51,18 +50,13 @@ def export_rows(logs: Sequence[Path], folder: Path) -> list[str]:
     return splits
 
 
-def leaf_rows(path: Path) -> Iterator[dict[str, Any]]:
+def leaf_rows(log: LogFile) -> Iterator[dict[str, Any]]:
     """Yields one flat row per leaf of a log file.
 
     Raises:
         DataError: A line is not a logged tree.
     """
-    rollout, _, rank = path.stem.rpartition("-rank")
-    if not (rank.isascii() and rank.isdecimal()):
-        raise DataError(
-            f"{path} does not have the name of a trajectory log, such as step-000001-rank0.jsonl. Rename it."
-        )
-    for logged in read_trees(path):
+    for logged in read_trees(log.path):
         leaves = logged.tree.leaves()
         for number, (leaf, reward, advantage) in enumerate(
             zip(leaves, logged.rewards, logged.advantages, strict=True)
@@ -71,8 +65,8 @@ def leaf_rows(path: Path) -> Iterator[dict[str, Any]]:
             first = leaf.nodes[min(1, len(leaf.nodes) - 1)].index
             yield {
                 "step": logged.step,
-                "rollout": rollout,
-                "rank": int(rank),
+                "rollout": log.rollout,
+                "rank": log.rank,
                 "group": logged.group,
                 "leaf": number,
                 "prompt": logged.prompt,

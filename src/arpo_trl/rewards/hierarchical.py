@@ -254,8 +254,13 @@ class HierarchicalReward:
 
         Raises:
             RewardError: A row's `task` or `stop_reason` is unknown, or it has no gold answer. The message names the
-                row.
+                row. Or there is a judge, and `prompts` are missing.
         """
+        if self.judge is not None and len(prompts) != len(turns):
+            raise RewardError(
+                f"Hierarchical reward with a judge: there are {len(prompts)} prompts and {len(turns)} paths. Pass the "
+                "column prompts."
+            )
         paths: list[_Path] = []
         for row, columns in enumerate(zip(turns, tool_calls, stop_reason, answer, task, strict=True)):
             try:

@@ -70,10 +70,9 @@ class MathWorker:
 
     def _answer(self, question: list[str]) -> str:
         with self._lock:
-            process = self._running()
             try:
-                reply = _ask(process, json.dumps(question))
-            except BaseException:  # an interrupt may leave a reply in the pipe, which the next question would read
+                reply = _ask(self._running(), json.dumps(question))
+            except BaseException:  # an interrupt may leave a line in the pipe, which the next question would read
                 self._stop()
                 raise
             if not reply:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from arpo_trl.common.imports import is_import_path, load_callable
@@ -188,9 +188,8 @@ def build_tools(arguments: ToolArguments, *, run: str = "default") -> list[Calla
             cannot be imported, or an MCP server does not start.
         SandboxError: The python tool is enabled and its code cannot be isolated.
     """
-    for name in ("search_provider", *LOCAL_SOURCES.values()):
-        if "search" not in arguments.tools and getattr(arguments, name) is not None:
-            logger.warning(f"{name} is set, but tools is {arguments.tools}, without search. Add search to tools.")
+    for tool, name in _unread(arguments):
+        logger.warning(f"{name} is set, but tools is {arguments.tools}, without {tool}. Add {tool} to tools.")
     makers = {"search": lambda: _build_search(arguments, run), "python": lambda: _build_python(arguments)}
     makers["visit"] = lambda: _build_visit(arguments)
     # First, because their modules may register search providers.
@@ -201,6 +200,15 @@ def build_tools(arguments: ToolArguments, *, run: str = "default") -> list[Calla
 
         tools += mcp_tools(arguments.mcp_servers, timeout_s=arguments.mcp_timeout_s)
     return tools
+
+
+def _unread(arguments: ToolArguments) -> Iterator[tuple[str, str]]:
+    """Yield the changed settings of built-in tools that are not offered, with the tool."""
+    for setting in fields(arguments):
+        tool = setting.name.partition("_")[0]
+        default = setting.default_factory() if callable(setting.default_factory) else setting.default
+        if tool in BUILT_IN and tool not in arguments.tools and getattr(arguments, setting.name) != default:
+            yield tool, setting.name
 
 
 def _build_search(arguments: ToolArguments, run: str) -> Callable[..., Any]:

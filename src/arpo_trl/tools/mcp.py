@@ -39,6 +39,7 @@ MAX_ANSWER_BYTES = 8 << 20
 _STOP_TIMEOUT_S = 10.0  # the library ends a process that ignores the end of its input after 2 s, and kills it after 4
 _MAX_TOOLS_PAGES = 100
 _SHOWN_STDERR_CHARS = 500
+_MAX_ERROR_CHARS = 10_000
 _MAX_STDERR_BYTES = 1 << 20
 
 _TOO_LONG = f"a line of more than {MAX_ANSWER_BYTES:,} bytes"
@@ -94,6 +95,10 @@ class McpServer:
         server = cls(**settings)
         if (server.command is None) == (server.url is None):
             raise ConfigError(f"{where} must have either command or url.")
+        start, unused = ("command", ["token_env"]) if server.url is None else ("url", ["args", "env"])
+        for name in unused:
+            if settings.get(name):
+                raise ConfigError(f"{where}: {name} is set, but a server with a {start} does not get it. Unset it.")
         if server.url is not None:
             check_server_url(server.url, f"{where}: url", "that token_env names", may_have_query=True)
         for name in server.variables:
@@ -267,7 +272,7 @@ class McpSession:
             raise ToolError(f"Error: the {name} call took longer than {self._timeout_s:g} s.") from None
         except MCPError as error:
             if error.code not in (CONNECTION_CLOSED, INVALID_REQUEST):  # INVALID_REQUEST: the session is unknown
-                message = self._server.without_secrets(error.message)
+                message = self._server.without_secrets(error.message)[:_MAX_ERROR_CHARS]
                 raise ToolError(without_credentials(f"Error: {message}")) from None
             overlong = self._overlong.is_set()
             if session is self._ready:  # otherwise another call has already reconnected
@@ -355,11 +360,10 @@ class McpSession:
         reason = "no answer in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
         reason += f"; it sent {_TOO_LONG}" if self._overlong.is_set() else ""
         self._stderr.seek(0)
-        said = self._stderr.read().decode("utf-8", "replace").strip()[-_SHOWN_STDERR_CHARS:]
-        reason += f"; it said: {said}" if said else ""
-        for name in self._server.variables:
-            reason = reason.replace(os.environ[name].strip() or "\0", f"[{name}]")
-        return reason
+        # Without secrets before it is cut: a part of one would remain.
+        said = self._server.without_secrets(self._stderr.read().decode("utf-8", "replace")).strip()
+        reason = self._server.without_secrets(reason)
+        return f"{reason}; it said: {said[-_SHOWN_STDERR_CHARS:]}" if said else reason
 
 
 # mypy does not support a base class that a call returns.
@@ -435,7 +439,9 @@ def _as_method(tool: Any) -> Callable[..., Any]:
 
 def _like(tool: Any, call: Callable[..., Any], parameters: list[inspect.Parameter]) -> Callable[..., Any]:
     """Set the tool's name, docstring and schema on `call`, and its signature after `parameters`. Return `call`."""
-    properties: dict[str, Any] = tool.input_schema.get("properties") or {}
+    given: dict[str, Any] = tool.input_schema.get("properties") or {}
+    properties = {name: schema if isinstance(schema, dict) else {} for name, schema in given.items()}  # or a bool
+    definitions = {name: tool.input_schema[name] for name in ("$defs", "definitions") if name in tool.input_schema}
     required = [name for name in tool.input_schema.get("required") or () if name in properties]
     for name in sorted(properties, key=lambda name: name not in required):  # parameters without a default first
         default = inspect.Parameter.empty if name in required else None
@@ -454,7 +460,7 @@ def _like(tool: Any, call: Callable[..., Any], parameters: list[inspect.Paramete
         "function": {
             "name": call.__name__,
             "description": inspect.cleandoc(call.__doc__),
-            "parameters": {"type": "object", "properties": properties, "required": required},
+            "parameters": {"type": "object", "properties": properties, "required": required, **definitions},
         },
     }
     return call

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arpo_trl.common.files import whole_file
-from arpo_trl.errors import ConfigError, DataError
+from arpo_trl.common.user_files import check_picture
+from arpo_trl.errors import DataError
 from arpo_trl.viewing.curves import PANELS, Panel, Points, curves
 from arpo_trl.viewing.run import log_history
 from arpo_trl.visible import get_logger
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-FORMATS = (".png", ".svg", ".pdf")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 """The palette of Okabe and Ito, which colour-blind readers can distinguish."""
 STYLES = ("-", "--", ":", "-.")
@@ -51,12 +51,11 @@ def draw_plot(runs: Sequence[Path], kind: str, output: Path | None = None) -> Pa
             run.
 
     Raises:
-        ConfigError: The extension is not in `FORMATS`.
+        ConfigError: The extension is not one of a picture.
         DataError: None of the runs has logged such metrics.
     """
     output = output or runs[0] / f"{kind}.png"
-    if output.suffix not in FORMATS:
-        raise ConfigError(f"--output is {output}; expected a file that ends in {', '.join(FORMATS)}.")
+    check_picture(output, "--output")
     panel = next(panel for panel in PANELS if panel.name == kind)
     lines = {run: curves(panel, log_history(run)) for run in runs}
     if not any(lines.values()):

@@ -2,70 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from arpo_trl.common.user_files import expect, read_json
 from arpo_trl.errors import DataError
-from arpo_trl.logs.trajectories import LoggedTree, read_trees
+from arpo_trl.logs.trajectories import FOLDER, LogFile, LoggedTree, log_files, read_trees
 from arpo_trl.visible import get_logger
 
 logger = get_logger(__name__)
 
-FOLDER = "trajectories"
 KINDS = {"step": "training", "eval": "evaluation"}
 """Start of a log file's name → the kind of its rollouts."""
 _STATE = "trainer_state.json"
-_FILE = re.compile(r"(?P<kind>step|eval)-(?P<step>\d+)(\.(?P<part>\d+))?-rank(?P<rank>\d+)\.jsonl")
-
-
-@dataclass(frozen=True, slots=True, order=True, kw_only=True)
-class LogFile:
-    """A file of the trajectory log. Files sort by step; the evaluation of a step comes before its training rollout.
-
-    LogFile.of(Path("runs/my/trajectories/step-000012-rank0.jsonl")).step  # 12
-    """
-
-    step: int
-    kind: str
-    """`eval` or `step`."""
-    part: int
-    rank: int
-    path: Path
-
-    @classmethod
-    def of(cls, path: Path) -> LogFile | None:
-        """The file at `path`; None if its name is not a log file's name."""
-        match = _FILE.fullmatch(path.name)
-        if match is None:
-            return None
-        return cls(
-            step=int(match["step"]),
-            kind=match["kind"],
-            part=int(match["part"] or 0),
-            rank=int(match["rank"]),
-            path=path,
-        )
-
-    @property
-    def rollout(self) -> str:
-        """The name without the rank: `step-000012`, or `eval-000012`."""
-        return self.path.stem.rpartition("-rank")[0]
-
-
-def log_files(run: Path) -> list[LogFile]:
-    """The files of the trajectory log in `run`, a run's output_dir or its folder `trajectories`.
-
-    Raises:
-        DataError: `run` is not a folder.
-    """
-    if not run.is_dir():
-        raise DataError(f"{run} is not a folder. Pass the output_dir of a run.")
-    folder = run / FOLDER if (run / FOLDER).is_dir() else run
-    return sorted(file for path in folder.glob("*.jsonl") if (file := LogFile.of(path)) is not None)
 
 
 def required_log_files(run: Path) -> list[LogFile]:

@@ -51,7 +51,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         # A page of another site whose name resolves to 127.0.0.1 must not read the run. Its requests name that site.
-        if self.headers.get("Host", "").rpartition(":")[0] not in (HOST, "localhost"):
+        if self.headers.get("Host", "").partition(":")[0] not in (HOST, "localhost"):
             return self._answer(403, "text/plain", "Open this server as 127.0.0.1.")
         url = urllib.parse.urlsplit(self.path)
         try:

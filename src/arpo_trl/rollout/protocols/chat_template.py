@@ -17,6 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from arpo_trl.common.user_files import is_deeper
 from arpo_trl.errors import ConfigError
 from arpo_trl.rollout.protocols import sample
 from arpo_trl.rollout.protocols.base import BadCall, ToolProtocol
@@ -28,6 +29,10 @@ from arpo_trl.tools.texts import for_models
 from arpo_trl.visible import with_texts
 
 RESULT = "[result]"
+ARGUMENT_DEPTH = 50
+"""The most nested arguments of a call. Files with trees are read up to a depth of 100."""
+MESSAGE_DEPTH = ARGUMENT_DEPTH + 4
+"""That of a message with such a call: in its list of calls, under function and arguments."""
 _NESTED_THOUGHTS = 3
 """The depth of thoughts in thoughts that is searched for a call."""
 _WAY_OUT = (
@@ -139,8 +144,11 @@ class ChatTemplateProtocol(ToolProtocol):
         return ids
 
     def as_message(self, ids: Sequence[int], before: Sequence[int]) -> dict[str, Any]:
+        parsed = self._as_parsed(list(ids), before)
+        if is_deeper(parsed, MESSAGE_DEPTH):
+            return {"role": "assistant", "content": self.tokenizer.decode(ids, skip_special_tokens=True)}
         # JSON's escapes can write half of a surrogate pair.
-        message: dict[str, Any] = with_texts(for_models, self._as_parsed(list(ids), before))
+        message: dict[str, Any] = with_texts(for_models, parsed)
         return message
 
     def _as_parsed(self, ids: list[int], before: Sequence[int]) -> dict[str, Any]:
@@ -200,7 +208,13 @@ class ChatTemplateProtocol(ToolProtocol):
                 fault="malformed",
                 text=f"Error: the call of {name[:40]!r} has {keys!r}; a call has exactly a name and arguments.",
             )
-        arguments = with_texts(for_models, function.get("arguments", {}))
+        arguments = function.get("arguments", {})
+        if is_deeper(arguments, ARGUMENT_DEPTH):
+            return BadCall(
+                fault="malformed",
+                text=f"Error: the arguments of {name[:40]!r} are nested more than {ARGUMENT_DEPTH} deep.",
+            )
+        arguments = with_texts(for_models, arguments)
         if not isinstance(arguments, dict) or not all(isinstance(key, str) for key in arguments):
             return BadCall(fault="malformed", text=f"Error: the arguments of {name[:40]!r} must be an object.")
         return ToolCall(name=name, arguments=arguments)

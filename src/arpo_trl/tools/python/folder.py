@@ -32,7 +32,7 @@ def holds_more(folder: Path, *, files: int, size: int) -> bool:
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(entry.path)
                     else:
-                        size -= entry.stat(follow_symlinks=False).st_blocks * _BLOCK_BYTES
+                        size -= _bytes_on_disk(entry)
                     if files < 0 or size < 0:
                         return True
         except FileNotFoundError:
@@ -40,6 +40,14 @@ def holds_more(folder: Path, *, files: int, size: int) -> bool:
         except OSError:
             return True
     return False
+
+
+def _bytes_on_disk(entry: os.DirEntry[str]) -> int:
+    """Return the size of a file on disk; 0 if it has been removed since it was listed."""
+    try:
+        return entry.stat(follow_symlinks=False).st_blocks * _BLOCK_BYTES
+    except FileNotFoundError:
+        return 0
 
 
 def empty(folder: Path) -> None:

@@ -29,6 +29,10 @@ _COVERS = {
 }
 
 
+_OF_PARENT: list[Worker] = []
+"""In a fork, the workers of its parent. They are kept: the destructor of their process would wait for its end."""
+
+
 class PythonTool:
     """Runs code in at most `max_workers` workers at the same time. Thread-safe.
 
@@ -109,6 +113,7 @@ class PythonTool:
             if self._pid != os.getpid():  # in a fork of the trainer, which owns the pipes
                 self._pid = os.getpid()
                 for workers in self._idle.values():
+                    _OF_PARENT.extend(workers)
                     workers.clear()
             workers = self._idle[preload]
             return workers.pop() if workers else None

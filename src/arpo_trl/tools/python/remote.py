@@ -22,7 +22,7 @@ from typing import Any
 
 import httpx
 
-from arpo_trl.errors import ConfigError, ToolError
+from arpo_trl.errors import ConfigError, ToolError, ToolStopped, ToolUnavailable
 from arpo_trl.net.addresses import check_server_url
 from arpo_trl.tools.python import cell as python_cell
 from arpo_trl.tools.python.local import offer, shown, stop_reason
@@ -74,7 +74,9 @@ class RemotePython:
         """Return the output of `code`, which runs after the cells `earlier`.
 
         Raises:
-            ToolError: The call failed; the message is the text for the model.
+            ToolError: The code raised; the message is its output, with the traceback.
+            ToolStopped: A limit ended the code, or the executor did not answer in time.
+            ToolUnavailable: The executor cannot be reached, or failed.
         """
         cells = [cell.encode("utf-8", "replace").decode() for cell in (*earlier, code)]
         request = {
@@ -88,7 +90,7 @@ class RemotePython:
             async with asyncio.timeout(self._limits.timeout_s + _GRACE_S):
                 reply = await self._ask(request)
         except TimeoutError:
-            raise ToolError("Error: the python executor did not answer in time") from None
+            raise ToolStopped("Error: the python executor did not answer in time") from None
         output, ending = _read(reply)
         if len(encoded := output.encode("utf-8", "replace")) > self._limits.output_bytes:
             output, ending = encoded[: self._limits.output_bytes].decode("utf-8", "ignore"), Ending.FLOOD
@@ -102,7 +104,7 @@ class RemotePython:
             except (_Retry, httpx.TransportError) as error:
                 fault = str(error) if isinstance(error, _Retry) else type(error).__name__
                 await asyncio.sleep(_BACK_OFF_S * 2**attempt * (1 + random.random() / 2))
-        raise ToolError(f"Error: the python executor cannot be reached ({fault})")
+        raise ToolUnavailable(f"Error: the python executor cannot be reached ({fault})")
 
     async def _ask_once(self, request: dict[str, Any]) -> Any:
         body = bytearray()
@@ -115,15 +117,17 @@ class RemotePython:
             if response.status_code == 429 or response.status_code >= 500:
                 raise _Retry(f"HTTP status {response.status_code}")
             if response.status_code != 200:
-                raise ToolError(f"Error: the python executor rejected the call (HTTP status {response.status_code})")
+                raise ToolUnavailable(
+                    f"Error: the python executor rejected the call (HTTP status {response.status_code})"
+                )
             async for chunk in response.aiter_raw():
                 body += chunk
                 if len(body) > most:
-                    raise ToolError(f"Error: stopped, the code printed more than {self._limits.output_bytes} bytes")
+                    raise ToolStopped(f"Error: stopped, the code printed more than {self._limits.output_bytes} bytes")
         try:
             return json.loads(body)
         except (ValueError, RecursionError):
-            raise ToolError(_NOT_UNDERSTOOD) from None
+            raise ToolUnavailable(_NOT_UNDERSTOOD) from None
 
 
 _NOT_UNDERSTOOD = "Error: the python executor's reply cannot be understood"
@@ -133,22 +137,22 @@ def _read(reply: Any) -> tuple[str, Ending]:
     """Return the code's output and the way it ended.
 
     Raises:
-        ToolError: `reply` is invalid, or reports a failure of the executor.
+        ToolUnavailable: `reply` is invalid, or reports a failure of the executor.
     """
     if not isinstance(reply, dict):
-        raise ToolError(_NOT_UNDERSTOOD)
+        raise ToolUnavailable(_NOT_UNDERSTOOD)
     if reply.get("status") == "SandboxError":
-        raise ToolError("Error: the python executor failed")
+        raise ToolUnavailable("Error: the python executor failed")
     result = reply.get("run_result")
     if reply.get("status") not in ("Success", "Failed") or not isinstance(result, dict):
-        raise ToolError(_NOT_UNDERSTOOD)
+        raise ToolUnavailable(_NOT_UNDERSTOOD)
     status, code, stdout = result.get("status"), result.get("return_code"), result.get("stdout") or ""
     if not isinstance(stdout, str):
-        raise ToolError(_NOT_UNDERSTOOD)
+        raise ToolUnavailable(_NOT_UNDERSTOOD)
     if status == "TimeLimitExceeded":
         return stdout, Ending.TIMEOUT
     if status != "Finished" or not isinstance(code, int):
-        raise ToolError(_NOT_UNDERSTOOD)
+        raise ToolUnavailable(_NOT_UNDERSTOOD)
     return stdout, {python_cell.SUCCEEDED: Ending.FINISHED, python_cell.RAISED: Ending.RAISED}.get(code, Ending.DIED)
 
 

@@ -187,7 +187,8 @@ class Worker:
         self._limits = limits
         self._folder = Path(tempfile.mkdtemp(prefix="arpo-python-"))
         # Also runs at exit, when a call may still be running. Only a killed trainer leaves the folder behind.
-        self._remove_folder = weakref.finalize(self, python_folder.remove, self._folder)
+        self._owner_pid = os.getpid()
+        self._remove_folder = weakref.finalize(self, _remove_own, self._folder, self._owner_pid)
         self._process: Any = None  # subprocess.Popen or sandlock.Process: stdin, stderr, pid, kill, wait
         try:
             self._process = _start(self._folder, tier, preload, limits)
@@ -367,7 +368,10 @@ class Worker:
             self._ending = False
 
     def close(self) -> None:
-        """Stop the worker and its call, and remove its folder. May be called repeatedly."""
+        """Stop the worker and its call, and remove its folder. May be called repeatedly. Does nothing in a fork of the
+        process that started the worker."""
+        if os.getpid() != self._owner_pid:
+            return
         process, self._process = self._process, None
         if process is not None:
             process.stdin.close()  # then the worker kills its fork and exits
@@ -376,6 +380,12 @@ class Worker:
             process.wait()
             process.stderr.close()
         self._remove_folder()
+
+
+def _remove_own(folder: Path, owner_pid: int) -> None:
+    """Remove the folder of a worker, except in a fork of its owner, which still uses it."""
+    if os.getpid() == owner_pid:
+        python_folder.remove(folder)
 
 
 def _poll(timeout_ms: float, *fds: int) -> set[int]:

@@ -12,7 +12,6 @@ the metric `arpo/tools/search/degraded` shows the share of such calls.
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from collections.abc import Mapping, Sequence
 import httpx
 
 from arpo_trl.errors import ConfigError, ToolError, ToolUnavailable
+from arpo_trl.net.addresses import server_key
 from arpo_trl.net.circuit_breaker import CircuitBreaker
 from arpo_trl.net.http_client import RequestFailed, fetch_json, mentions_account, retried, without
 from arpo_trl.tools.search.cache import CacheMode, Entry, Key, SearchCache
@@ -242,7 +242,7 @@ class WebSearch:
 
 def _key(provider: Provider) -> str:
     """Return the API key. It is read at each use, so that no object or log contains it."""
-    return os.environ.get(provider.key_variable, "").strip() if provider.key_variable else ""
+    return server_key(provider.key_variable) if provider.key_variable else ""
 
 
 def _check_key(provider: Provider) -> None:
@@ -251,10 +251,6 @@ def _check_key(provider: Provider) -> None:
         raise ConfigError(
             f"search_provider {provider.name} needs a key in the environment variable {provider.key_variable}, which "
             "is not set. Set it, or use only the cache: search_cache_mode offline or replay."
-        )
-    if not (key.isascii() and key.isprintable()):
-        raise ConfigError(
-            f"{provider.key_variable} contains characters that are not allowed in a key. Set it to the key alone."
         )
 
 

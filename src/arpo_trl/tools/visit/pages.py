@@ -127,11 +127,17 @@ def visit_tool(
     return visit
 
 
+def _host_of(url: httpx.URL) -> str:
+    """Return the host in IDNA, so that each name has a unique spelling."""
+    return url.raw_host.decode("ascii", "replace").lower().rstrip(".")
+
+
 class AddressGuard:
     """Decides which hosts may be visited and to which addresses a request may connect."""
 
     def __init__(self, allowed_hosts: Collection[str], resolve: Resolve) -> None:
-        self._allowed = frozenset(host.lower() for host in allowed_hosts)
+        settings = (httpx.URL(f"http://{host}") for host in allowed_hosts)
+        self._allowed = frozenset((_host_of(url), url.port) for url in settings)
         self._resolve = resolve
 
     def request(self, url: str, timeout_s: float) -> httpx.Request:
@@ -149,14 +155,13 @@ class AddressGuard:
             parsed = httpx.URL(url)
         except (httpx.InvalidURL, ValueError, TypeError):
             raise ToolError("Error: that is not the address of a web page.") from None
-        # In IDNA, so that each name has a unique spelling.
-        host = parsed.raw_host.decode("ascii", "replace").lower().rstrip(".")
+        host = _host_of(parsed)
         if parsed.scheme not in _PORTS or not host:
             raise ToolError("Error: that is not the address of a web page; it must begin with http:// or https://.")
         if parsed.userinfo:
             raise ToolError("Error: an address with a user name or password cannot be visited.")
         port = parsed.port or _PORTS[parsed.scheme]
-        allowed = not self._allowed.isdisjoint({host, f"{host}:{port}"})
+        allowed = not self._allowed.isdisjoint({(host, None), (host, port)})
         if not allowed and port != _PORTS[parsed.scheme]:
             raise ToolError(f"Error: port {port} cannot be visited.")
         try:
