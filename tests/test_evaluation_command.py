@@ -419,7 +419,7 @@ def test_help_is_there_in_no_time_and_names_every_setting():
 
 @pytest.mark.parametrize("benchmarks", [None, 2, [2]])
 def test_benchmarks_of_another_type_are_named(benchmarks):
-    with pytest.raises(ConfigError, match="benchmarks is .*; expected"):
+    with pytest.raises(ConfigError, match=r"benchmarks is .*; expected"):
         EvalSettings(model="m", benchmarks=benchmarks)
 
 
