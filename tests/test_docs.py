@@ -26,6 +26,7 @@ from arpo_trl.evaluation.benchmarks import BENCHMARKS, SUITES, custom_benchmark,
 from arpo_trl.evaluation.report import METRIC_NAMES
 from arpo_trl.evaluation.settings import EvalSettings
 from arpo_trl.publishing.trajectory_dataset import TRAJECTORY_SCHEMA
+from arpo_trl.rollout.protocols.parsers import OWN, RESPONSE_TEMPLATES, VLLM_FAMILIES
 from arpo_trl.rollout.tree import RolloutTree, StopReason
 from arpo_trl.tools.builtin import ToolArguments
 from arpo_trl.tools.search.cache import CacheMode
@@ -72,6 +73,13 @@ def test_every_provider_and_mode_is_in_the_tables() -> None:
     assert set(re.findall(r"\b[A-Z]+_API_KEY\b", TOOLS)) - {"VISIT_SUMMARY_API_KEY", "SUMMARY_API_KEY"} == {
         variable for name in PROVIDERS.own if (variable := PROVIDERS.get(name).key_variable)
     }
+
+
+def test_every_parser_of_calls_is_in_the_table() -> None:
+    section = TOOLS.partition("\n## How calls are written\n")[2].partition("\n## ")[0]
+    table = section.partition("| models | parser |")[2].partition("\n\n")[0]
+    named = set(re.findall(r"`(\w+)`", table)) - {"response_template"}
+    assert named == {OWN, *RESPONSE_TEMPLATES, *VLLM_FAMILIES}
 
 
 def test_the_columns_of_your_own_are_read(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ def shown(name: str, url: str = "http://127.0.0.1:8000", client: Any = GenericEn
     """The class of this name that the page defines, with its server at `url`."""
     (code,) = [block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if f"class {name}:" in block]
     scope: dict[str, Any] = {"GenericEnvClient": client}
+    code = code.replace("from openenv.core.generic_client import GenericEnvClient\n", "")
     exec(code.replace("http://127.0.0.1:8000", url), scope)
     return scope[name]
 

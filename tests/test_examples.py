@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.rollout.engines.base import SamplingParams
@@ -115,6 +114,9 @@ def test_the_questions_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 # Trainers ------------------------------------------------------------------------------------------------------------
 
 
+IMPORTED = "from arpo_trl import ARPOConfig, ARPOTrainer\n"
+
+
 def trained(code: str, folder: Path, script: Script, **names: Any) -> ARPOTrainer:
     """The trainer that the example makes, after a step with a tiny model whose turns `script` writes."""
     tokenizer = with_template("qwen3")
@@ -123,7 +125,7 @@ def trained(code: str, folder: Path, script: Script, **names: Any) -> ARPOTraine
     assert tokenizer.eos_token_id is not None
     engine = ScriptedEngine(tokenizer, SamplingParams(eos_ids=(tokenizer.eos_token_id,), stop_strings=()), script)
     made: ARPOTrainer = run(
-        code.replace("Qwen/Qwen2.5-0.5B-Instruct", str(folder / "model")),
+        re.sub(r"Qwen/[\w.-]+", str(folder / "model"), code.replace(IMPORTED, "")),
         ARPOTrainer=functools.partial(ARPOTrainer, engine=engine),
         ARPOConfig=functools.partial(ARPOConfig, max_steps=1, save_strategy="no", **ON_CPU),
         **names,
@@ -136,36 +138,22 @@ def call(name: str, **arguments: Any) -> str:
     return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
 
 
-def asked(text: str, **columns: Any) -> Dataset:
-    return Dataset.from_list([{"prompt": [{"role": "user", "content": text}], **columns}])
-
-
-def multiply(a: int, b: int) -> int:
-    """Multiply two numbers.
-
-    Args:
-        a: The first.
-        b: The second.
-    """
-    return a * b
+def multiplies(request: Any, context: str) -> str:
+    """Each path multiplies the numbers of its question, and answers with the result."""
+    a, b = map(int, re.findall(r"What is (\d+) \* (\d+)\?", context)[-1])
+    return [call("multiply", a=a, b=b), str(a * b)][request.key[-1]]
 
 
 def test_a_grpo_trainer_with_its_tools_and_rewards_becomes_this_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its reward is that of rewards.md: each path makes one call, which is 1/2."""
     monkeypatch.chdir(tmp_path)
-    few_calls = run(example("docs/rewards.md", "def few_calls"))["few_calls"]
-    made = trained(
-        example("docs/from-grpo.md", "# was GRPOTrainer"),
-        tmp_path,
-        lambda request, context: [call("multiply", a=3, b=4), "12"][request.key[-1]],
-        **{"my_rewards": few_calls, "multiply": multiply, "dataset": asked("what is 3 * 4")},
-    )
+    made = trained(example("docs/from-grpo.md", "# was GRPOTrainer"), tmp_path, multiplies)
     assert made._last is not None
     assert [leaf.address for leaf in made._last.leaves] == [(i,) for i in range(8)]
-    assert {call.text for leaf in made._last.leaves for call in leaf.calls} == {"12"}
-    assert made.state.log_history[0]["reward"] == pytest.approx(1 / 2)
+    (product,) = {call.text for leaf in made._last.leaves for call in leaf.calls}
+    assert int(product) > 100 * 200
+    assert made.state.log_history[0]["reward"] == 1
 
 
 def buys(request: Any, context: str) -> ScriptedTurn:
@@ -179,7 +167,7 @@ def test_the_shop_of_20_lines_trains(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     shop = run(example("docs/environments.md", "class Shop"))["Shop"]
     code = example("docs/environments.md", "environment_factory=Shop")
-    made = trained(code, tmp_path, buys, Shop=shop, dataset=asked("Buy.", budget=10))
+    made = trained(code.replace("range(10, 60)", "[10]"), tmp_path, buys, Shop=shop)
     assert made._last is not None
     leaves = made._last.leaves
     assert len(leaves) == 16 and sum(len(leaf.address) > 1 for leaf in leaves) == 8
