@@ -5,6 +5,7 @@ from transformers import PreTrainedTokenizerFast
 
 from arpo_trl.errors import ConfigError, ToolSpecError
 from arpo_trl.rollout.protocols import BadCall, ChatTemplateProtocol, ContentEncoder, TagProtocol
+from arpo_trl.rollout.tree import RolloutTree, StopReason
 from arpo_trl.tools.calls import ToolCall
 from arpo_trl.tools.spec import tool_spec
 from arpo_trl.tools.toolbox import ToolBox
@@ -288,6 +289,19 @@ def test_arguments_may_nest_as_deep_as_the_files_of_trees_can_hold(depth):
             fault="malformed", text="Error: the arguments of 'search' are nested more than 50 deep."
         )
         assert message == {"role": "assistant", "content": text}
+
+
+@pytest.mark.parametrize(("template", "tag"), [("qwen3", ""), ("qwen3_5_think", "<think>"), ("qwen3_5_nothink", "")])
+def test_a_thought_that_the_template_opens_belongs_to_the_turn(template, tag):
+    protocol = chat_protocol(template)
+    prompt = protocol.encode_prompt([{"role": "user", "content": "hi"}])
+    observation = protocol.encode_observation([("weather", "hot")])
+    tree = RolloutTree(prompt)
+    turn = tree.add_turn(0, [5], "one</think>", [0.0], [], [])
+    result = tree.add_observation(turn.index, observation, [], "hot")
+    last = tree.add_turn(result.index, [6], "two</think>", [0.0], [], [])
+    tree.end(last.index, (0,), StopReason.EOS)
+    assert protocol.whole_turns(prompt, tree.leaves()[0]) == [f"{tag}one</think>", f"{tag}two</think>"]
 
 
 def rendered(protocol: ChatTemplateProtocol, template: str, results: list[tuple[str, str]]) -> str:

@@ -177,14 +177,15 @@ class Evaluator:
         tree = finished.tree
         assert tree is not None
         (leaf,) = tree.leaves()
-        prediction = predicted(leaf.turns)
+        turns = self.sampler.protocol.whole_turns(tree.root.ids, leaf)
+        prediction = predicted(turns)
         code_tools = {call.name for call in leaf.calls if CODE_PARAMETER in call.arguments}  # as in the reward
         nodes = [(node.kind, len(node.ids)) for node in leaf.nodes]
         return {
             "task": row["task"],
             "prediction": prediction,
             "scores": score(prediction, row, judge),
-            "fault": format_fault(leaf.turns, leaf.stop, self.sampler.toolbox.names, code_tools),
+            "fault": format_fault(turns, leaf.stop, self.sampler.toolbox.names, code_tools),
             "stop": leaf.stop.value,
             "trajectory": trajectory(tree),
             "tokens": {

@@ -13,7 +13,9 @@ from arpo_trl.rollout.tree import Leaf, NodeKind
 from arpo_trl.trl_seam import parse_response
 
 
-def rollout_output(requests: Sequence[GroupRequest], leaves: Sequence[Leaf], *, logprobs: bool) -> dict[str, Any]:
+def rollout_output(
+    requests: Sequence[GroupRequest], leaves: Sequence[Leaf], protocol: ToolProtocol, *, logprobs: bool
+) -> dict[str, Any]:
     """The return value that TRL expects of a `rollout_func`, one value per leaf, and the columns for reward functions.
 
     Args:
@@ -22,11 +24,12 @@ def rollout_output(requests: Sequence[GroupRequest], leaves: Sequence[Leaf], *, 
         logprobs: Whether TRL gets the sampling logprobs.
     """
     size = len(leaves) // len(requests)
+    prompt_ids = [request.prompt_ids for request in requests for _ in range(size)]
     return {
-        "prompt_ids": [request.prompt_ids for request in requests for _ in range(size)],
+        "prompt_ids": prompt_ids,
         "completion_ids": [leaf.ids for leaf in leaves],
         "logprobs": [leaf.logprobs for leaf in leaves] if logprobs else None,
-        "turns": [leaf.turns for leaf in leaves],
+        "turns": [protocol.whole_turns(before, leaf) for before, leaf in zip(prompt_ids, leaves, strict=True)],
         "tool_calls": [[call.as_row() for call in leaf.calls] for leaf in leaves],
         "stop_reason": [leaf.stop.value for leaf in leaves],
     }

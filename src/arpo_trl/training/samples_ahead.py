@@ -15,6 +15,7 @@ from arpo_trl.config import ARPOConfig
 from arpo_trl.options import StaleTokens
 from arpo_trl.rollout.batch import GroupRequest, RolloutBatch
 from arpo_trl.rollout.engines.base import EngineAhead
+from arpo_trl.rollout.protocols import ToolProtocol
 from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.rollout.tree import NodeKind
 from arpo_trl.runs.resumable import Resumable
@@ -44,6 +45,7 @@ class SamplesAhead(Resumable):
     """
 
     args: ARPOConfig
+    protocol: ToolProtocol
     tree_sampler: TreeSampler
     _environments: Environments | None
     _all_environments: list[Environments]
@@ -199,7 +201,7 @@ class SamplesAhead(Resumable):
     def _score(self, functions: list[Any], rows: Rows, requests: list[GroupRequest], rollout: RolloutBatch) -> Scored:
         """Calls the reward functions, outside the main thread."""
         leaves = [leaf for tree in rollout.trees for leaf in tree.leaves()]
-        fields = rollout_output(requests, leaves, logprobs=False)
+        fields = rollout_output(requests, leaves, self.protocol, logprobs=False)
         prompt_ids, ids = fields.pop("prompt_ids"), fields.pop("completion_ids")
         del fields["logprobs"]
         prompts = [row["prompt"] for row in rows]

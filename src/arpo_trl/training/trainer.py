@@ -345,7 +345,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         # Like TRL, return sampling logprobs for vLLM only. Under top-k or top-p, the logprobs from transformers belong
         # to another distribution than the loss's, and `off_policy_mask_threshold` would treat the difference as policy
         # drift.
-        return masks | rollout_output(requests, leaves, logprobs=self.use_vllm)
+        return masks | rollout_output(requests, leaves, self.protocol, logprobs=self.use_vllm)
 
     def _sample(self, requests: Sequence[GroupRequest], name: str, settings: TreeSettings) -> RolloutBatch:
         """The trees of `requests`. In training with `rollouts_ahead`, these are the trees that were sampled ahead."""

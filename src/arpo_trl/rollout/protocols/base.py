@@ -19,6 +19,7 @@ from arpo_trl.errors import ConfigError
 from arpo_trl.rollout.protocols.parsers import AUTO
 from arpo_trl.rollout.protocols.sample import Template
 from arpo_trl.rollout.text import decode_exactly
+from arpo_trl.rollout.tree import Leaf, NodeKind
 from arpo_trl.tools.calls import ToolCall
 from arpo_trl.tools.spec import ToolSpec
 from arpo_trl.trl_seam import parse_response
@@ -60,6 +61,11 @@ class ContentEncoder:
 
     def _encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
+
+
+_THOUGHT = "<think>"
+_OPENING_TOKENS = 16
+"""The most tokens that the tag of a thought, with white space after it, takes."""
 
 
 class ToolProtocol(ABC):
@@ -138,6 +144,17 @@ class ToolProtocol(ABC):
         """Return the turn's text with tags and special tokens, without a final id of `eos_ids`."""
         end = len(ids) - (1 if ids and ids[-1] in self.eos_ids else 0)
         return decode_exactly(self.tokenizer, ids[:end])
+
+    def whole_turns(self, prompt_ids: Sequence[int], leaf: Leaf) -> list[str]:
+        """Return the text of each turn of a path. A turn whose thought was opened before it, by the template's text
+        after a prompt or result, begins with that `<think>`."""
+        turns, before = [], prompt_ids
+        for node in leaf.nodes:
+            if node.kind is NodeKind.TURN:
+                opened = self.tokenizer.decode(before[-_OPENING_TOKENS:]).rstrip().endswith(_THOUGHT)
+                turns.append(_THOUGHT * opened + node.text)
+            before = node.ids
+        return turns
 
     def as_message(self, ids: Sequence[int], before: Sequence[int]) -> dict[str, Any]:
         """Return the turn as TRL's tool loop passes it to rewards: role, content and, if it has calls, `tool_calls`.
