@@ -23,7 +23,7 @@ from arpo_trl.errors import ArpoError, CheckpointError, ConfigError, DataError, 
 from arpo_trl.rewards import HierarchicalReward, LLMJudge
 from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.scripted import ScriptedEngine
-from arpo_trl.training.preflight import checked_stream
+from arpo_trl.training.streams import checked_stream
 from support import ANSWER, ON_CPU, python, save_tiny_model, search, tiny_model, tokenizer, with_template
 
 ROW = {"prompt": [{"role": "user", "content": "what is the answer"}], "answer": ["1"]}

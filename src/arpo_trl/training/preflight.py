@@ -21,10 +21,11 @@ from trl import GRPOConfig
 
 from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.config import ARPOConfig
-from arpo_trl.data.loading import EMPTY, validate_row, validate_rows
+from arpo_trl.data.loading import EMPTY, validate_rows
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.options import ProtocolKind, SharedPrefixForward
 from arpo_trl.rewards.hierarchical import HierarchicalReward
+from arpo_trl.rollout.batch import GroupRequest
 from arpo_trl.rollout.credit.base import Credit
 from arpo_trl.rollout.engines.base import Engine, EngineAhead
 from arpo_trl.rollout.engines.compute_dtype import training_dtype
@@ -156,7 +157,7 @@ def check_enough_prompts(train_dataset: Any, args: ARPOConfig) -> None:
 
 def check_rows(datasets: Iterable[Any], reward_funcs: Collection[Any]) -> None:
     """Checks that all rows have a usable prompt and the columns for the reward functions. Skips None. Of a streamed
-    dataset it only checks that there is a row; see `checked_stream`.
+    dataset it only checks that there is a row; see `streams.checked_stream`.
 
     A reward function that needs a column has a method `check_dataset(dataset)`, which raises `DataError`.
 
@@ -172,26 +173,6 @@ def check_rows(datasets: Iterable[Any], reward_funcs: Collection[Any]) -> None:
         for function in reward_funcs:
             if (check := getattr(function, "check_dataset", None)) is not None:
                 check(dataset)
-
-
-def checked_stream(dataset: Any, *, needs_prompt: bool) -> Any:
-    """Returns a streamed dataset, or those in a dict, so that each row is checked as it comes; any other value
-    unchanged.
-
-    The row's number in an error counts the rows that this rank has read.
-
-    Args:
-        needs_prompt: Whether a row without a prompt is an error.
-    """
-
-    def checked(row: dict[str, Any], number: int) -> dict[str, Any]:
-        if needs_prompt or "prompt" in row:
-            validate_row(row, number)
-        return row
-
-    if isinstance(dataset, dict):
-        return {name: checked_stream(each, needs_prompt=needs_prompt) for name, each in dataset.items()}
-    return dataset.map(checked, with_indices=True) if isinstance(dataset, IterableDataset) else dataset
 
 
 def check_logprobs(args: ARPOConfig, sampler: TreeSampler, credit: Credit, baseline: Baseline | None) -> None:
@@ -462,6 +443,20 @@ def needs_tags(args: ARPOConfig, tools: Collection[str], rewards: Sequence[Any])
     return (args.tool_protocol == ProtocolKind.TAGS and bool(tools)) or any(
         isinstance(reward, HierarchicalReward) for reward in rewards
     )
+
+
+def check_requests(prompts: Sequence[Any], requests: Sequence[GroupRequest], context: int) -> None:
+    """Checks that each prompt of a rollout fits the context, since `check_prompts` cannot check streamed rows.
+
+    Raises:
+        ConfigError: A prompt leaves no token for a completion.
+    """
+    for prompt, request in zip(prompts, requests, strict=True):
+        if (length := len(request.prompt_ids)) >= context:
+            raise ConfigError(
+                f"A prompt has {length} tokens, but the context is {context}, which leaves no room for a completion. "
+                f"Shorten or drop its row. It begins with {str(prompt)[:200]!r}."
+            )
 
 
 LONGER = ", or give vLLM a longer context (vllm_max_model_length, or a server's --max-model-len)"

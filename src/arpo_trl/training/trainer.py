@@ -57,10 +57,10 @@ from arpo_trl.training.preflight import (
     check_logprobs,
     check_prompts,
     check_quantized_training,
+    check_requests,
     check_rows,
     check_scores,
     check_writable,
-    checked_stream,
     embedding_rows,
     generation_ends,
     listed_rewards,
@@ -90,6 +90,7 @@ from arpo_trl.training.sources import (
     toolbox_for,
     transformers_source,
 )
+from arpo_trl.training.streams import WholeStream, checked_stream
 from arpo_trl.trl_seam import pad
 from arpo_trl.visible import get_rank_logger
 
@@ -268,6 +269,10 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         check_enough_prompts(self.train_dataset, self.args)
         return super().get_train_dataloader()
 
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        rows = WholeStream(dataset) if isinstance(dataset, IterableDataset) else dataset
+        return super()._get_dataloader(rows, *args, **kwargs)
+
     def _make_sampler(self, engine: Engine | None) -> TreeSampler:
         if engine is None:
             settings = sampling_params(self.args, self.protocol)
@@ -321,6 +326,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         first_group, size = self._places(prompts)
         requests = self._kits.requests(prompts[::size], self._rows[::size], first_group)
         settings = self.tree_sampler.settings
+        check_requests(prompts[::size], requests, settings.max_length)
         settings = settings if training else settings.without_branching(size)
         if self._again is None:
             name = self._names.next("step" if training else "eval", self.state.global_step)
