@@ -4,13 +4,16 @@ results."""
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from arpo_trl.errors import Interrupted
 from arpo_trl.rollout.batch import GroupRequest, TreeSettings
 from arpo_trl.rollout.engines.base import SamplingParams, TurnRequest
 from arpo_trl.rollout.engines.lockstep import LockstepEngine
@@ -20,7 +23,7 @@ from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.tools.toolbox import ToolBox
 from support import tokenizer
 
-GROUPS = {"uneven": [0, 3], "waits": [1, 1], "diverges": [1, 1], "fails": [1, 1]}
+GROUPS = {"uneven": [0, 3], "waits": [1, 1], "diverges": [1, 1], "fails": [1, 1], "interrupted": [1, 1]}
 """For each case how many prompts each rank rolls out."""
 LEAVES = 4
 WAIT_S = 15.0
@@ -44,6 +47,8 @@ def roll_out(case: str, rank: int) -> dict[str, Any]:
         return sum(request.key[0] == 3 and request.key[-1] == 1 for request in list(inner.requests))
 
     def script(request: TurnRequest, context: str) -> ScriptedTurn:
+        if case == "interrupted":
+            return ScriptedTurn(text="never done", polls=10**6)
         if case == "diverges" and rank == 1:
             return ScriptedTurn(text="something else")
         if request.key[-1] < (1 + request.key[0] % 3):
@@ -80,12 +85,27 @@ def roll_out(case: str, rank: int) -> dict[str, Any]:
                 if case == "fails" and rank == 1:
                     with engine.session():
                         raise RuntimeError("broken here")
+                if case == "interrupted" and rank == 1:
+                    with engine.session():
+                        raise Interrupted(signal.SIGTERM)
+                if case == "interrupted":  # this rank hears of the signal later
+                    sampler.between_events = told_later()
                 rollout = sampler.sample(requests, seed=(0,))
                 said["sessions"].append([list(request.key) for request in inner.requests])
         said["leaves"] = [[leaf.turns[-1] for leaf in tree.leaves()] for tree in rollout.trees]
-    except Exception as error:
+    except (Exception, Interrupted) as error:
         said["error"] = f"{type(error).__name__}: {error}"
     return said
+
+
+def told_later() -> Callable[[], None]:
+    at = time.monotonic() + 1.0
+
+    def check() -> None:
+        if time.monotonic() > at:
+            raise Interrupted(signal.SIGTERM)
+
+    return check
 
 
 def main(folder: Path) -> None:

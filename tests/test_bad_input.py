@@ -130,10 +130,11 @@ def test_a_tool_that_changes_the_working_folder_does_not_move_the_run(make, tmp_
     assert "changed the working folder of the run" in caplog.text
 
 
-def test_a_run_over_the_trees_of_an_earlier_one_is_warned_of(make, caplog):
+@pytest.mark.parametrize("resume", [None, "false", "none"])
+def test_a_run_over_the_trees_of_an_earlier_one_is_warned_of(make, caplog, resume):
     make(settings={"trajectory_log_rate": 1.0}).train()
     assert "trees of an earlier run" not in caplog.text
-    make(settings={"trajectory_log_rate": 1.0}).train()
+    make(settings={"trajectory_log_rate": 1.0}).train(resume)
     assert "trajectories contains trees of an earlier run" in caplog.text
 
 

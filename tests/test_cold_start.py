@@ -99,11 +99,11 @@ def test_a_long_result_is_capped_as_in_sampling():
         leaves=1,
         at_root=1,
         tools=[search],
-        max_result_tokens=16,
+        max_result_tokens=24,
     )
     tree = run().trees[0]
     messages = [*MESSAGES[:2], {"role": "tool", "content": long}, MESSAGES[-1]]
-    row = encode_trajectory({"messages": messages}, protocol(max_result_tokens=16))
+    row = encode_trajectory({"messages": messages}, protocol(max_result_tokens=24))
     assert "[… cut …]" in runs(row)[2][1]
     assert row["input_ids"] == tree.root.ids + tree.leaves()[0].ids
 

@@ -5,13 +5,14 @@ import math
 import threading
 import time
 
+import httpx
 import pytest
 
 from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.rollout.engines.base import SamplingParams, TurnFailed, TurnRequest, TurnStop
 from arpo_trl.rollout.engines.completions import KEY_VARIABLE, CompletionsEngine
 from loopback import Asked, Loopback, Reply
-from support import tokenizer
+from support import tokenizer, until
 
 EOS = int(tokenizer().eos_token_id)
 SETTINGS = SamplingParams(eos_ids=(EOS,), stop_strings=("</search>", "</python>"), temperature=0.6, top_p=0.95)
@@ -199,6 +200,25 @@ def test_a_turn_of_a_server_that_goes_silent_fails_at_its_deadline_without_anoth
         failed = outcomes(made, request(0))[0]
         gate.set()
     assert failed.reason == "The server has not completed an answer within 0.3 s. Check its log."
+
+
+def test_the_time_without_a_request_does_not_count_as_unreachable(monkeypatch):
+    with Loopback(Server(lambda prompt: "fine", ids=False)) as loopback:
+        made = engine(loopback, away_s=0.5)
+        asks, refusals = made._ask, [httpx.ConnectError("refused")]
+
+        async def ask(request):
+            if refusals:
+                raise refusals.pop()
+            return await asks(request)
+
+        monkeypatch.setattr(made, "_ask", ask)
+        with made.session():
+            time.sleep(0.7)  # a tool runs
+            made.submit(request(0))
+            events = []
+            until(lambda: events.extend(made.poll(0.1)) or events)
+    assert [decode(event.ids).removesuffix(decode([EOS])) for event in events] == ["fine"]
 
 
 def test_a_server_that_stays_unreachable_fails_the_rollout_with_an_error():

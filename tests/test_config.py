@@ -186,6 +186,7 @@ def test_the_papers_symbols_stand_in_the_help(symbol):
         ({"vllm_server_urls": ["http://a"]}, "vllm_server_urls is set, .* Set use_vllm: true and vllm_mode: server"),
         (SERVER | {"vllm_server_urls": []}, "expected at least one URL, without duplicates"),
         (SERVER | {"vllm_server_urls": ["http://a", "http://a"]}, "expected at least one URL, without duplicates"),
+        (SERVER | {"vllm_server_urls": ["http://a", "http://a/v1/"]}, "expected at least one URL, without duplicates"),
         (SERVER | {"vllm_server_urls": ["http://a"], "vllm_server_base_url": "http://b"}, "are both set"),
         ({"weight_sync_dir": "/shared"}, "weight_sync_dir is set, but weight_sync is 'nccl', which writes no files"),
         ({"weight_sync": "post"}, r"weight_sync is 'post'; expected one of \['nccl', 'disk'\]"),

@@ -496,3 +496,20 @@ def test_a_rule_and_a_credit_from_outside_train_by_name(tmp_path):
     assert batch["advantages"][1, : turn + seen + answer].tolist() == [0.0] * (turn + seen) + [1.0] * answer
     # two turns of two leaves each at half weight, and four answers
     assert float(batch["num_items_in_batch"]) == 2 * 2 * 0.5 * turn + 4 * answer
+
+
+def test_rewards_that_are_equal_up_to_rounding_add_nothing():
+    """As float32, 0.1 + 0.6 is 0.70000005 and 0.0 + 0.7 is 0.69999999."""
+    tree = RolloutTree([1])
+    first = tree.add_turn(0, [2], "a", [-1.0], [0.0])
+    result = tree.add_observation(first.index, [3], [], "r")
+    for number, address in enumerate([(0,), (0, 1, 0)]):
+        turn = tree.add_turn(result.index, [4 + number], "b", [-1.0], [0.0])
+        tree.end(turn.index, address, StopReason.EOS)
+    rewards = torch.tensor([[0.0, 0.7], [0.1, 0.6]]).sum(dim=1)
+    assert rewards[0] != rewards[1]
+    advantages = torch.tensor([0.58, 0.58])
+    for name in ("tree_grpo", "cbpo", "gigpo"):
+        credit = build_credit(name, {}, SharedPrefixWeight.PER_LEAF)
+        found, _ = credit([tree, tree], rewards.repeat(2), advantages.repeat(2))
+        assert found.tolist() == [pytest.approx([0.58] * 3)] * 4

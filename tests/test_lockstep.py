@@ -57,6 +57,10 @@ def test_a_rank_that_fails_stops_the_others(ranks):
     assert first["error"] == "EngineError: The tensor parallel group stopped: RuntimeError on rank 1: broken here"
 
 
+def test_a_signal_that_reaches_one_rank_first_is_an_interrupt_on_all(ranks):
+    assert [rank["interrupted"]["error"] for rank in ranks] == ["Interrupted: Interrupted by SIGTERM."] * 2
+
+
 def test_a_rank_that_is_lost_is_an_error_and_no_endless_wait(monkeypatch):
     def gather(*_):
         raise RuntimeError("Timed out waiting 1800000ms for recv operation")

@@ -109,9 +109,10 @@ def test_overwriting_removes_the_run_and_nothing_else(tmp_path):
         "trajectories/step-000000-rank0.jsonl",
         "trainer_state.json",
     )
-    fill(tmp_path, "checkpoint-2/a", ".unfinished/checkpoint-4/a", "notes.txt", "data/rows.jsonl")
+    mine = ["checkpoint-best/a", "checkpoint-notes.md", "data/rows.jsonl", "notes.txt"]
+    fill(tmp_path, "checkpoint-2/a", ".unfinished/checkpoint-4/a", *mine)
     prepare(tmp_path, overwrite=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "notes.txt"]
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == mine
 
 
 def test_only_rank_0_looks_and_removes(tmp_path, monkeypatch):

@@ -110,6 +110,14 @@ def test_an_observation_is_a_wrapper_of_control_tokens_around_plain_text(protoco
     assert tok.decode(ids) == "\n<result>\niron</result>\n</result>\n"
 
 
+@pytest.mark.parametrize("most", [16, 17, 18, 40])
+def test_a_result_never_has_more_tokens_than_its_limit(most):
+    encode = ContentEncoder(tokenizer())
+    wrapper = len(TagProtocol(tokenizer(), {}).encode_observation([("", "")])) - len(encode(""))
+    protocol = TagProtocol(tokenizer(), {}, max_result_tokens=most)
+    assert len(protocol.encode_observation([("", "iron " * 100)])) - wrapper <= most
+
+
 def test_a_long_result_keeps_its_head_and_tail_and_marks_the_cut():
     protocol = TagProtocol(tokenizer(), {}, max_result_tokens=60)
     uncut = TagProtocol(tokenizer(), {})

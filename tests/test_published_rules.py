@@ -196,7 +196,11 @@ def test_a_logprob_that_the_engine_could_not_compute_does_not_count():
             {"rule": "ranked", "max_tool_calling_iterations": 6, "initial_rollouts": 1},
             "the N = 1 first paths become at most 7 of M = 8",
         ),
-        ({"rule": "aepo", "initial_rollouts": 7}, "starts at least one path after the N = 7 first paths have ended"),
+        ({"rule": "aepo", "initial_rollouts": 7}, "N = 7 first paths have ended, .* Lower initial_rollouts, or raise"),
+        (
+            {"rule": "aepo", "branch_rule_kwargs": {"form": "coded"}, "entropy_weight": 0, "branch_threshold": 1},
+            "P is at most 1, and must exceed 1. Lower branch_threshold, or raise entropy_weight",
+        ),
         # below one branch P is at most 1 / 2², so a path branches once
         (
             {"rule": "cbpo", "initial_rollouts": 1, "branch_rule_kwargs": {"power": 2, "least": 0.5}},
@@ -215,6 +219,11 @@ def test_a_rule_that_cannot_spend_its_budget_is_refused(values, message):
         settings(**config | {"rule": "threshold", "max_tool_calling_iterations": 4} | values)
     nothing = {"initial_rollouts": 8, "branch_rule_kwargs": None}
     settings(**config | {"rule": "threshold"} | values | nothing)  # nothing has to branch
+
+
+def test_aepo_with_two_leaves_advises_only_what_helps():
+    with pytest.raises(ConfigError, match=r"no leaf of M = 2 is left for branches\. Raise num_generations\."):
+        settings(rule="aepo", num_generations=2, per_device_train_batch_size=2)
 
 
 @pytest.mark.parametrize(
@@ -350,6 +359,7 @@ def test_aepo_as_coded_draws(coin, fires):
         ("paper", 0.0, 8),  # half
         ("coded", 0.0, 9),
         ("paper", 20.0, 0),  # at least one more starts all the same
+        ("paper", 1e6, 0),
     ],
 )
 def test_aepo_splits_the_leaves_by_the_entropies_of_the_first_path(form, weight, m):

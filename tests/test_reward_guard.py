@@ -1,3 +1,4 @@
+import asyncio
 import math
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -5,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from arpo_trl.errors import RewardError
 from arpo_trl.rewards.hierarchical import HierarchicalReward
 from arpo_trl.training.reward_guard import checked_reward, named_apart, total_rewards
 
@@ -31,6 +33,28 @@ def test_names_of_rewards_are_distinct_and_the_first_keeps_its_own():
     assert [function.__name__ for function in functions] == ["reward", "reward_3", "reward_2", "reward_4"]
     model = torch.nn.Identity()
     assert named_apart([model, model], ["judge", "judge"]) == ["judge", "judge_2"]
+
+
+def test_a_function_that_reads_environments_is_not_called_without_one():
+    def best(completions, environments):
+        return [environment.score / max(each.score for each in environments) for environment in environments]
+
+    async def best_async(completions, environments):
+        return best(completions, environments)
+
+    interrupts = SimpleNamespace(told=None, raising=nullcontext)
+    given = {"completions": ["x", "y"], "environments": [None, None]}
+    assert checked_reward(best, interrupts)(**given) == [None, None]
+    assert asyncio.run(checked_reward(best_async, interrupts)(**given)) == [None, None]
+
+
+def test_an_error_before_an_async_function_awaits_names_the_function():
+    async def scores(completions, *, gold):
+        return [0.0]
+
+    interrupts = SimpleNamespace(told=None, raising=nullcontext)
+    with pytest.raises(RewardError, match="scores"):
+        asyncio.run(checked_reward(scores, interrupts)(completions=["x"]))
 
 
 @pytest.mark.parametrize("first", [None, ["b"]])

@@ -311,6 +311,23 @@ def test_ctrl_c_in_a_hook_stops_the_rollout(hook, monkeypatch):
         Scripted(writes_and_reads, leaves=4, at_root=2, tools=world.tools)(2)
 
 
+def test_a_state_that_cannot_be_opened_at_the_root_is_an_error_and_no_endless_retry():
+    class Closed(Notes):
+        opening_steps = 1
+
+        def open(self) -> None:
+            raise RuntimeError("no browser here.")
+
+    def create(group: int) -> Closed:
+        return Closed(world, group, [])
+
+    create.at_start = True  # type: ignore[attr-defined]
+    world = World()
+    with pytest.raises(ToolSpecError, match=r"not be opened: Error: RuntimeError: no browser here\. Correct its"):
+        Scripted(writes_and_reads, leaves=2, at_root=1, tools=line_tools(create))()
+    assert world.is_closed()
+
+
 @pytest.mark.parametrize("hook", ["opening_steps", "admit", "will_be_admitted", "opened"])
 def test_a_hook_of_the_opening_that_ends_the_program_is_an_error(hook, monkeypatch):
     class Opened(Notes):

@@ -1,5 +1,7 @@
 import contextlib
+import copy
 import gc
+import math
 import re
 import weakref
 
@@ -139,6 +141,15 @@ def test_greedy_sampling_equals_generate(model):
                 max_new_tokens=len(turn.ids),
             )
         assert generated[0, len(PROMPTS[i]) :].tolist() == turn.ids
+
+
+def test_a_diverged_model_is_an_error_and_no_text(model):
+    broken = copy.deepcopy(model)
+    made = engine(broken)
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(math.nan)
+    with pytest.raises(EngineError, match="probabilities are NaN: its weights have diverged"):
+        finish(made, requests([0]))
 
 
 def test_each_turn_has_its_own_length_budget(model):

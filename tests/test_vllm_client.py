@@ -10,14 +10,21 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from accelerate import Accelerator
+from peft import AdaLoraConfig, LoraConfig, VBLoRAConfig, get_peft_model
 from safetensors.torch import load_file
 
 from arpo_trl.errors import ConfigError, EngineError, Interrupted
 from arpo_trl.options import VLLM_KEY_VARIABLE
 from arpo_trl.rollout.engines.base import SamplingParams, Turn, TurnRequest
-from arpo_trl.rollout.engines.vllm.client import CANARY_TEXT, ServerClient, ServerLost, check_server
+from arpo_trl.rollout.engines.vllm.client import CANARY_TEXT, ServerClient, ServerFacts, ServerLost, check_server
 from arpo_trl.rollout.engines.vllm.server import VLLMServerEngine
-from arpo_trl.rollout.engines.vllm.weights import DiskTransfer, NcclTransfer, ServedWeights, write_shards
+from arpo_trl.rollout.engines.vllm.weights import (
+    DiskTransfer,
+    NcclTransfer,
+    ServedWeights,
+    is_plain_adapter,
+    write_shards,
+)
 from support import events_of, tiny_model, tokenizer
 
 EOS = int(tokenizer().eos_token_id)
@@ -496,3 +503,33 @@ def test_large_models_are_written_in_shards_that_hold_every_tensor_once(tmp_path
     assert sorted(written) == sorted(tensors)
     assert written["layer3"].tolist() == [3.0] * 10 and written["layer3"].dtype == torch.float64
     assert written["steps"].dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("config", "is_plain"),
+    [
+        (LoraConfig(r=8), True),
+        (LoraConfig(r=32), False),  # more than the server's
+        (LoraConfig(r=8, alpha_pattern={"v_proj": 64}), False),
+        (LoraConfig(r=8, rank_pattern={"v_proj": 4}), False),
+        (LoraConfig(r=8, use_dora=True), False),
+        (LoraConfig(r=8, lora_bias=True), False),
+        (LoraConfig(r=8, modules_to_save=["lm_head"]), False),
+        (AdaLoraConfig(init_r=8, total_step=10), False),
+        (VBLoRAConfig(num_vectors=8, vector_length=4, topk=2), False),
+    ],
+    ids=str,
+)
+def test_only_an_adapter_with_one_rank_and_one_scaling_is_sent_as_it_is(config, is_plain):
+    config.target_modules, config.task_type = {"q_proj", "v_proj"}, "CAUSAL_LM"
+    facts = ServerFacts(
+        model="m",
+        max_model_len=100,
+        max_logprobs=20,
+        logprobs_mode="raw_logprobs",
+        dtype="float32",
+        max_lora_rank=16,
+        replicas=1,
+        weight_version="",
+    )
+    assert is_plain_adapter(get_peft_model(tiny_model(), config), [facts]) == is_plain

@@ -720,5 +720,5 @@ class ARPOConfig(ToolLimits, GRPOConfig):
             raise ConfigError(
                 "vllm_server_urls and vllm_server_base_url are both set. Put all URLs into vllm_server_urls."
             )
-        if not urls or len(set(urls)) < len(urls):
+        if not urls or len({url.rstrip("/").removesuffix("/v1") for url in urls}) < len(urls):
             raise ConfigError(f"vllm_server_urls is {urls}; expected at least one URL, without duplicates.")

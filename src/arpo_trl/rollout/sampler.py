@@ -21,7 +21,7 @@ from dataclasses import replace
 from functools import partial
 
 from arpo_trl.common.waiting import Silence
-from arpo_trl.errors import ConfigError, EngineError
+from arpo_trl.errors import ConfigError, EngineError, ToolSpecError
 from arpo_trl.options import RolloutSchedule, ShareCalls
 from arpo_trl.rollout.batch import Finished, GroupRequest, RolloutBatch, RolloutTimes, Score, TreeSettings, error_text
 from arpo_trl.rollout.decisions import checked_decisions, checked_rewards, checked_roots, checked_supply
@@ -320,6 +320,12 @@ class _Run:
         if path.states.opened(result.failure, result.text):
             self._write(path)
             return
+        if len(path.address) == 1:
+            reason = result.text.rstrip(".")
+            raise ToolSpecError(
+                f"The state of a path could not be opened: {reason}. Correct its `open`, or raise the error in "
+                "`opened`. Only branches are replaced by other paths."
+            )
         del path.group.live[path.address]
         self._close(path.states)
         path.group.topups += 1

@@ -159,8 +159,7 @@ def check_names(output: Path) -> None:
     Raises:
         ConfigError: One does. The run would fail when it first writes there, perhaps at its end.
     """
-    checkpoints = [path for path in output.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    for path in (*checkpoints, *(output / name for name in _FOLDERS)):
+    for path in (*_checkpoints(output), *(output / name for name in _FOLDERS)):
         if os.path.lexists(path) and not path.is_dir():
             raise _is_taken(path, "file", "folder")
     for name in (*_FILES, "README.md", "model.safetensors", "adapter_model.safetensors"):
@@ -237,5 +236,11 @@ def remove_earlier_run(folder: str) -> None:
 
 
 def _written_by_a_run(output: Path) -> Iterator[Path]:
-    patterns = (*WEIGHTS, "checkpoint-*", *_FOLDERS, *_FILES)
-    return (path for pattern in patterns for path in sorted(output.glob(pattern)))
+    yield from _checkpoints(output)
+    for pattern in (*WEIGHTS, *_FOLDERS, *_FILES):
+        yield from sorted(output.glob(pattern))
+
+
+def _checkpoints(output: Path) -> list[Path]:
+    found = sorted(output.glob("checkpoint-*"))
+    return [path for path in found if path.name.removeprefix("checkpoint-").isdecimal()]

@@ -31,6 +31,7 @@ from arpo_trl.runs.checkpoints import (
     model_identity,
 )
 from arpo_trl.runs.interrupts import Interrupts
+from arpo_trl.runs.output_folder import wants_to_resume
 from arpo_trl.runs.tied_weights import without_tied_keys
 from arpo_trl.trl_seam import get_callable_name
 from arpo_trl.visible import get_rank_logger
@@ -152,6 +153,7 @@ class Resumable(GRPOTrainer):
             ConfigError: Another run wrote the checkpoint, or it does not exist.
             Interrupted: SIGTERM or Ctrl-C was received. A checkpoint of the last finished step is written.
         """
+        resume_from_checkpoint = wants_to_resume(resume_from_checkpoint)
         if self.args.should_save:
             self._checkpoints.clear()
         self.accelerator.wait_for_everyone()

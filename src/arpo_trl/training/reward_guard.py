@@ -57,9 +57,12 @@ def checked_reward(function: Any, interrupts: Interrupts) -> Any:
 
         async def checked_async(*, completions: Sequence[Any], **columns: Any) -> Any:
             given, rows = _with_environment({"completions": completions, **columns}, reads_environments)
-            arguments = select(given, wrapper.__name__)
+            if not rows:
+                return [None] * len(completions)
+            with _told(function, wrapper.__name__):
+                made = function(**select(given, wrapper.__name__))
             # Not on TRL's loop, which a SystemExit in a task of the function would end.
-            running = _loop().start(outcome_of(function(**arguments)))
+            running = _loop().start(outcome_of(made))
             while not (await asyncio.wait([asyncio.wrap_future(running)], timeout=REWARD_POLL_S))[0]:
                 if interrupts.told is not None:
                     running.cancel()
@@ -75,6 +78,8 @@ def checked_reward(function: Any, interrupts: Interrupts) -> Any:
 
         def checked(*, completions: Sequence[Any], **columns: Any) -> Any:
             given, rows = _with_environment({"completions": completions, **columns}, reads_environments)
+            if not rows:
+                return [None] * len(completions)
             try:
                 with _told(function, wrapper.__name__), interrupts.raising():
                     rewards = function(**select(given, wrapper.__name__))

@@ -275,14 +275,20 @@ def mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
+def are_close(values: Sequence[float]) -> bool:
+    """Whether values, at least one, are equal up to the rounding of float32."""
+    return math.isclose(max(values), min(values), rel_tol=1e-5, abs_tol=1e-8)
+
+
 def z_scores(values: Sequence[float], among: Sequence[float] | None = None) -> list[float]:
-    """Distances to the mean in sample standard deviations; 0 if there is no deviation. NaN is skipped and gets 0.
+    """Distances to the mean in sample standard deviations; 0 if there is no deviation beyond rounding. NaN is skipped
+    and gets 0.
 
     Args:
         among: The values that determine mean and deviation. None: `values`.
     """
     known = [value for value in (values if among is None else among) if not math.isnan(value)]
-    if len(known) < 2 or max(known) == min(known):
+    if len(known) < 2 or are_close(known):
         return [0.0] * len(values)
     middle = mean(known)
     deviation = math.sqrt(math.fsum((value - middle) ** 2 for value in known) / (len(known) - 1))

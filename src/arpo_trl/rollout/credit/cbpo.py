@@ -23,7 +23,15 @@ import torch
 
 from arpo_trl.common.settings import described
 from arpo_trl.rollout.credit import register_credit
-from arpo_trl.rollout.credit.base import Credit, Segments, by_segment, cut_into_segments, shares_nodes, z_scores
+from arpo_trl.rollout.credit.base import (
+    Credit,
+    Segments,
+    are_close,
+    by_segment,
+    cut_into_segments,
+    shares_nodes,
+    z_scores,
+)
 from arpo_trl.rollout.tree import RolloutTree
 
 
@@ -43,7 +51,8 @@ class CBPO(Credit):
                 if others := segments.siblings(segment):
                     below = [reward_of[row] for member in (segment, *others) for row in segments.rows[member]]
                     known = [reward for reward in below if not math.isnan(reward)]
-                    spreads[_fork(segments, segment)] = statistics.pstdev(known) if known else math.nan
+                    spread = statistics.pstdev(known) if known and not are_close(known) else 0.0
+                    spreads[_fork(segments, segment)] = spread if known else math.nan
         values = list(spreads.values())
         everyones = self.gathered(values)  # on every rank, also without a branch point
         if not cut:

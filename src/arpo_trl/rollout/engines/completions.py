@@ -111,7 +111,6 @@ class CompletionsEngine:
     @contextmanager
     def session(self) -> Iterator[None]:
         self._events = queue.SimpleQueue()
-        self._last_answer_s = time.monotonic()
         limits = httpx.Limits(max_connections=None)
         self._http = HTTPClients(lambda verify: httpx.AsyncClient(verify=verify, timeout=None, limits=limits))
         try:
@@ -140,18 +139,19 @@ class CompletionsEngine:
 
     async def _turn(self, request: TurnRequest) -> None:
         """Report the finished turn, the failure of this turn, or the failure of the server."""
-        failures = 0
+        failures, lost_s = 0, None
         while True:
             try:
                 written = await self._ask(request)
-                self._last_answer_s = time.monotonic()
                 self._events.put(self._as_turn(request, written))
                 return
             except _Refused as error:
                 self._events.put(TurnFailed(id=request.id, reason=f"The server {error}."))
                 return
             except httpx.ConnectError:
-                if time.monotonic() - self._last_answer_s > self._away_s:
+                now = time.monotonic()
+                lost_s = now if lost_s is None else lost_s
+                if now - lost_s > self._away_s:
                     self._events.put(
                         EngineError(
                             "The completions server is unreachable and has not answered for "
@@ -164,7 +164,7 @@ class CompletionsEngine:
                 self._events.put(TurnFailed(id=request.id, reason=reason))
                 return
             except (_Incomplete, httpx.HTTPError, OSError) as error:
-                failures += 1
+                failures, lost_s = failures + 1, None
                 if failures == ATTEMPTS:
                     reason = str(error) if isinstance(error, _Incomplete) else f"failed ({type(error).__name__})"
                     self._events.put(TurnFailed(id=request.id, reason=f"The server {reason}, {ATTEMPTS} times."))

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from arpo_trl.common.queues import drained
-from arpo_trl.errors import EngineError
+from arpo_trl.errors import EngineError, Interrupted
 from arpo_trl.rollout.engines.base import Engine, Event, Probe, Turn, TurnRequest
 
 IDLE_S = 0.002
@@ -67,6 +67,8 @@ class LockstepEngine:
             thread.start()
             try:
                 yield
+            except Interrupted:  # the other ranks are told too, and stop at their own next check
+                raise
             except BaseException as error:
                 self._problem = f"{type(error).__name__} on rank {dist.get_rank()}: {error}"
                 raise

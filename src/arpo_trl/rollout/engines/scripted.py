@@ -78,9 +78,11 @@ class ScriptedEngine:
     @contextmanager
     def session(self) -> Iterator[None]:
         self.sessions += 1
-        yield
-        self._running.clear()
-        self._rest.clear()
+        try:
+            yield
+        finally:
+            self._running.clear()
+            self._rest.clear()
 
     def submit(self, request: TurnRequest) -> None:
         self.requests.append(request)

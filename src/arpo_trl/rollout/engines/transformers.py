@@ -313,21 +313,27 @@ class TransformersEngine:
         token = probs.argmax(dim=-1) if self.settings.temperature == 0 else sample(probs, state.uniform(n))
         logprob = probs.gather(1, token.unsqueeze(1)).squeeze(1).log()
         state.record(n, token, logprob, entropy(probs, state.in_probe(n)))
-        return self._events(n, token)
+        return self._events(n, token, logprob)
 
-    def _events(self, n: int, token: torch.Tensor) -> list[Probe | Turn]:
+    def _events(self, n: int, token: torch.Tensor, logprob: torch.Tensor) -> list[Probe | Turn]:
         state = self._state
         count, limit, probe, position = state.written[:n], state.limit[:n], state.probe[:n], state.position[:n]
         out_of_room = count == limit
         ended, can_stop = self._is_eos[token], self._can_stop[token]
-        maybe = (out_of_room | ended | can_stop | (count == probe)).nonzero().flatten().tolist()
+        diverged = logprob.isnan()
+        maybe = (out_of_room | ended | can_stop | (count == probe) | diverged).nonzero().flatten().tolist()
         events: list[Probe | Turn] = []
         finished: list[int] = []
         # One transfer for all rows that may have an event, instead of one per row.
-        facts = torch.stack((count, position, ended, can_stop, out_of_room))[:, maybe].T.tolist()
+        facts = torch.stack((count, position, ended, can_stop, out_of_room, diverged))[:, maybe].T.tolist()
         ids, entropies = state.ids[maybe].tolist(), state.entropies[maybe].tolist()
         logprobs = state.logprobs[maybe].tolist()
-        for i, (row, (written, length, eos, may_stop, full)) in enumerate(zip(maybe, facts, strict=True)):
+        for i, (row, (written, length, eos, may_stop, full, is_nan)) in enumerate(zip(maybe, facts, strict=True)):
+            if is_nan:
+                raise EngineError(
+                    "The model's probabilities are NaN: its weights have diverged. Lower learning_rate, or set "
+                    "max_grad_norm, and resume from an earlier checkpoint."
+                )
             request = self._rows[row]
             if eos:
                 stop = TurnStop.EOS

@@ -196,7 +196,9 @@ class ToolProtocol(ABC):
         """Encode text of a tool, without special tokens, truncated to `max_result_tokens`."""
         content = self._encode_text(text)
         if self.max_result_tokens is not None and len(content) > self.max_result_tokens:
-            kept = max(self.max_result_tokens - len(self._cut_mark), 2)
+            kept = self.max_result_tokens - len(self._cut_mark)
+            if kept < 2:  # no room for the mark
+                return content[: self.max_result_tokens]
             head = (kept + 1) // 2
             content = content[:head] + self._cut_mark + content[len(content) - (kept - head) :]
         return content

@@ -83,17 +83,17 @@ class AEPO(BranchRule):
         return 1
 
     def why_never(self) -> str | None:
-        largest = (self.branch_probability if self.form == "paper" else 1.0) + abs(self.entropy_weight)
-        return unreachable(
-            largest, self.branch_threshold, "Lower branch_threshold, or raise branch_probability or entropy_weight"
-        )
+        largest, raised = (self.branch_probability, "branch_probability or ") if self.form == "paper" else (1.0, "")
+        advice = f"Lower branch_threshold, or raise {raised}entropy_weight"
+        return unreachable(largest + abs(self.entropy_weight), self.branch_threshold, advice)
 
     def check(self, leaves: int, first_paths: int, results: int | None) -> None:
         super().check(leaves, first_paths, results)
         if leaves - first_paths == 1:
+            lower = "Lower initial_rollouts, or raise" if first_paths > 1 else "Raise"
             raise ConfigError(
                 f"The branch rule 'aepo' starts at least one path after the N = {first_paths} first paths have ended, "
-                f"so no leaf of M = {leaves} is left for branches. Lower initial_rollouts, or raise num_generations."
+                f"so no leaf of M = {leaves} is left for branches. {lower} num_generations."
             )
 
     def most_leaves(self, leaves: int, first_paths: int, results: int) -> int:
@@ -144,5 +144,5 @@ class AEPO(BranchRule):
             mean(tree.nodes[turn].entropies) for node in tree.observations() if node.calls for turn in node.children
         ]
         difference = rise(at_root, mean(after) if after else at_root, context.vocab_size)
-        share = leaves / (1 + math.exp(-self.split_weight * difference))
+        share = leaves * (1 + math.tanh(self.split_weight * difference / 2)) / 2  # M·σ, without an overflow
         return round(share) if self.form == "paper" else int(share) + 1

@@ -293,7 +293,7 @@ class DiskTransfer:
                 f"weight_sync_dir {folder} cannot be created ({error}). Choose another folder."
             ) from error
         self._dtype = getattr(torch, facts[0].dtype)
-        self.sends_adapter = not self._parameters.sharded_by_fsdp and _is_plain_adapter(model, facts)
+        self.sends_adapter = not self._parameters.sharded_by_fsdp and is_plain_adapter(model, facts)
 
     def prepare(self, version: str) -> None:
         if self.sends_adapter:
@@ -415,16 +415,21 @@ def write_shards(folder: Path, named: Iterable[tuple[str, torch.Tensor]], dtype:
         flush()
 
 
-def _is_plain_adapter(model: Any, facts: Sequence[ServerFacts]) -> bool:
-    """Whether the model is one LoRA adapter, of a kind and rank that all servers support, on a frozen base."""
+_NOT_SERVED = (
+    *("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices", "lora_bias"),
+    "layer_replication",
+)
+"""Settings of a LoRA adapter that vLLM does not support."""
+
+
+def is_plain_adapter(model: Any, facts: Sequence[ServerFacts]) -> bool:
+    """Whether the model is one LoRA adapter that all servers load as it is, on a frozen base.
+
+    vLLM applies one rank and one scaling to all modules.
+    """
     if not is_peft_model(model) or len(model.peft_config) != 1:
         return False
     config = next(iter(model.peft_config.values()))
-    plain = (
-        str(config.peft_type).endswith("LORA")
-        and not getattr(config, "use_dora", False)
-        and not getattr(config, "modules_to_save", None)
-        and getattr(config, "bias", "none") == "none"
-    )
-    rank = max([getattr(config, "r", 0), *getattr(config, "rank_pattern", {}).values()])
-    return plain and all(fact.max_lora_rank is not None and rank <= fact.max_lora_rank for fact in facts)
+    if config.peft_type != "LORA" or config.bias != "none" or any(getattr(config, name, None) for name in _NOT_SERVED):
+        return False
+    return all(fact.max_lora_rank is not None and config.r <= fact.max_lora_rank for fact in facts)
