@@ -1,6 +1,7 @@
 import json
 import resource
 import shutil
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOTrainer
@@ -274,6 +275,29 @@ def test_the_checkpoint_written_last_is_the_last_whatever_its_step(whole, tmp_pa
     later["written"] += 1000
     state.write_text(json.dumps(later), "utf-8")
     assert Checkpoints(folder).find("true").step == 3
+
+
+@pytest.mark.slow
+def test_a_clock_that_was_set_back_costs_no_checkpoint(model, tmp_path, monkeypatch):
+    train(model, tmp_path, max_steps=2)
+    monkeypatch.setattr("arpo_trl.runs.checkpoints.time.time", lambda now=time.time: now() - 3600)
+    train(model, tmp_path, max_steps=4, save_total_limit=2, resume=True)
+    assert [path.name for path in Checkpoints(tmp_path).all()] == ["checkpoint-3", "checkpoint-4"]
+    assert Checkpoints(tmp_path).find(True).step == 4
+
+
+@pytest.mark.slow
+def test_the_patience_of_early_stopping_is_part_of_a_checkpoint(model, tmp_path):
+    evaluated = {**RUNS["evaluated"], "eval_steps": 1, "load_best_model_at_end": True, "save_total_limit": None}
+    made = make_trainer(model, tmp_path, **evaluated, max_steps=3, metric_for_best_model="eval_reward")
+    made.add_callback(EarlyStoppingCallback(9, early_stopping_threshold=100.0))
+    made.train()
+    again = make_trainer(model, tmp_path, **evaluated, max_steps=4, metric_for_best_model="eval_reward")
+    patience = EarlyStoppingCallback(9, early_stopping_threshold=100.0)
+    again.add_callback(patience)
+    again.train(resume_from_checkpoint=True)
+    assert patience.early_stopping_patience_counter == 3  # the first of four evaluations is the best
+    assert patience in again.callback_handler.callbacks
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.data_loader import BatchSamplerShard
+from accelerate.data_loader import BatchSamplerShard, prepare_data_loader
 from datasets import Dataset
 from huggingface_hub import HfApi, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError
@@ -29,7 +29,7 @@ from huggingface_hub.utils._http import default_client_factory
 from packaging.requirements import Requirement
 from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.data import BatchSampler
+from torch.utils.data import BatchSampler, DataLoader
 from transformers import (
     GenerationConfig,
     LlamaConfig,
@@ -242,6 +242,15 @@ def test_accelerate_deals_the_batches_of_a_sampler_out_to_the_ranks_in_turns():
         assert list(dealt) == [list(range(start, start + 3)) for start in (3 * rank, 6 + 3 * rank)]
 
 
+def test_accelerate_splits_a_stream_by_shards_where_each_rank_can_have_one():
+    """Then a rank's batches repeat other rows than those of the rollout, so the trainer passes a `WholeStream`."""
+    rows = Dataset.from_list([{"number": number} for number in range(8)])
+    for shards, expected in ((1, [0, 1, 4, 5]), (2, [0, 1, 2, 3])):
+        loader = DataLoader(rows.to_iterable_dataset(num_shards=shards), batch_size=2)
+        dealt = prepare_data_loader(loader, num_processes=2, process_index=0, put_on_device=False)
+        assert [int(number) for batch in dealt for number in batch["number"]] == expected
+
+
 # TRL: what we override -----------------------------------------------------------------------------------------------
 
 
@@ -263,6 +272,11 @@ def test_accelerate_deals_the_batches_of_a_sampler_out_to_the_ranks_in_turns():
         ("_save_rng_state", ["self", "output_dir"]),
         ("_load_rng_state", ["self", "checkpoint"]),
         ("_issue_warnings_after_load", ["self", "load_result"]),
+        ("_load_callback_state", ["self"]),
+        (
+            "_get_dataloader",
+            ["self", "dataset", "description", "batch_size", "sampler_fn", "is_training", "dataloader_key"],
+        ),
     ],
 )
 def test_overridden_methods_accept_our_arguments(method, expected):

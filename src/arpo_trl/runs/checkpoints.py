@@ -18,6 +18,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
@@ -254,6 +255,12 @@ class Checkpoints:
                 whole.append(state)
         return max(whole, key=lambda state: (state.written, state.step), default=None), faults
 
+    def _times(self) -> Iterator[float]:
+        """When each readable checkpoint was written."""
+        for path in self.all():
+            with suppress(CheckpointError):
+                yield SavedState.of(path).written
+
     def find(self, wanted: str | PathLike[str] | bool | None) -> SavedState | None:
         """The checkpoint to resume from; None to start a new run.
 
@@ -322,9 +329,10 @@ class Checkpoints:
     ) -> Path:
         """Completes the unfinished checkpoint of that step, moves it to its final path and returns that path."""
         folder, place = self.unfinished / f"checkpoint-{step}", self.place(step)
+        written = max([time.time(), *(before + 1 for before in self._times())])  # also if the clock was set back
         state = {
             "step": step,
-            "written": time.time(),
+            "written": written,
             "between_generations": between_generations,
             "owes_evaluation": owes_evaluation,
             "passes": passes,
@@ -340,6 +348,7 @@ class Checkpoints:
         if place.exists():
             place.rename(replaced)
         folder.rename(place)
+        os.utime(place, (written, written))  # `rotate_checkpoints` reads it
         _flush_to_disk(self.folder)
         shutil.rmtree(self.unfinished, ignore_errors=True)
         return place

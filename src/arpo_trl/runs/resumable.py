@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from datasets import IterableDataset
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl import GRPOTrainer
 
@@ -254,6 +255,18 @@ class Resumable(GRPOTrainer):
             "epochs_trained": loop["epochs_trained"] + before,
             "steps_trained_in_current_epoch": skipped,
         }
+
+    def _load_callback_state(self) -> None:
+        """Restores the state of callbacks that export it, such as the patience of early stopping. transformers does so
+        only on request, and then replaces the callbacks."""
+        left = {
+            name: list(saved) if isinstance(saved, list) else [saved]
+            for name, saved in self.state.stateful_callbacks.items()
+        }
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState) and left.get(type(callback).__name__):
+                for attribute, value in left[type(callback).__name__].pop(0).get("attributes", {}).items():
+                    setattr(callback, attribute, value)
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         self._sampler = super()._get_train_sampler(dataset)
