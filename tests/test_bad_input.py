@@ -21,7 +21,7 @@ from trl import GRPOConfig
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import ArpoError, CheckpointError, ConfigError, DataError, RewardError, ToolSpecError
 from arpo_trl.rewards import HierarchicalReward, LLMJudge
-from arpo_trl.rollout.engines.base import SamplingParams
+from arpo_trl.rollout.engines.base import SamplingParams, TurnRequest
 from arpo_trl.rollout.engines.scripted import ScriptedEngine
 from arpo_trl.training.streams import checked_stream
 from support import ANSWER, ON_CPU, python, save_tiny_model, search, tiny_model, tokenizer, with_template
@@ -128,6 +128,33 @@ def test_a_tool_that_changes_the_working_folder_does_not_move_the_run(make, tmp_
     make(settings={"output_dir": "run", "trajectory_log_rate": 1.0}, reward_funcs=leaves).train()
     assert (tmp_path / "run/trajectories").is_dir() and not list((tmp_path / "elsewhere").iterdir())
     assert "changed the working folder of the run" in caplog.text
+
+
+def test_a_tool_or_reward_that_changes_modes_of_torch_does_not_end_the_run(make):
+    def sets_dtype(query: str) -> str:
+        """Searches.
+
+        Args:
+            query: What to look for.
+        """
+        torch.set_default_dtype(torch.float64)
+        return "found"
+
+    def sets_modes(completions):
+        torch.set_default_dtype(torch.float64)
+        torch.set_grad_enabled(False)
+        return [0.0] * len(completions)
+
+    sets_dtype.__name__ = "search"
+
+    def searches(request: TurnRequest, context: str) -> str:
+        return ANSWER if request.key[-1] else "<search>iron</search>"
+
+    engine = ScriptedEngine(tokenizer(), SamplingParams(eos_ids=(tokenizer().eos_token_id,)), searches)
+    trainer = make(settings={"max_steps": 2}, tools=[sets_dtype], reward_funcs=sets_modes, engine=engine)
+    trainer.train()
+    assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
+    assert trainer.state.global_step == 2
 
 
 @pytest.mark.parametrize("resume", [None, "false", "none"])

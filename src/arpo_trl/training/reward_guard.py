@@ -99,6 +99,18 @@ def _loop() -> LoopThread:
     return LoopThread(f"arpo-rewards-{os.getpid()}")
 
 
+@contextmanager
+def kept_torch_modes() -> Iterator[None]:
+    """A context after which torch has the same default dtype and the same gradient mode, whatever tools and reward
+    functions set."""
+    dtype, gradients = torch.get_default_dtype(), torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(gradients)
+
+
 def named_apart(functions: Sequence[Any], names: Sequence[str]) -> list[str]:
     """The names of the reward functions, each once: a name that occurred before gets `_2`, `_3`, …
 

@@ -75,7 +75,7 @@ from arpo_trl.training.preflight import (
 )
 from arpo_trl.training.reporting import Reporting
 from arpo_trl.training.resampling import Resampling, tally_discarded, with_new_trees
-from arpo_trl.training.reward_guard import checked_reward, named_apart, total_rewards
+from arpo_trl.training.reward_guard import checked_reward, kept_torch_modes, named_apart, total_rewards
 from arpo_trl.training.rollout_names import RolloutNames
 from arpo_trl.training.sampled_with import check_unchanged, sampled_with
 from arpo_trl.training.samples_ahead import SamplesAhead
@@ -394,7 +394,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
             inputs = [dict(row) for row in inputs]  # TRL adds our columns to these rows
             check_unchanged(self, self._sampled_with)
             refuse_taken_columns(inputs[0])  # environments may have rows without a prompt, which are not checked
-            with kept_working_folder(), self._with_environments(inputs) as inputs, self._scoring:
+            with kept_working_folder(), kept_torch_modes(), self._with_environments(inputs) as inputs, self._scoring:
                 self._rows = inputs
                 batch = super()._generate_and_score_completions(inputs)
             self._subtract_baseline(batch)

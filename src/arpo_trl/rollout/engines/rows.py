@@ -19,9 +19,9 @@ class RowState:
         self.limit = torch.zeros(0, dtype=torch.long, device=device)
         self.probe = torch.zeros(0, dtype=torch.long, device=device)
         self.ids = torch.zeros(0, 0, dtype=torch.long, device=device)
-        self.logprobs = torch.zeros(0, 0, device=device)
-        self.entropies = torch.zeros(0, 0, device=device)
-        self.uniforms = torch.zeros(0, 0, device=device)
+        self.logprobs = torch.zeros(0, 0, dtype=torch.float32, device=device)
+        self.entropies = torch.zeros(0, 0, dtype=torch.float32, device=device)
+        self.uniforms = torch.zeros(0, 0, dtype=torch.float32, device=device)
         self.seen = torch.zeros(0, 0, dtype=torch.long, device=device)  # prompt and completion; only with `keep_ids`
 
     def admit(self, first: int, requests: list[TurnRequest], *, keep_ids: bool) -> None:
