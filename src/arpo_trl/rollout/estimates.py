@@ -193,7 +193,7 @@ def depth_sums(trees: Sequence[RolloutTree], rewards: Sequence[float]) -> dict[s
         group = tree.leaves()
         leaves += len(group)
         made_in_trees += _made(tree.calls())
-        squares = {turn.index: math.fsum((1 - math.exp(p)) ** 2 for p in turn.known_logprobs) for turn in tree.turns()}
+        squares = {turn.index: turn.squared_score for turn in tree.turns()}
         for leaf in group:
             for m, (turn, made) in enumerate(_segments(leaf)):
                 if m == len(score):

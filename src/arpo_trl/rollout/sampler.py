@@ -19,6 +19,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from arpo_trl.common.waiting import Silence
 from arpo_trl.errors import ConfigError, EngineError, ToolSpecError
@@ -466,28 +467,14 @@ class _Run:
         for i, call in enumerate(calls):
             notice = None
             if isinstance(call, BadCall):
-                calling.answered[i] = ExecutedCall(
-                    name=call.fault,
-                    arguments={},
-                    text=call.text,
-                    failure=ToolFailure.BAD_CALL,
-                    seconds=0.0,
-                    source=CallSource.REFUSED,
-                )
+                calling.answered[i] = _refused(call.fault, {}, call.text, ToolFailure.BAD_CALL)
                 continue
             if path.results + i >= self.settings.max_tool_calls:
-                notice = self.protocol.limit_notice()
+                notice = path.group.protocol.limit_notice()
             elif made[call.name] >= limits.get(call.name, math.inf):
-                notice = self.protocol.tool_limit_notice(call.name)
+                notice = path.group.protocol.tool_limit_notice(call.name)
             if notice is not None:
-                calling.answered[i] = ExecutedCall(
-                    name=call.name,
-                    arguments=call.arguments,
-                    text=notice,
-                    failure=ToolFailure.CALL_LIMIT,
-                    seconds=0.0,
-                    source=CallSource.REFUSED,
-                )
+                calling.answered[i] = _refused(call.name, call.arguments, notice, ToolFailure.CALL_LIMIT)
             else:
                 made[call.name] += 1
                 submitted[i] = call
@@ -715,6 +702,13 @@ class _Run:
 
 def _do_nothing() -> None:
     pass
+
+
+def _refused(name: str, arguments: dict[str, Any], text: str, failure: ToolFailure) -> ExecutedCall:
+    """A call that does not run, with the text that the model reads instead of a result."""
+    return ExecutedCall(
+        name=name, arguments=arguments, text=text, failure=failure, seconds=0.0, source=CallSource.REFUSED
+    )
 
 
 def _name(call: ToolCall | BadCall) -> str:

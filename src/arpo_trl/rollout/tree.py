@@ -151,6 +151,19 @@ class Node:
         return [logprob for logprob in self.logprobs if not math.isnan(logprob)]
 
     @property
+    def squared_score(self) -> float:
+        """Σ (1 − p)² over the tokens of a turn, p their sampling probabilities. Unknown ones (NaN) add nothing."""
+        return math.fsum(math.expm1(logprob) ** 2 for logprob in self.known_logprobs)
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """A turn as an assistant message; an observation as tool messages, one per call."""
+        if self.kind is NodeKind.TURN:
+            return [{"role": "assistant", "content": self.text}]
+        results = [{"role": "tool", "name": call.name, "content": call.text} for call in self.calls]
+        return results or [{"role": "tool", "content": self.text}]  # the notice that no calls are left
+
+    @property
     def tool(self) -> str | None:
         """The tool of this result, or None. Several tools: "several". Calls that were not run: "refusal"."""
         tools = {"refusal" if call.source is CallSource.REFUSED else call.name for call in self.calls}
@@ -202,14 +215,7 @@ class Leaf:
     @property
     def messages(self) -> list[dict[str, str]]:
         """The path as alternating assistant and tool messages, as TRL's tool loop passes it to rewards."""
-        messages = []
-        for node in self.nodes:
-            if node.calls:
-                messages += [{"role": "tool", "name": call.name, "content": call.text} for call in node.calls]
-            else:
-                role = "assistant" if node.kind is NodeKind.TURN else "tool"
-                messages.append({"role": role, "content": node.text})
-        return messages
+        return _end_to_end(node.messages for node in self.nodes)
 
     @property
     def stop(self) -> StopReason:

@@ -135,9 +135,8 @@ def make_baseline(args: ARPOConfig) -> Baseline | None:
 
 def squared_score(leaf: Leaf, *, per_sequence: bool) -> float:
     """w of one leaf. A token whose logprob the engine could not compute (NaN) adds nothing."""
-    tokens = [logprob for logprob, written in zip(leaf.logprobs, leaf.mask, strict=True) if written]
-    total = math.fsum(math.expm1(logprob) ** 2 for logprob in tokens if not math.isnan(logprob))
-    return total / len(tokens) ** 2 if per_sequence else total
+    total = math.fsum(node.squared_score for node in leaf.nodes)
+    return total / sum(leaf.mask) ** 2 if per_sequence else total
 
 
 def weighted_means(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -90,9 +90,7 @@ def completion_messages(prompt_ids: Sequence[int], leaf: Leaf, protocol: ToolPro
     for node in leaf.nodes:
         if node.kind is NodeKind.TURN:
             messages.append(protocol.as_message(node.ids, seen))
-        elif node.calls:
-            messages += [{"role": "tool", "name": call.name, "content": call.text} for call in node.calls]
-        else:  # the notice that no calls are left
-            messages.append({"role": "tool", "content": node.text})
+        else:
+            messages += node.messages
         seen += node.ids
     return messages

@@ -150,10 +150,10 @@ def with_new_trees(before: RolloutBatch, new: RolloutBatch, groups: Sequence[int
     trees, topups, chains = list(before.trees), list(before.topups), list(before.turns_in_sequence)
     spans = list(before.spans)
     waited = max(chains, default=0)
-    for i, tree, topup, chain in zip(groups, new.trees, new.topups, new.turns_in_sequence, strict=True):
-        trees[i], topups[i], chains[i] = tree, topup, waited + chain
-    for i, of_tree in zip(groups, new.spans, strict=True):
-        spans[i] = of_tree
+    for i, tree, topup, chain, span in zip(
+        groups, new.trees, new.topups, new.turns_in_sequence, new.spans, strict=True
+    ):
+        trees[i], topups[i], chains[i], spans[i] = tree, topup, waited + chain, span
     times = {
         name: getattr(before.times, name) + getattr(new.times, name)
         for name in ("total_s", "forward_s", "tool_wait_s", "sync_s")

@@ -82,10 +82,10 @@ def model_for_generation(
             gather_deepspeed3_params=args.ds3_gather_for_generation,
             gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
         ) as model,
-        local_forwards(wrapped, model),
+        local_forwards(wrapped, plain := getattr(model, "_orig_mod", model)),
         accelerator.autocast(),
     ):
-        yield model
+        yield plain  # a compiled model would be compiled again for each new shape
 
 
 @contextmanager

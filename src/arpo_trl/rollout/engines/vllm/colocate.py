@@ -62,8 +62,8 @@ class VLLMColocateEngine:
         self._weights = weights
         self._sleeps = sleeps
         self._top_logprobs = top_logprobs
-        self._drafts: dict[str, tuple[Draft, int]] = {}
-        """The running turns by vLLM request, with the number of top logprobs requested."""
+        self._drafts: dict[str, Draft] = {}
+        """The running turns by vLLM request."""
         self._requests = 0
 
     @contextmanager
@@ -91,8 +91,8 @@ class VLLMColocateEngine:
         self.forward_s += time.perf_counter() - start
         events: list[Probe | Turn] = []
         for output in outputs:
-            draft, top_logprobs = self._drafts.pop(output.request_id)
-            event = draft.add(_read(output, top_logprobs))
+            draft = self._drafts.pop(output.request_id)
+            event = draft.add(_read(output))
             if event is not None:
                 events.append(event)
             if not isinstance(event, Turn):
@@ -113,7 +113,7 @@ class VLLMColocateEngine:
         self._requests += 1
         name = str(self._requests)
         _add(self._engine, name, segment.ids, params)
-        self._drafts[name] = (draft, segment.top_logprobs)
+        self._drafts[name] = draft
 
 
 class ColocatedWeights:
@@ -187,14 +187,12 @@ def _add(engine: Any, name: str, ids: list[int], params: dict[str, Any]) -> None
     )
 
 
-def _read(output: RequestOutput, top_logprobs: int) -> Segment:
+def _read(output: RequestOutput) -> Segment:
     """Convert a finished request to a segment."""
     written = output.outputs[0]
     ids, given = list(written.token_ids), written.logprobs or []
-    # vLLM adds the sampled token if it is not among the k most likely. That entry does not count as one of the k.
-    top = [sorted((entry.logprob for entry in place.values()), reverse=True)[:top_logprobs] for place in given]
     return Segment(
         ids=ids,
         logprobs=[place[token].logprob for token, place in zip(ids, given, strict=True)],
-        top_logprobs=top if top_logprobs else [],
+        top_logprobs=[[entry.logprob for entry in place.values()] for place in given],
     )

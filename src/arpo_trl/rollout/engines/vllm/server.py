@@ -234,7 +234,7 @@ class VLLMServerEngine:
                 self._sent -= 1
             if response.status_code == 200:
                 server.answered = True
-                return _read(response, url, segment.top_logprobs, version)
+                return _read(response, url, version)
             problem = f"{response.status_code}: {response.text[:300]}"
             # 404: the adapter was lost in a restart. Other errors below 500 are permanent.
             if response.status_code < 500 and response.status_code != 404:
@@ -303,7 +303,7 @@ class VLLMServerEngine:
                 )
 
 
-def _read(response: httpx.Response, url: str, top_logprobs: int, version: int | None) -> Segment:
+def _read(response: httpx.Response, url: str, version: int | None) -> Segment:
     """Convert a server's answer to a segment. The segment has no ids if `sync` aborted the request before its first
     token."""
     try:
@@ -311,12 +311,10 @@ def _read(response: httpx.Response, url: str, top_logprobs: int, version: int | 
         if choice["finish_reason"] == "abort" and not choice["token_ids"]:
             return Segment(ids=[], logprobs=[])
         given = choice["logprobs"]
-        # vLLM adds the sampled token if it is not among the k most likely. That entry does not count as one of the k.
-        places = given["top_logprobs"] if top_logprobs else []
         return Segment(
             ids=choice["token_ids"],
             logprobs=given["token_logprobs"],
-            top_logprobs=[sorted(place.values(), reverse=True)[:top_logprobs] for place in places],
+            top_logprobs=[list(place.values()) for place in given["top_logprobs"] or ()],
             version=version,
         )
     except (ValueError, KeyError, IndexError, TypeError) as error:

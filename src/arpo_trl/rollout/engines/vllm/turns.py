@@ -48,7 +48,7 @@ class SegmentRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """vLLM's output: ids, their logprobs, and each position's largest logprobs (empty if none were requested).
+    """vLLM's output: ids, their logprobs, and the logprobs that vLLM returned for each position.
 
     `version` is the trainer's step whose weights sampled it; None if it is not known.
     """
@@ -144,7 +144,10 @@ class Draft:
         self._logprobs += segment.logprobs
         if segment.version is not None:
             self._versions += [segment.version] * len(segment.ids)
-        self._entropies += [entropy_from_top_k(top, self._vocab_size).nats for top in segment.top_logprobs]
+        if start < probe:
+            # vLLM adds the sampled token if it is not among the k most likely. That entry does not count.
+            top = (sorted(given, reverse=True)[: self._top_logprobs] for given in segment.top_logprobs)
+            self._entropies += [entropy_from_top_k(logprobs, self._vocab_size).nats for logprobs in top]
         stop = self._stop(start)
         if stop is None:
             return (
