@@ -518,7 +518,7 @@ def test_large_models_are_written_in_shards_that_hold_every_tensor_once(tmp_path
         (AdaLoraConfig(init_r=8, total_step=10), False),
         (VBLoRAConfig(num_vectors=8, vector_length=4, topk=2), False),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_only_an_adapter_with_one_rank_and_one_scaling_is_sent_as_it_is(config, is_plain):
     config.target_modules, config.task_type = {"q_proj", "v_proj"}, "CAUSAL_LM"

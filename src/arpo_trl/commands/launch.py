@@ -118,19 +118,17 @@ def _status(code: int) -> int:
 
 
 def train(words: Sequence[str]) -> int:
-    from arpo_trl.commands.training_help import print_help
-
-    if print_help("train", words):
-        return 0
-    return launch("arpo_trl.scripts.train", words)
+    return _program("train", words)
 
 
 def sft(words: Sequence[str]) -> int:
+    return _program("sft", words)
+
+
+def _program(name: str, words: Sequence[str]) -> int:
     from arpo_trl.commands.training_help import print_help
 
-    if print_help("sft", words):
-        return 0
-    return launch("arpo_trl.scripts.sft", words)
+    return 0 if print_help(name, words) else launch(f"arpo_trl.scripts.{name}", words)
 
 
 def quickstart(words: Sequence[str]) -> int:

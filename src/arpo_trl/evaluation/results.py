@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import math
 import platform
@@ -165,10 +166,7 @@ def _judge_range(records: Sequence[Record]) -> list[float] | None:
 
 
 def _estimate(values: Sequence[float], seed: int) -> dict[str, float | None]:
-    if not values:
-        return {"mean": None, "low": None, "high": None}
-    estimate = bootstrap(values, seed)
-    return {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
+    return dataclasses.asdict(bootstrap(values, seed)) if values else dict.fromkeys(("mean", "low", "high"))
 
 
 def _over_samples(groups: Groups, metric: str, samples: int, seed: int) -> dict[str, Any]:

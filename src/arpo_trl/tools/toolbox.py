@@ -201,9 +201,7 @@ class ToolBox:
 
         tool = BoundTool(run=run, key=None, turn=None)
         with self._lock:
-            ticket = self._tickets
-            self._tickets += 1
-            self._pending += 1
+            ticket = self._new_ticket()
         call = ToolCall(name=_OPENING, arguments={})
         execution = _Execution(None, call, tool, [ticket], self._timeout_s * states.opening_steps)
         self._scheduler.start(self._schedule(execution))
@@ -231,9 +229,7 @@ class ToolBox:
             tool = BoundTool(run=run, key=(), turn=None) if states is None else states.bind(call.name)
             key = _key(call, tool)
         with self._lock:
-            ticket = self._tickets
-            self._tickets += 1
-            self._pending += 1
+            ticket = self._new_ticket()
             if refusal is not None:
                 refused = ToolResult(
                     text=presentable(refusal, self._max_chars),
@@ -263,12 +259,16 @@ class ToolBox:
                     self._scheduler.start(self._schedule(execution))
         return ticket
 
+    def _new_ticket(self) -> int:
+        """Return the ticket of a call that is pending now. The caller holds the lock."""
+        self._pending += 1
+        self._tickets += 1
+        return self._tickets - 1
+
     def submit_answered(self, result: ToolResult) -> int:
         """Return a ticket under which `poll` delivers `result`, which the caller already has."""
         with self._lock:
-            ticket = self._tickets
-            self._tickets += 1
-            self._pending += 1
+            ticket = self._new_ticket()
             self._done.put((ticket, result))
         return ticket
 

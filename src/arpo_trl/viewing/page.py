@@ -53,21 +53,18 @@ def page(reader: RunReader, *, live: bool = False, max_leaves: int = MAX_LEAVES)
     )
 
 
-def changes(reader: RunReader, after: int, max_leaves: int = MAX_LEAVES) -> dict[str, Any]:
+def changes(reader: RunReader, after: int, max_leaves: int) -> dict[str, Any]:
     """The changes since the revision `after`: index, existing files, and new groups with their trees. Without changes
     only the revision."""
     if after == reader.revision:
         return {"revision": after}
     chosen, left_out = newest(reader.trees(), max_leaves)
     new = [(file, number, tree) for file, number, tree in chosen if reader.files[file][0] > after]
-    return visible_data(
-        index_of(reader)
-        | {
-            "left_out": left_out,
-            "files": [file.path.name for file in sorted(reader.files)],
-            "groups": [summary(file, number, tree) | {"tree": tree_data(tree)} for file, number, tree in new],
-        }
-    )
+    return index_of(reader) | {
+        "left_out": left_out,
+        "files": [file.path.name for file in sorted(reader.files)],
+        "groups": [summary(file, number, tree) | {"tree": tree_data(tree)} for file, number, tree in new],
+    }
 
 
 def newest(

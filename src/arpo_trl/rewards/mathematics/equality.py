@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Callable, Sequence
 
@@ -146,10 +147,6 @@ def _are_options(group: Group, written_together: Text | Quantity) -> bool:
     if isinstance(written_together, Text):
         return "".join(map(str, letters)).lower() == written_together.canonical
     return bool(sympy.Mul(*letters) == written_together.value) and not written_together.unit
-
-
-def _same_numerals(p: Based, g: Based) -> bool:
-    return p == g
 
 
 def _same_ratios(p: Ratio, g: Ratio) -> bool:
@@ -454,7 +451,7 @@ def _same_builders(p: Builder, g: Builder) -> bool:
 
 _COMPARE: dict[type, Callable[..., bool]] = {
     Quantity: _same_quantities,
-    Based: _same_numerals,
+    Based: operator.eq,
     Ratio: _same_ratios,
     Residue: _congruent,
     Group: _same_groups,

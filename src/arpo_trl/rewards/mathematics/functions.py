@@ -108,7 +108,8 @@ FUNCTIONS: dict[str, Callable[..., Expr]] = {
     "tensor": lambda x: x, "sgn": sympy.sign, "sign": sympy.sign,
     "re": sympy.re, "im": sympy.im, "Re": sympy.re, "Im": sympy.im, "conjugate": sympy.conjugate, "pow": power,
 }  # fmt: skip
-SEVERAL = frozenset("gcd lcm GCD LCM max min Max Min".split())
+TAKES_SEVERAL = frozenset("gcd lcm GCD LCM max min Max Min log root Rational Fraction binomial comb perm pow".split())
+"""The functions that may have more than one argument."""
 CONSTANTS: dict[str, Expr] = {
     "pi": S.Pi, "e": S.Exp1, "i": S.ImaginaryUnit, "inf": S.Infinity, "infty": S.Infinity, "infinity": S.Infinity,
     "Infinity": S.Infinity, "oo": S.Infinity,

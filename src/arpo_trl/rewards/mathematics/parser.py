@@ -26,8 +26,8 @@ from arpo_trl.rewards.mathematics.functions import (
     CONSTANTS,
     FUNCTIONS,
     INVERSES,
-    SEVERAL,
     SPLIT_OFF,
+    TAKES_SEVERAL,
     TRIGONOMETRIC,
     binomial,
     digits,
@@ -71,6 +71,7 @@ from arpo_trl.rewards.mathematics.vocabulary import (
     unit_name,
 )
 
+ENVIRONMENTS = frozenset("cases matrix pmatrix bmatrix Bmatrix vmatrix smallmatrix array aligned".split())
 MAX_DEPTH = 30
 MAX_SIGNS = 3
 """The maximum number of independent ± in one item. Each one doubles the number of items."""
@@ -558,17 +559,7 @@ class Parser(Numerals, Units):
             arguments = [expr(self._braces())]
         else:
             arguments = [self._loose_argument()]
-        if len(arguments) > 1 and name not in (
-            *SEVERAL,
-            "log",
-            "root",
-            "Rational",
-            "Fraction",
-            "binomial",
-            "comb",
-            "perm",
-            "pow",
-        ):
+        if len(arguments) > 1 and name not in TAKES_SEVERAL:
             raise Unreadable(f"{len(arguments)} arguments of {name}")
         if name in TRIGONOMETRIC:
             arguments = [argument.subs(DEGREE, S.Pi / 180) for argument in arguments]
@@ -864,17 +855,7 @@ class Parser(Numerals, Units):
 
     def _environment(self) -> Value:
         name = self.raw_group()
-        if name not in (
-            "cases",
-            "matrix",
-            "pmatrix",
-            "bmatrix",
-            "Bmatrix",
-            "vmatrix",
-            "smallmatrix",
-            "array",
-            "aligned",
-        ):
+        if name not in ENVIRONMENTS:
             raise Unreadable(f"the environment {name}")
         if name == "array":
             self.raw_group()

@@ -11,6 +11,7 @@ from sympy.core.function import AppliedUndef
 
 from arpo_trl.rewards.mathematics.closeness import close
 from arpo_trl.rewards.mathematics.values import Builder, Group, NumberSet, Quantity, Relation, SetOperation, Value
+from arpo_trl.rewards.mathematics.vocabulary import NUMBER_SETS
 
 T = TypeVar("T")
 FLIPPED = {
@@ -42,8 +43,8 @@ def as_set(value: Value | None) -> sympy.Set | None:
     """Return the set of numbers that a value is or may denote; None if it is not a set."""
     if isinstance(value, NumberSet):
         return value.value
-    if isinstance(value, Quantity) and isinstance(value.value, Symbol) and value.value.name in ("R", "Z", "Q", "N"):
-        return {"R": S.Reals, "Z": S.Integers, "Q": S.Rationals, "N": S.Naturals}[value.value.name]
+    if isinstance(value, Quantity) and isinstance(value.value, Symbol) and value.value.name in tuple("RZQN"):
+        return NUMBER_SETS[value.value.name]
     if isinstance(value, Group):
         return _set_of_group(value)
     if isinstance(value, SetOperation):

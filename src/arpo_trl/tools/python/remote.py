@@ -26,7 +26,7 @@ from arpo_trl.errors import ConfigError, ToolError, ToolStopped, ToolUnavailable
 from arpo_trl.net.addresses import check_server_url
 from arpo_trl.tools.python import cell as python_cell
 from arpo_trl.tools.python.local import offer, shown, stop_reason
-from arpo_trl.tools.python.sandbox import Ending, Limits
+from arpo_trl.tools.python.sandbox import Ending, Limits, ending_of
 
 _ATTEMPTS = 3
 _BACK_OFF_S = 0.2  # doubled with each attempt, plus up to 50 % at random
@@ -153,7 +153,7 @@ def _read(reply: Any) -> tuple[str, Ending]:
         return stdout, Ending.TIMEOUT
     if status != "Finished" or not isinstance(code, int):
         raise ToolUnavailable(_NOT_UNDERSTOOD)
-    return stdout, {python_cell.SUCCEEDED: Ending.FINISHED, python_cell.RAISED: Ending.RAISED}.get(code, Ending.DIED)
+    return stdout, ending_of(code)
 
 
 def remote_python_tool(

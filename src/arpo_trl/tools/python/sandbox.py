@@ -166,6 +166,11 @@ class Run:
     ending: Ending
 
 
+def ending_of(exit_code: int) -> Ending:
+    """Return how code ended whose process ended with `exit_code`, which is negative after a signal."""
+    return {python_cell.SUCCEEDED: Ending.FINISHED, python_cell.RAISED: Ending.RAISED}.get(exit_code, Ending.DIED)
+
+
 class WorkerLost(Exception):
     """The worker has exited or does not answer. The call has no result, and the worker is closed."""
 
@@ -263,21 +268,12 @@ class Worker:
         except BaseException:  # such as KeyboardInterrupt; otherwise the next call would read this call's reply
             self.close()
             raise
-        text = self._without_paths(output.decode("utf-8", "replace"))
         if len(output) > self._limits.output_bytes:
             cut = output[: self._limits.output_bytes].decode("utf-8", "ignore")
             return Run(output=self._without_paths(cut), ending=Ending.FLOOD)
-        if excess is not None:
-            return Run(output=text, ending=excess)
-        if kind == b"T":
-            return Run(output=text, ending=Ending.TIMEOUT)
-        if kind == b"C":
-            return Run(output=text, ending=Ending.CPU)
-        if os.WIFEXITED(status) and os.WEXITSTATUS(status) == python_cell.SUCCEEDED:
-            return Run(output=text, ending=Ending.FINISHED)
-        if os.WIFEXITED(status) and os.WEXITSTATUS(status) == python_cell.RAISED:
-            return Run(output=text, ending=Ending.RAISED)
-        return Run(output=text, ending=Ending.DIED)
+        limit = excess or {b"T": Ending.TIMEOUT, b"C": Ending.CPU}.get(kind)
+        ending = limit or ending_of(os.waitstatus_to_exitcode(status))
+        return Run(output=self._without_paths(output.decode("utf-8", "replace")), ending=ending)
 
     @contextlib.contextmanager
     def _new_pipe(self) -> Iterator[int]:
