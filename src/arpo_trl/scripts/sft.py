@@ -38,9 +38,16 @@ from arpo_trl.data.loading import read_file
 from arpo_trl.errors import DataError
 from arpo_trl.logs.progress import closed_bars, show_compactly
 from arpo_trl.rollout.protocols import TagProtocol
-from arpo_trl.runs.output_folder import check_output, remove_earlier_run, sole_run, wants_to_resume
+from arpo_trl.runs.output_folder import check_output, sole_run, wants_to_resume
 from arpo_trl.runs.tied_weights import without_tied_keys
-from arpo_trl.scripts.start import final_save, required_model, start_errors, until_first_step
+from arpo_trl.scripts.start import (
+    final_save,
+    loading_arguments,
+    overwrite,
+    required_model,
+    start_errors,
+    until_first_step,
+)
 from arpo_trl.visible import get_logger
 
 logger = get_logger(__name__)
@@ -177,12 +184,7 @@ def _train(arguments: ColdStartArguments, config: ColdStartConfig, model_config:
             "left out."
         )
     config.dataset_kwargs = {"skip_prepare_dataset": True}  # ids and labels are final
-    config.model_init_kwargs = {
-        **(config.model_init_kwargs or {}),
-        "revision": model_config.model_revision,
-        "attn_implementation": model_config.attn_implementation,
-        "dtype": model_config.dtype,
-    }
+    config.model_init_kwargs = loading_arguments(config, model_config)
     with start_errors():
         trainer = ColdStartTrainer(
             model=name,
@@ -192,8 +194,7 @@ def _train(arguments: ColdStartArguments, config: ColdStartConfig, model_config:
             peft_config=get_peft_config(model_config),
         )
     if arguments.overwrite_output_dir:
-        with config.main_process_first(local=False):
-            remove_earlier_run(config.output_dir)
+        overwrite(config)
     show_compactly(trainer)
     resume = wants_to_resume(config.resume_from_checkpoint)
     if resume is True and get_last_checkpoint(config.output_dir) is None:

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig
 
 from arpo_trl.common.full_disk import as_free_space, is_full_disk
 from arpo_trl.common.settings import Range, check_fields
 from arpo_trl.errors import ArpoError, CheckpointError, ConfigError
+from arpo_trl.runs.output_folder import remove_earlier_run
 from arpo_trl.visible import get_logger
 
 logger = get_logger(__name__)
@@ -36,6 +37,22 @@ MODEL_SETTINGS = {
     "lora_dropout": {"range": Range(at_least=0, at_most=1)},
 }
 """The accepted values of TRL's settings of the model; see `check_fields`."""
+
+
+def loading_arguments(config: Any, model_config: ModelConfig) -> dict[str, Any]:
+    """The keyword arguments for loading the model: `model_init_kwargs`, and those of the model's settings."""
+    return {
+        **(config.model_init_kwargs or {}),
+        "revision": model_config.model_revision,
+        "attn_implementation": model_config.attn_implementation,
+        "dtype": model_config.dtype,
+    }
+
+
+def overwrite(config: TrainingArguments) -> None:
+    """Removes the files of an earlier run, before another rank of this one writes."""
+    with config.main_process_first(local=False):
+        remove_earlier_run(config.output_dir)
 
 
 def required_model(model_config: ModelConfig) -> str:

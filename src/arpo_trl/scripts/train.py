@@ -28,8 +28,15 @@ from arpo_trl.logs.progress import closed_bars, show_compactly, show_log
 from arpo_trl.options import ProtocolKind
 from arpo_trl.rewards import HierarchicalReward, LLMJudge
 from arpo_trl.runs.interrupts import follow_launcher
-from arpo_trl.runs.output_folder import check_output, remove_earlier_run, sole_run
-from arpo_trl.scripts.start import final_save, required_model, start_errors, until_first_step
+from arpo_trl.runs.output_folder import check_output, sole_run
+from arpo_trl.scripts.start import (
+    final_save,
+    loading_arguments,
+    overwrite,
+    required_model,
+    start_errors,
+    until_first_step,
+)
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.visible import get_logger
 
@@ -135,12 +142,7 @@ def _train(
         model=model_config.model_name_or_path,
     )
     name = required_model(model_config)
-    config.model_init_kwargs = {
-        **(config.model_init_kwargs or {}),
-        "revision": model_config.model_revision,
-        "attn_implementation": model_config.attn_implementation,
-        "dtype": model_config.dtype,
-    }
+    config.model_init_kwargs = loading_arguments(config, model_config)
 
     tags = config.tool_protocol == ProtocolKind.TAGS
     tools = cache(partial(build_tools, tool_arguments, run=config.output_dir))
@@ -173,8 +175,7 @@ def _train(
             peft_config=get_peft_config(model_config),
         )
     if arguments.overwrite_output_dir:
-        with config.main_process_first(local=False):
-            remove_earlier_run(config.output_dir)
+        overwrite(config)
     trainer.other_settings = (model_config, arguments, tool_arguments)
     show_compactly(trainer)
     with closed_bars(trainer), until_first_step(trainer):

@@ -30,6 +30,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from arpo_trl.errors import ConfigError
 from arpo_trl.rollout.engines.compute_dtype import computed_in
+from arpo_trl.rollout.engines.visibility import evaluating
 from arpo_trl.training.prefix_attention import Edge, Paths, attend, attention_calls, plan_paths, why_no_attention
 
 NO_LABEL = -100
@@ -408,15 +409,12 @@ def why_packs_differ(model: PreTrainedModel) -> str | None:
     rows = torch.stack([torch.cat([drawn[:20], drawn[start : start + 8]]) for start in (20, 24, 32)])
     labels, keep = rows.clone(), 16
     labels[:, :-keep] = NO_LABEL
-    training = model.training
-    model.eval()
     try:
-        padded = model(input_ids=rows, attention_mask=torch.ones_like(rows), labels=labels, fused_lm_head=True)
-        packed, _ = forward_pack(model, pack_rows(rows, torch.ones_like(rows), keep))
+        with evaluating(model):
+            padded = model(input_ids=rows, attention_mask=torch.ones_like(rows), labels=labels, fused_lm_head=True)
+            packed, _ = forward_pack(model, pack_rows(rows, torch.ones_like(rows), keep))
     except Exception as fault:  # an error of the model's own code is the reason to report
         return f"a forward over a pack failed: {type(fault).__name__}: {fault}"
-    finally:
-        model.train(training)
     difference, limit = rounding(model, packed.float(), padded.log_probs[:, -keep:].float())
     if difference <= limit:
         return None

@@ -29,6 +29,7 @@ from arpo_trl.rollout.batch import GroupRequest
 from arpo_trl.rollout.credit.base import Credit
 from arpo_trl.rollout.engines.base import Engine, EngineAhead
 from arpo_trl.rollout.engines.compute_dtype import training_dtype
+from arpo_trl.rollout.engines.visibility import evaluating
 from arpo_trl.rollout.engines.vllm.cpu import prepare_cpu
 from arpo_trl.rollout.protocols import ToolProtocol
 from arpo_trl.rollout.protocols.generation_ends import eos_ids_of, saved_eos_ids
@@ -308,14 +309,10 @@ def check_scores(model: PreTrainedModel, temperature: float) -> None:
     device = model.get_input_embeddings().weight.device
     # Ids from the whole vocabulary: equal tokens would hide differences.
     ids = torch.arange(1, 25, device=device)[None] * 7919 % model.config.get_text_config().vocab_size
-    training = model.training
-    model.eval()
-    try:
-        rows = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    rows = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with evaluating(model):
         logits = model(**rows, use_cache=False).logits[:, :-1].float()
         scored = model(**rows, labels=ids, fused_lm_head=True).log_probs.float()
-    finally:
-        model.train(training)
     expected = (logits / temperature).log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
     distance, limit = rounding(model, scored, expected)
     if not distance <= limit:

@@ -15,6 +15,7 @@ from arpo_trl.options import ProtocolKind, RolloutSchedule, ShareCalls
 from arpo_trl.rollout.build import LocalModel, LocalVLLM, VLLMServers, build_sampler
 from arpo_trl.rollout.engines.base import Engine, SamplingParams
 from arpo_trl.rollout.engines.generation_rules import refuse_rules
+from arpo_trl.rollout.engines.visibility import evaluating
 from arpo_trl.rollout.protocols import PROTOCOLS, ToolProtocol
 from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.tools.environments.state import Environments
@@ -213,12 +214,7 @@ def logprobs_of(
         model: The trained model. It is in evaluation mode during the call, so that an adapter's dropout is off.
         opened: Opens the model for a forward on this rank alone.
     """
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), opened() as whole:
-            row = torch.tensor([list(ids)], device=next(whole.parameters()).device)
-            logits = whole(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).logits[0, :-1]
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad(), opened() as whole:
+        row = torch.tensor([list(ids)], device=next(whole.parameters()).device)
+        logits = whole(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).logits[0, :-1]
     return logits.float().log_softmax(dim=-1).gather(1, row[0, 1:].unsqueeze(1)).squeeze(1).tolist()

@@ -114,17 +114,27 @@ def exact_length(config: Any) -> int | None:
 @contextmanager
 def fit_for_decoding(model: PreTrainedModel) -> Iterator[None]:
     """Put the model in evaluation mode, with an attention that accepts 4-D masks, and restore both at the end."""
-    training, attention = model.training, model.config._attn_implementation
+    attention = model.config._attn_implementation
     if attention not in ATTENTION:
         base = model.get_base_model() if is_peft_model(model) else model
         model.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")
+    try:
+        with evaluating(model):
+            yield
+    finally:
+        if attention not in ATTENTION:
+            model.set_attn_implementation(attention)
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """A context in which the model is in evaluation mode."""
+    training = model.training
     model.eval()
     try:
         yield
     finally:
         model.train(training)
-        if attention not in ATTENTION:
-            model.set_attn_implementation(attention)
 
 
 def mask_dtype(model: PreTrainedModel) -> torch.dtype | None:
@@ -204,18 +214,14 @@ def compare_with_plain_forward(
 
 def _plain_logits(model: PreTrainedModel, rows: list[torch.Tensor], padding: int) -> list[torch.Tensor]:
     """Each row's (length, vocabulary) logits, from a separate forward with `padding` tokens of left padding."""
-    training = model.training
-    model.eval()
-    try:
-        logits = []
+    logits = []
+    with evaluating(model):
         for row in rows:
             ids = torch.cat([row.new_zeros(padding), row])[None]
             mask = torch.ones_like(ids)
             mask[:, :padding] = 0
             logits.append(model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0, padding:])
-        return logits
-    finally:
-        model.train(training)
+    return logits
 
 
 WAY_OUT = "Sample with vLLM (use_vllm), if it supports the model, or train another model."
