@@ -305,6 +305,18 @@ def test_a_benchmark_of_ones_own_needs_no_code(tmp_path):
     assert (row["prompt"][1]["content"], row["answer"], row["task"], row["level"]) == ("Who?", ["I"], "qa", "very")
 
 
+def test_a_benchmark_of_ones_own_without_a_system_prompt_has_that_of_the_run(tmp_path):
+    file = write(tmp_path / "mine.jsonl", {"q": "Who?", "a": "I"})
+
+    def system(description, **settings):
+        mine = custom_benchmark({**CUSTOM, "file": file, **description})
+        return load_questions(mine, **settings).rows[0]["prompt"][0]["content"]
+
+    assert system({}, default_system_prompt="tools") == SYSTEM_PROMPTS["tools"]
+    assert system({"system_prompt": "deepsearch"}, default_system_prompt="tools") == SYSTEM_PROMPTS["deepsearch"]
+    assert system({}, default_system_prompt="tools", system_prompt="Be brief.") == "Be brief."
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -109,8 +109,9 @@ def test_overwriting_removes_the_run_and_nothing_else(tmp_path):
         "trajectories/step-000000-rank0.jsonl",
         "trainer_state.json",
     )
-    mine = ["checkpoint-best/a", "checkpoint-notes.md", "data/rows.jsonl", "notes.txt"]
+    mine = ["checkpoint-best/a", "checkpoint-notes.md", "data/rows.jsonl", "model_before.safetensors", "notes.txt"]
     fill(tmp_path, "checkpoint-2/a", ".unfinished/checkpoint-4/a", *mine)
+    fill(tmp_path, "model-00001-of-00002.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
     prepare(tmp_path, overwrite=True)
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == mine
 

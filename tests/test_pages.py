@@ -435,6 +435,14 @@ def test_settings_that_cannot_work_say_so(settings: dict[str, Any], message: str
     assert "planted" not in str(refused.value)
 
 
+def test_a_port_of_the_settings_is_the_only_one_also_if_it_is_the_usual_one() -> None:
+    guard = AddressGuard(["wiki.local:80"], lambda host, port: ["10.0.0.1"])
+    assert guard.request("http://wiki.local/x", 5.0).url.host == "10.0.0.1"
+    for url in ("http://wiki.local:6379/", "https://wiki.local/"):
+        with pytest.raises(ToolError):
+            guard.request(url, 5.0)
+
+
 @pytest.mark.parametrize(
     ("host", "url"),
     [

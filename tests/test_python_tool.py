@@ -659,6 +659,20 @@ def test_a_fork_of_this_process_leaves_the_worker_and_its_folder_alone(isolated:
     tool.close()
 
 
+def test_a_fork_that_closes_the_tool_leaves_the_worker_alone(isolated: Worker) -> None:
+    tool = PythonTool(isolated._limits, max_workers=1, allow_unsafe=False, isolation=str(isolated.tier))
+    child = os.fork()
+    if not child:
+        signal.alarm(60)  # in case it hangs
+        tool.close()
+        del tool
+        gc.collect()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert tool("print(3)") == "3"
+    tool.close()
+
+
 def test_processes_are_not_started(isolated: Worker) -> None:
     refusal = ("BlockingIOError", "PermissionError", "FileNotFoundError")
     for attempt in (

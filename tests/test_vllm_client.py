@@ -16,7 +16,14 @@ from safetensors.torch import load_file
 from arpo_trl.errors import ConfigError, EngineError, Interrupted
 from arpo_trl.options import VLLM_KEY_VARIABLE
 from arpo_trl.rollout.engines.base import SamplingParams, Turn, TurnRequest
-from arpo_trl.rollout.engines.vllm.client import CANARY_TEXT, ServerClient, ServerFacts, ServerLost, check_server
+from arpo_trl.rollout.engines.vllm.client import (
+    CANARY_TEXT,
+    ServerClient,
+    ServerFacts,
+    ServerLost,
+    check_server,
+    headers,
+)
 from arpo_trl.rollout.engines.vllm.server import VLLMServerEngine
 from arpo_trl.rollout.engines.vllm.weights import (
     DiskTransfer,
@@ -505,6 +512,18 @@ def test_large_models_are_written_in_shards_that_hold_every_tensor_once(tmp_path
     assert written["steps"].dtype == torch.int64
 
 
+@pytest.mark.parametrize(("key", "sent"), [("abcdefgh1234\n", "Bearer abcdefgh1234"), ("", None)])
+def test_a_key_is_sent_without_the_line_end_of_its_file(monkeypatch, key, sent):
+    monkeypatch.setenv(VLLM_KEY_VARIABLE, key)
+    assert headers().get("Authorization") == sent
+
+
+def test_a_key_that_no_header_can_have_is_named(monkeypatch):
+    monkeypatch.setenv(VLLM_KEY_VARIABLE, "schlüssel1234")
+    with pytest.raises(ConfigError, match=f"{VLLM_KEY_VARIABLE} contains characters that are not allowed"):
+        headers()
+
+
 @pytest.mark.parametrize(
     ("config", "is_plain"),
     [
@@ -513,6 +532,8 @@ def test_large_models_are_written_in_shards_that_hold_every_tensor_once(tmp_path
         (LoraConfig(r=8, alpha_pattern={"v_proj": 64}), False),
         (LoraConfig(r=8, rank_pattern={"v_proj": 4}), False),
         (LoraConfig(r=8, use_dora=True), False),
+        (LoraConfig(r=8, use_rslora=True, lora_dropout=0.1, init_lora_weights="gaussian"), True),
+        (LoraConfig(r=8, init_lora_weights="pissa"), False),
         (LoraConfig(r=8, lora_bias=True), False),
         (LoraConfig(r=8, modules_to_save=["lm_head"]), False),
         (AdaLoraConfig(init_r=8, total_step=10), False),

@@ -39,10 +39,10 @@ def main(words: Sequence[str]) -> int:
     from arpo_trl.data.layouts import convert_row, system_prompt_text
     from arpo_trl.data.prompts import default_system_prompt
     from arpo_trl.evaluation.engines import load_tokenizer, make_sampler
+    from arpo_trl.evaluation.scoring import predicted
     from arpo_trl.logs.render import render_tree
     from arpo_trl.logs.trajectories import LoggedTree
     from arpo_trl.options import ProtocolKind
-    from arpo_trl.rewards.answers import extract_answer
     from arpo_trl.rollout.batch import GroupRequest
     from arpo_trl.tools.builtin import build_tools
     from arpo_trl.tools.toolbox import ToolBox
@@ -73,6 +73,6 @@ def main(words: Sequence[str]) -> int:
     console = Console()
     path = LoggedTree(step=0, group=0, prompt=arguments.question, tree=tree, rewards=[None], advantages=[0.0])
     console.print(render_tree(path, title=escape(visible(arguments.run))))
-    answer = extract_answer("".join(leaf.turns))
+    answer = predicted(sampler.protocol.whole_turns(tree.root.ids, leaf))
     console.print(f"Answer: {visible(answer)}" if answer is not None else "No answer in <answer>.", markup=False)
     return 0

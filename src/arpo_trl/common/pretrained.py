@@ -11,6 +11,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from arpo_trl.common.user_files import is_url
 from arpo_trl.errors import ConfigError
+from arpo_trl.visible import without_secrets
 
 T = TypeVar("T")
 
@@ -36,7 +37,7 @@ def load_pretrained(what: str, name: str, load: Callable[..., T], **arguments: A
 
 def _reason(name: str, error: Exception) -> str:
     folder = Path(name)
-    told = f"{type(error).__name__}: {' '.join(str(error).split())[:300].rstrip('.')}"
+    told = f"{type(error).__name__}: {' '.join(without_secrets(str(error)).split())[:300].rstrip('.')}"
     if not os.path.exists(folder):  # unlike Path.exists, false for a name that the system refuses
         if is_url(name):
             return "that is a web address; expected a folder or a Hub id, such as Qwen/Qwen2.5-3B-Instruct."

@@ -292,7 +292,7 @@ def custom_benchmark(description: Mapping[str, Any]) -> Benchmark:
         question=description["question"],
         answer=description["answer"],
         level=description.get("level"),
-        system_prompt=description.get("system_prompt", "reasoning"),
+        system_prompt=description.get("system_prompt"),
         file=description["file"],
     )
 
@@ -320,6 +320,7 @@ def load_questions(
     system_prompt: str | None = None,
     limit: int | None = None,
     skip_bad: bool = False,
+    default_system_prompt: str = "reasoning",
 ) -> Questions:
     """Load the questions of a benchmark.
 
@@ -332,6 +333,7 @@ def load_questions(
         system_prompt: A name or a text that replaces the benchmark's system prompt. "": no system message.
         limit: The maximum number of questions to load.
         skip_bad: Exclude unusable rows, with a warning.
+        default_system_prompt: A name or a text, for a benchmark without a system prompt of its own.
 
     Raises:
         DataError: There are no questions, or a row cannot be used. The message says how to get them.
@@ -340,7 +342,8 @@ def load_questions(
     source, raws = _raw_rows(benchmark, data, bad if skip_bad else None)
     if source == benchmark.hub_id and benchmark.take is not None:
         limit = min(benchmark.take, limit or benchmark.take)
-    system_text = system_prompt_text(benchmark.system_prompt if system_prompt is None else system_prompt)
+    chosen = (system_prompt, benchmark.system_prompt, default_system_prompt)
+    system_text = system_prompt_text(next(prompt for prompt in chosen if prompt is not None))
     rows: list[dict[str, Any]] = []
     left_out = 0
     for number, (where, raw) in enumerate(raws):

@@ -108,7 +108,7 @@ def load_all(settings: EvalSettings, of_questions: Callable[[], str] = lambda: "
     """Load the questions of every benchmark in the settings.
 
     Args:
-        of_questions: Returns the system message of plain questions that belong to no benchmark: a name or a text.
+        of_questions: Returns the system message of plain questions and of benchmarks without one: a name or a text.
 
     Raises:
         ConfigError: The settings name no benchmark, or an unknown one.
@@ -161,6 +161,7 @@ def load_all(settings: EvalSettings, of_questions: Callable[[], str] = lambda: "
             system_prompt=settings.system_prompt,
             limit=settings.limit,
             skip_bad=settings.skip_bad,
+            default_system_prompt=of_questions() if benchmark.system_prompt is None else "reasoning",
         )
         for benchmark in benchmarks
     ]

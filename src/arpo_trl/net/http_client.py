@@ -218,7 +218,7 @@ async def _body(response: httpx.Response, max_bytes: int) -> bytes:
             raise RequestFailed(f"answered with more than {max_bytes:,} bytes", status=status)
         if pieces > MAX_PIECES:
             raise RequestFailed(f"answered in more than {MAX_PIECES:,} pieces", status=status)
-    if inflater and pieces and (inflater.unused_data or not inflater.eof):
+    if inflater and pieces and (inflater.unused_data.strip(b"\0") or not inflater.eof):
         raise RequestFailed("answered with broken gzip", status=status)
     return bytes(body)
 

@@ -14,6 +14,7 @@ from arpo_trl.common.files import whole_folder
 from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.publishing.model_card import ADAPTER_CONFIG_NAME, CONFIG_NAME, EVALUATION_NAME, Card
+from arpo_trl.visible import without_secrets
 
 _CARRIED = (CONFIG_NAME, EVALUATION_NAME, "trainer_state.json")
 
@@ -60,7 +61,9 @@ def merge_adapter(
     try:
         merged: Any = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
     except Exception as error:  # different sizes or layer names, weights that are not finite, or a broken file
-        raise DataError(f"{adapter} does not fit its base model {name!r}: {str(error)[:300]}") from error
+        raise DataError(
+            f"{adapter} does not fit its base model {name!r}: {without_secrets(str(error))[:300]}"
+        ) from error
     folder = Path(adapter)
     has_tokenizer = not folder.is_dir() or (folder / "tokenizer_config.json").is_file()
     tokenizer = load_pretrained("tokenizer", adapter if has_tokenizer else name, AutoTokenizer.from_pretrained)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 from arpo_trl.common.user_files import user_path
 from arpo_trl.errors import ConfigError
 
-WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*", "adapter_model.*")
+_WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 _FOLDERS = (".unfinished", "trajectories", "curves")
 _FILES = ("trainer_state.json", "training_config.yaml", "training_args.bin", "adapter_config.json", "evaluation.md")
 
@@ -185,7 +186,7 @@ def _has_own_readme(output: Path) -> bool:
 def _earlier_run(output: Path, resume: str | bool) -> str | None:
     """Describes the files in `output` of an earlier run that the new run does not continue; None if there are none."""
     newest = _newest(output)
-    weights = sorted(path for pattern in WEIGHTS for path in output.glob(pattern))
+    weights = _weights(output)
     if resume is True:
         continued = newest is not None or not weights
     else:
@@ -236,9 +237,12 @@ def remove_earlier_run(folder: str) -> None:
 
 
 def _written_by_a_run(output: Path) -> Iterator[Path]:
-    yield from _checkpoints(output)
-    for pattern in (*WEIGHTS, *_FOLDERS, *_FILES):
-        yield from sorted(output.glob(pattern))
+    yield from (*_weights(output), *_checkpoints(output))
+    yield from (path for name in (*_FOLDERS, *_FILES) if os.path.lexists(path := output / name))
+
+
+def _weights(output: Path) -> list[Path]:
+    return sorted(path for path in output.glob("*model*") if _WEIGHTS.fullmatch(path.name))
 
 
 def _checkpoints(output: Path) -> list[Path]:

@@ -29,7 +29,7 @@ from typing import IO, Any
 
 from arpo_trl.errors import ConfigError, ToolError, ToolSpecError, ToolUnavailable
 from arpo_trl.net import background
-from arpo_trl.net.addresses import check_server_url
+from arpo_trl.net.addresses import check_server_url, server_key
 from arpo_trl.tools.environments.kind import NOT_TOOLS, environment_kind
 from arpo_trl.tools.environments.state import Environments
 from arpo_trl.visible import with_marks, without_credentials
@@ -272,8 +272,9 @@ class McpSession:
             raise ToolError(f"Error: the {name} call took longer than {self._timeout_s:g} s.") from None
         except MCPError as error:
             if error.code not in (CONNECTION_CLOSED, INVALID_REQUEST):  # INVALID_REQUEST: the session is unknown
-                message = self._server.without_secrets(error.message)[:_MAX_ERROR_CHARS]
-                raise ToolError(without_credentials(f"Error: {message}")) from None
+                # Cut twice: removing credentials from a long text takes seconds, and a cut can leave half of one.
+                message = without_credentials(self._server.without_secrets(error.message)[: 2 * _MAX_ERROR_CHARS])
+                raise ToolError(f"Error: {message[:_MAX_ERROR_CHARS]}") from None
             overlong = self._overlong.is_set()
             if session is self._ready:  # otherwise another call has already reconnected
                 await self._shut()
@@ -327,7 +328,7 @@ class McpSession:
             return Client(stdio_client(command, errlog=self._stderr))  # type: ignore[arg-type]
         headers = {"Accept-Encoding": "identity"}
         if server.token_env:
-            headers["Authorization"] = f"Bearer {os.environ[server.token_env].strip()}"
+            headers["Authorization"] = f"Bearer {server_key(server.token_env)}"
         hooks: dict[str, list[Callable[..., Any]]] = {"response": [_bound]}
         http_client = await stack.enter_async_context(
             httpx2.AsyncClient(headers=headers, timeout=None, event_hooks=hooks)

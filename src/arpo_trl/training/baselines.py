@@ -25,6 +25,7 @@ import torch
 from arpo_trl.config import ARPOConfig
 from arpo_trl.logs.metrics import Tally
 from arpo_trl.options import AdvantageBaseline
+from arpo_trl.rollout.credit.base import ROUNDING
 from arpo_trl.rollout.tree import Leaf
 from arpo_trl.trl_seam import nanstd
 
@@ -175,7 +176,7 @@ def are_equal(rewards: torch.Tensor) -> torch.Tensor:
     known = ~rewards.isnan()
     least = torch.where(known, rewards, torch.inf).amin(dim=-1)
     most = torch.where(known, rewards, -torch.inf).amax(dim=-1)
-    return (least >= most) | torch.isclose(least, most)
+    return (least >= most) | torch.isclose(least, most, rtol=ROUNDING)
 
 
 def tally_baseline(scored: ScoredLeaves, baselines: torch.Tensor, advantages: torch.Tensor, tally: Tally) -> None:

@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from arpo_trl.rollout.batch import GroupRequest
 from arpo_trl.rollout.protocols import ToolProtocol
+from arpo_trl.rollout.protocols.base import message_of
 from arpo_trl.rollout.tree import Leaf, NodeKind
-from arpo_trl.trl_seam import parse_response
 
 
 def rollout_output(
@@ -71,13 +71,7 @@ def completions_of(
             completion_messages(before, leaf, protocol)
             for before, leaf, protocol in zip(prompt_ids, leaves, protocols, strict=True)
         ]
-    if any(getattr(tokenizer, name, None) is not None for name in ("response_template", "response_schema")):
-        return [
-            [parse_response(tokenizer, of_leaf, prefix=before, tools=[])]
-            for before, of_leaf in zip(prompt_ids, ids, strict=True)
-        ]
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return [[{"role": "assistant", "content": text}] for text in texts]
+    return [[message_of(tokenizer, of_leaf, before, [])] for before, of_leaf in zip(prompt_ids, ids, strict=True)]
 
 
 def completion_messages(prompt_ids: Sequence[int], leaf: Leaf, protocol: ToolProtocol) -> list[dict[str, Any]]:

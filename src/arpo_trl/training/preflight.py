@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import is_peft_model
+from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import GRPOConfig
@@ -440,6 +440,21 @@ def needs_tags(args: ARPOConfig, tools: Collection[str], rewards: Sequence[Any])
     return (args.tool_protocol == ProtocolKind.TAGS and bool(tools)) or any(
         isinstance(reward, HierarchicalReward) for reward in rewards
     )
+
+
+def check_same_stream(dataset: Any, accelerator: Accelerator) -> None:
+    """Checks that all ranks read a streamed dataset in the same order. A collective.
+
+    Raises:
+        ConfigError: They do not, so that the rows of a group would differ between ranks.
+    """
+    if not isinstance(dataset, IterableDataset) or accelerator.num_processes == 1:
+        return
+    if len(set(gather_object([repr(list(dataset.take(4)))]))) > 1:
+        raise ConfigError(
+            "The processes read the streamed dataset in different orders, so that they would not share its rows, and "
+            "a resumed run would read others. Give its `shuffle` a seed, as in dataset.shuffle(seed=42)."
+        )
 
 
 def check_requests(prompts: Sequence[Any], requests: Sequence[GroupRequest], context: int) -> None:

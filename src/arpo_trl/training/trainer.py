@@ -59,6 +59,7 @@ from arpo_trl.training.preflight import (
     check_quantized_training,
     check_requests,
     check_rows,
+    check_same_stream,
     check_scores,
     check_writable,
     embedding_rows,
@@ -266,6 +267,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         self._spans = Spans()
 
     def get_train_dataloader(self) -> Any:
+        check_same_stream(self.train_dataset, self.accelerator)
         check_enough_prompts(self.train_dataset, self.args)
         return super().get_train_dataloader()
 

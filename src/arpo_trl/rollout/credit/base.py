@@ -275,9 +275,13 @@ def mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
+ROUNDING = 1e-6
+"""The relative difference of rewards, sums of a few float32 numbers, that counts as rounding."""
+
+
 def are_close(values: Sequence[float]) -> bool:
-    """Whether values, at least one, are equal up to the rounding of float32."""
-    return math.isclose(max(values), min(values), rel_tol=1e-5, abs_tol=1e-8)
+    """Whether values, at least one, are equal up to rounding."""
+    return math.isclose(max(values), min(values), rel_tol=ROUNDING, abs_tol=1e-8)
 
 
 def z_scores(values: Sequence[float], among: Sequence[float] | None = None) -> list[float]:

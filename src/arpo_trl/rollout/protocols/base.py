@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from arpo_trl.common.user_files import is_deeper
 from arpo_trl.errors import ConfigError
 from arpo_trl.rollout.protocols.parsers import AUTO
 from arpo_trl.rollout.protocols.sample import Template
@@ -61,6 +63,24 @@ class ContentEncoder:
 
     def _encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
+
+
+ARGUMENT_DEPTH = 50
+"""The most nested arguments of a call. Files with trees are read up to a depth of 100."""
+_MESSAGE_DEPTH = ARGUMENT_DEPTH + 4
+"""That of a message with such a call: in its list of calls, under function and arguments."""
+
+
+def message_of(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], before: Sequence[int], schemas: Any
+) -> dict[str, Any]:
+    """Return a turn as a message, parsed by the tokenizer's response template if it has one and can read the turn."""
+    if any(getattr(tokenizer, name, None) is not None for name in ("response_template", "response_schema")):
+        with suppress(Exception):  # the parser is foreign code, and the model may write anything
+            message: dict[str, Any] = parse_response(tokenizer, list(ids), prefix=list(before), tools=schemas)
+            if not is_deeper(message, _MESSAGE_DEPTH):
+                return message
+    return {"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}
 
 
 _THOUGHT = "<think>"
@@ -161,9 +181,7 @@ class ToolProtocol(ABC):
 
         The content has no special tokens and no final EOS. `before` are the ids that the model saw before the turn.
         """
-        if any(getattr(self._parser, name, None) is not None for name in ("response_template", "response_schema")):
-            return parse_response(self._parser, list(ids), prefix=list(before), tools=self._schemas or None)
-        return {"role": "assistant", "content": self.tokenizer.decode(ids, skip_special_tokens=True)}
+        return message_of(self._parser, ids, before, self._schemas or None)
 
     def limit_notice(self) -> str:
         """The text that tells the model to answer without further calls."""

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from arpo_trl.common.user_files import is_deeper
 from arpo_trl.errors import ConfigError
 from arpo_trl.rollout.protocols import sample
-from arpo_trl.rollout.protocols.base import BadCall, ToolProtocol
+from arpo_trl.rollout.protocols.base import ARGUMENT_DEPTH, BadCall, ToolProtocol
 from arpo_trl.rollout.protocols.parsers import Rendered, ToolParser, fitting_parser
 from arpo_trl.rollout.text import decode_exactly
 from arpo_trl.tools.calls import ToolCall
@@ -29,10 +29,6 @@ from arpo_trl.tools.texts import for_models
 from arpo_trl.visible import with_texts
 
 RESULT = "[result]"
-ARGUMENT_DEPTH = 50
-"""The most nested arguments of a call. Files with trees are read up to a depth of 100."""
-MESSAGE_DEPTH = ARGUMENT_DEPTH + 4
-"""That of a message with such a call: in its list of calls, under function and arguments."""
 _NESTED_THOUGHTS = 3
 """The depth of thoughts in thoughts that is searched for a call."""
 _WAY_OUT = (
@@ -144,11 +140,8 @@ class ChatTemplateProtocol(ToolProtocol):
         return ids
 
     def as_message(self, ids: Sequence[int], before: Sequence[int]) -> dict[str, Any]:
-        parsed = self._as_parsed(list(ids), before)
-        if is_deeper(parsed, MESSAGE_DEPTH):
-            return {"role": "assistant", "content": self.tokenizer.decode(ids, skip_special_tokens=True)}
         # JSON's escapes can write half of a surrogate pair.
-        message: dict[str, Any] = with_texts(for_models, parsed)
+        message: dict[str, Any] = with_texts(for_models, self._as_parsed(list(ids), before))
         return message
 
     def _as_parsed(self, ids: list[int], before: Sequence[int]) -> dict[str, Any]:
@@ -160,6 +153,8 @@ class ChatTemplateProtocol(ToolProtocol):
             message = dict(self.tool_parser.parse(decode_exactly(self.tokenizer, ids), self._opening, self._schemas))
         except Exception:  # the parser is foreign code, and the model may write anything
             return super().as_message(ids, before)
+        if is_deeper(message["tool_calls"], ARGUMENT_DEPTH + 3):
+            message["tool_calls"] = []
         shown = self.tokenizer.encode(message["content"], add_special_tokens=False)
         message["content"] = self.tokenizer.decode(shown, skip_special_tokens=True)
         if not message["tool_calls"]:

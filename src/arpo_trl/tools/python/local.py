@@ -127,7 +127,10 @@ def _close_all(idle: dict[bool, list[Worker]], lock: threading.Lock) -> None:
     with lock:
         for workers in idle.values():
             while workers:
-                workers.pop().close()
+                worker = workers.pop()
+                worker.close()
+                if worker.is_of_parent:
+                    _OF_PARENT.append(worker)
 
 
 def stop_reason(ending: Ending, limits: Limits, earlier: Sequence[str]) -> str:

@@ -27,6 +27,7 @@ from arpo_trl.net.addresses import check_server_url
 from arpo_trl.tools.python import cell as python_cell
 from arpo_trl.tools.python.local import offer, shown, stop_reason
 from arpo_trl.tools.python.sandbox import Ending, Limits, ending_of
+from arpo_trl.visible import without_secrets
 
 _ATTEMPTS = 3
 _BACK_OFF_S = 0.2  # doubled with each attempt, plus up to 50 % at random
@@ -62,7 +63,8 @@ class RemotePython:
                 said = str(error)
         if said != "42":
             raise ConfigError(
-                f"The python executor at {parsed.host} does not run Python: for 6 * 7 it returned {said[:300]!r}. "
+                f"The python executor at {parsed.host} does not run Python: for 6 * 7 it returned "
+                f"{without_secrets(said)[:300]!r}. "
                 "Start a SandboxFusion server there, or correct python_executor_url."
             )
 

@@ -237,6 +237,11 @@ class Worker:
             resource.prlimit(pid, kind, (value, value))
 
     @property
+    def is_of_parent(self) -> bool:
+        """Whether this process is a fork of the one that started the worker."""
+        return os.getpid() != self._owner_pid
+
+    @property
     def pid(self) -> int:
         """The process id of the worker."""
         return self._pid
@@ -366,7 +371,7 @@ class Worker:
     def close(self) -> None:
         """Stop the worker and its call, and remove its folder. May be called repeatedly. Does nothing in a fork of the
         process that started the worker."""
-        if os.getpid() != self._owner_pid:
+        if self.is_of_parent:
             return
         process, self._process = self._process, None
         if process is not None:

@@ -204,7 +204,10 @@ class WebSearch:
                     *(self._run, self._max_requests),
                 )
             raise ToolUnavailable("Error: the search budget is used up. Continue with what you know.")
-        key = _key(self._provider)
+        try:
+            key = _key(self._provider)
+        except ConfigError as error:  # the variable has changed
+            raise RequestFailed(f"could not be asked: {error}", status=200) from None
         try:
             request = self._provider.request(query, results, key)
             if not isinstance(request, httpx.Request):

@@ -127,6 +127,12 @@ def visit_tool(
     return visit
 
 
+def _host_and_port(setting: str) -> tuple[str, int | None]:
+    """Return the host and the port of a setting; None: any port."""
+    port = re.search(r":(\d+)$", setting)
+    return _host_of(httpx.URL(f"http://{setting}")), int(port[1]) if port else None
+
+
 def _host_of(url: httpx.URL) -> str:
     """Return the host in IDNA, so that each name has a unique spelling."""
     return url.raw_host.decode("ascii", "replace").lower().rstrip(".")
@@ -136,8 +142,7 @@ class AddressGuard:
     """Decides which hosts may be visited and to which addresses a request may connect."""
 
     def __init__(self, allowed_hosts: Collection[str], resolve: Resolve) -> None:
-        settings = (httpx.URL(f"http://{host}") for host in allowed_hosts)
-        self._allowed = frozenset((_host_of(url), url.port) for url in settings)
+        self._allowed = frozenset(map(_host_and_port, allowed_hosts))
         self._resolve = resolve
 
     def request(self, url: str, timeout_s: float) -> httpx.Request:

@@ -5,7 +5,6 @@ Every error names the server's URL and the setting of the trainer or the server 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from arpo_trl.errors import ArpoError, ConfigError, EngineError
+from arpo_trl.net.addresses import server_key
 from arpo_trl.options import VLLM_KEY_VARIABLE
+from arpo_trl.visible import without_secrets
 
 FRESH = "default"
 """The weight version of a server that still serves its initial weights."""
@@ -55,7 +56,7 @@ class ServerFacts:
 
 def headers() -> dict[str, str]:
     """The authorization header for servers that require a key."""
-    key = os.environ.get(VLLM_KEY_VARIABLE)
+    key = server_key(VLLM_KEY_VARIABLE)
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
@@ -253,9 +254,13 @@ class ServerClient:
                 f"{self.url} refuses access. Set the environment variable {VLLM_KEY_VARIABLE} to its key."
             )
         if response.status_code == 404:
-            raise ConfigError(f"{self.url} has no {path.split('?')[0]} ({response.text[:200]}). {hint}")
+            raise ConfigError(
+                f"{self.url} has no {path.split('?')[0]} ({without_secrets(response.text)[:200]}). {hint}"
+            )
         if response.status_code not in accepted:
-            raise EngineError(f"{self.url}{path} answered {response.status_code}: {response.text[:500]}. {hint}")
+            raise EngineError(
+                f"{self.url}{path} answered {response.status_code}: {without_secrets(response.text)[:500]}. {hint}"
+            )
         return response
 
 

@@ -37,7 +37,7 @@ from arpo_trl.rollout.engines.base import Probe, SamplingParams, Turn, TurnReque
 from arpo_trl.rollout.engines.vllm.client import ATTEMPTS, ServerClient, ServerLost, headers
 from arpo_trl.rollout.engines.vllm.turns import Draft, Segment, SegmentRequest, StopFinder, sampling_params
 from arpo_trl.rollout.engines.vllm.weights import ServedWeights
-from arpo_trl.visible import get_logger
+from arpo_trl.visible import get_logger, without_secrets
 
 logger = get_logger(__name__)  # not accelerate's: any rank may log that a server was restarted
 
@@ -235,7 +235,7 @@ class VLLMServerEngine:
             if response.status_code == 200:
                 server.answered = True
                 return _read(response, url, version)
-            problem = f"{response.status_code}: {response.text[:300]}"
+            problem = f"{response.status_code}: {without_secrets(response.text)[:300]}"
             # 404: the adapter was lost in a restart. Other errors below 500 are permanent.
             if response.status_code < 500 and response.status_code != 404:
                 break

@@ -8,12 +8,14 @@ restart.
 
 from __future__ import annotations
 
+import re
 import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -275,8 +277,8 @@ class DiskTransfer:
     """Moves weights through a folder that trainer and servers share. Needs no GPU. The run survives a server's
     restart.
 
-    If the model is a LoRA adapter on a frozen base and every server supports adapters of its rank, only the adapter is
-    written. Otherwise the whole model is written, with adapters merged.
+    If every server loads the model's adapter as it is (`is_plain_adapter`), only the adapter is written. Otherwise the
+    whole model is written, with adapters merged.
     """
 
     def __init__(
@@ -324,7 +326,7 @@ class DiskTransfer:
         except (OSError, SafetensorError) as error:  # sent to all ranks, which would otherwise wait for this one
             return f"{type(error).__name__}: {error}"
         for old in self._folder.glob("arpo-*"):
-            if old.name != version:
+            if old.name != version and re.fullmatch(r"arpo-[0-9a-f]+-\d+", old.name):
                 shutil.rmtree(old, ignore_errors=True)
         return None
 
@@ -415,21 +417,28 @@ def write_shards(folder: Path, named: Iterable[tuple[str, torch.Tensor]], dtype:
         flush()
 
 
-_NOT_SERVED = (
-    *("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices", "lora_bias"),
-    "layer_replication",
+_SERVED = frozenset(
+    "r lora_alpha lora_dropout use_rslora target_modules exclude_modules layers_to_transform layers_pattern task_type "
+    "inference_mode base_model_name_or_path revision auto_mapping peft_type peft_version fan_in_fan_out".split()
 )
-"""Settings of a LoRA adapter that vLLM does not support."""
+"""The settings of a LoRA adapter that may have any value: vLLM reads them, or they do not change the result."""
 
 
 def is_plain_adapter(model: Any, facts: Sequence[ServerFacts]) -> bool:
-    """Whether the model is one LoRA adapter that all servers load as it is, on a frozen base.
+    """Whether the model is one LoRA adapter that all servers load as it is, on an unchanged base.
 
     vLLM applies one rank and one scaling to all modules.
     """
     if not is_peft_model(model) or len(model.peft_config) != 1:
         return False
     config = next(iter(model.peft_config.values()))
-    if config.peft_type != "LORA" or config.bias != "none" or any(getattr(config, name, None) for name in _NOT_SERVED):
+    keeps_base = config.peft_type == "LORA" and config.init_lora_weights in (True, False, "gaussian")
+    if not keeps_base:
+        return False
+    usual = type(config)()
+    others = [field.name for field in fields(config) if field.name not in _SERVED | {"init_lora_weights"}]
+    if any(getattr(config, name) not in (getattr(usual, name), None, {}) for name in others):
+        return False
+    if any(parameter.requires_grad and "lora_" not in name for name, parameter in model.named_parameters()):
         return False
     return all(fact.max_lora_rank is not None and config.r <= fact.max_lora_rank for fact in facts)
