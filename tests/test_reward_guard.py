@@ -1,8 +1,11 @@
 import asyncio
 import math
 from contextlib import nullcontext
+from datetime import datetime
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,6 +58,53 @@ def test_an_error_before_an_async_function_awaits_names_the_function():
     interrupts = SimpleNamespace(told=None, raising=nullcontext)
     with pytest.raises(RewardError, match="scores"):
         asyncio.run(checked_reward(scores, interrupts)(completions=["x"]))
+
+
+@pytest.mark.parametrize(
+    ("values", "logged"),
+    [
+        ([np.float32(0.5), torch.tensor(2)], [0.5, 2]),
+        ([np.str_("a"), None], ["a", None]),
+        ([datetime(2026, 1, 2), Path("x")], ["2026-01-02 00:00:00", "x"]),
+        ([1, "b"], ["1", "b"]),
+        ([["a"], ["b"]], [["a"], ["b"]]),
+        (np.array([1, 2]), [1, 2]),
+    ],
+)
+def test_columns_of_log_extra_become_plain_data_that_a_checkpoint_and_a_table_can_hold(values, logged):
+    def reward(completions, log_extra):
+        log_extra("seen", values)
+        return [0.0, 0.0]
+
+    found = {}
+    interrupts = SimpleNamespace(told=None, raising=nullcontext)
+    checked_reward(reward, interrupts)(completions=["x", "y"], log_extra=found.__setitem__)
+    assert found == {"seen": logged} and [type(value) for value in found["seen"]] == [type(each) for each in logged]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda log_metric, log_extra: log_metric("m", "text"),
+            "'reward' logged 'text' as the metric 'm'; expected a nu",
+        ),
+        (
+            lambda log_metric, log_extra: log_extra("c", [1]),
+            "'reward' passed 1 values to log_extra for the column 'c' a",
+        ),
+        (lambda log_metric, log_extra: log_extra("c", "ab"), "'reward' passed 'ab' to log_extra"),
+    ],
+)
+def test_a_wrong_log_names_the_reward_function(call, message):
+    def reward(completions, log_metric, log_extra):
+        call(log_metric, log_extra)
+        return [0.0, 0.0]
+
+    interrupts = SimpleNamespace(told=None, raising=nullcontext)
+    functions = {"log_metric": {}.__setitem__, "log_extra": {}.__setitem__}
+    with pytest.raises(RewardError, match=message):
+        checked_reward(reward, interrupts)(completions=["x", "y"], **functions)
 
 
 @pytest.mark.parametrize("first", [None, ["b"]])

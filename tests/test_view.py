@@ -390,6 +390,17 @@ def test_a_page_that_is_closed_before_its_answer_leaves_no_traceback(
     assert ask(server, "changes")["files"]
 
 
+def test_a_client_that_does_not_read_its_answer_blocks_no_other(
+    run: Path, server: ViewServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("arpo_trl.viewing.server.page", lambda *_, **__: "x" * (64 << 20))  # more than a socket holds
+    with socket.create_connection(server.server_address[:2]) as slow:
+        slow.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        assert slow.recv(1)
+        assert ask(server, "changes")["files"]
+        assert ask(server, f"changes?after={'9' * 5000}")["files"]
+
+
 def test_the_server_answers_this_machine_only_and_tells_errors(run: Path, server: ViewServer) -> None:
     assert server.server_address[0] == "127.0.0.1"
     with pytest.raises(urllib.error.HTTPError, match="403"):

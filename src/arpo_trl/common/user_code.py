@@ -7,10 +7,10 @@ from collections.abc import Awaitable
 from typing import Any
 
 
-def text_of(error: BaseException) -> str:
-    """Return the text of an exception. Its class may be the user's, and fail to make one."""
+def text_of(value: object) -> str:
+    """Return the text of an exception or another object. Its class may be the user's, and fail to make one."""
     try:
-        return str.__str__(str(error))  # a class may also return a subclass of str
+        return str.__str__(str(value))  # a class may also return a subclass of str
     except KeyboardInterrupt:
         raise
     except BaseException:

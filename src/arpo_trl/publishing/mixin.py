@@ -132,7 +132,8 @@ class Publishing(GRPOTrainer):
         model, run, repo_id = Path(checkpoint_folder), Path(self.args.output_dir), str(self.hub_model_id)
         places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: model.name}
         checkpoint = (model, places[strategy]) if strategy in places else None
-        self._push.wait()
+        if not self._push.wait(self._is_interrupted):
+            return
         try:
             snapshot = Snapshot(run=run, model=model, checkpoint=checkpoint)
         except HubError as error:
@@ -152,7 +153,11 @@ class Publishing(GRPOTrainer):
         if self.args.push_to_hub and HubStrategy(self.args.hub_strategy) is not HubStrategy.END:
             self.save_model(_internal_call=True)
         if hasattr(self, "_push"):
-            self._push.wait()
+            self._push.wait(self._is_interrupted)
+
+    def _is_interrupted(self) -> bool:
+        interrupts = getattr(self, "_interrupts", None)  # a trainer of demonstrations has none
+        return interrupts is not None and interrupts.told is not None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Also saves the settings of the run beside each saved model. So a checkpoint, or a copy of it, is evaluated,

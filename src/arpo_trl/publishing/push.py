@@ -340,6 +340,9 @@ def push_run(
     return urls
 
 
+_JOIN_S = 0.2
+
+
 class BackgroundPush:
     """Runs one push at a time on a daemon thread. A failure is logged as a warning."""
 
@@ -361,6 +364,8 @@ class BackgroundPush:
         self._thread = threading.Thread(target=run, name="arpo-push", daemon=True)
         self._thread.start()
 
-    def wait(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
+    def wait(self, stops: Callable[[], bool] = lambda: False) -> bool:
+        """Waits for the current push, until `stops` returns True. Returns whether no push is running."""
+        while self._thread is not None and self.is_running and not stops():
+            self._thread.join(_JOIN_S)
+        return not self.is_running

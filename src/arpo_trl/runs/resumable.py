@@ -333,10 +333,10 @@ class Resumable(GRPOTrainer):
             only_model, self.args.save_only_model = self.args.save_only_model, False
             self._save_checkpoint(self.model_wrapped, None)
             self.args.save_only_model = only_model
-        return (
-            f"{told} Step {step} is saved in {self._checkpoints.place(step)}. To resume, run the same command with "
-            "--resume_from_checkpoint true."
-        )
+        saved = f"{told} Step {step} is saved in {self._checkpoints.place(step)}."
+        if self.args.sync_ref_model:
+            return f"{saved} A run with sync_ref_model cannot resume; use its weights in a new run."
+        return f"{saved} To resume, run the same command with --resume_from_checkpoint true."
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOTrainer
 
+from arpo_trl.common.full_disk import full_disk_message, is_full_disk
 from arpo_trl.common.spans import Spans
 from arpo_trl.config import ARPOConfig
 from arpo_trl.errors import ConfigError
@@ -55,6 +56,12 @@ class Reporting(GRPOTrainer):
         self.num_completions_to_print = 0  # TRL prints none
         try:
             super().log(logs, start_time)
+        except Exception as error:
+            if not is_full_disk(error):
+                raise
+            logger.warning(
+                f"{full_disk_message(error)} Metrics or completions of this step are lost; training continues."
+            )
         finally:
             self.num_completions_to_print = number
         if self.accelerator.is_main_process and self.log_completions and self._logs["prompt"]:

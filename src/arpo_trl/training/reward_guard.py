@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 import math
 import os
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any, SupportsFloat
@@ -59,8 +60,9 @@ def checked_reward(function: Any, interrupts: Interrupts) -> Any:
             given, rows = _with_environment({"completions": completions, **columns}, reads_environments)
             if not rows:
                 return [None] * len(completions)
+            logging = _checked_logs(given, wrapper.__name__, rows, len(completions))
             with _told(function, wrapper.__name__):
-                made = function(**select(given, wrapper.__name__))
+                made = function(**select({**given, **logging}, wrapper.__name__))
             # Not on TRL's loop, which a SystemExit in a task of the function would end.
             running = _loop().start(outcome_of(made))
             while not (await asyncio.wait([asyncio.wrap_future(running)], timeout=REWARD_POLL_S))[0]:
@@ -80,9 +82,10 @@ def checked_reward(function: Any, interrupts: Interrupts) -> Any:
             given, rows = _with_environment({"completions": completions, **columns}, reads_environments)
             if not rows:
                 return [None] * len(completions)
+            logging = _checked_logs(given, wrapper.__name__, rows, len(completions))
             try:
                 with _told(function, wrapper.__name__), interrupts.raising():
-                    rewards = function(**select(given, wrapper.__name__))
+                    rewards = function(**select({**given, **logging}, wrapper.__name__))
             except Interrupted:
                 return [0.0] * len(completions)
             return _spread(_checked(rewards, wrapper.__name__, len(rows)), rows, len(completions))
@@ -222,6 +225,47 @@ def _spread(rewards: Any, rows: Sequence[int], count: int) -> Any:
 
 _VAR_KEYWORD, _VAR_POSITIONAL = inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL
 _EMPTY = inspect.Parameter.empty
+
+
+def _checked_logs(given: Mapping[str, Any], name: str, rows: Sequence[int], count: int) -> dict[str, Any]:
+    """TRL's `log_metric` and `log_extra`, with checks that name the reward function `name`.
+
+    Checkpoints and tables of completions contain the columns of `log_extra`, so their values become plain data.
+    """
+
+    def log_metric(metric: str, value: Any) -> None:
+        if (number := _number(value)) is None:
+            raise RewardError(
+                f"The reward function {name!r} logged {repr(value)[:80]} as the metric {metric!r}; expected a number."
+            )
+        given["log_metric"](metric, number)
+
+    def log_extra(column: str, values: Any) -> None:
+        listed = (
+            list(values) if isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping) else None
+        )
+        if listed is None or len(listed) != len(rows):
+            got = repr(values)[:80] if listed is None else f"{len(listed)} values"
+            raise RewardError(
+                f"The reward function {name!r} passed {got} to log_extra for the column {column!r} and {len(rows)} "
+                "completions; expected a list with one value per completion."
+            )
+        given["log_extra"](column, _spread(_plain_column(listed), rows, count))
+
+    own = {"log_metric": log_metric, "log_extra": log_extra}
+    return {key: function for key, function in own.items() if key in given}
+
+
+def _plain_column(values: Sequence[Any]) -> list[Any]:
+    """The values as plain data of one type and None; as texts if they are something else."""
+    plain = [value.item() if getattr(value, "ndim", None) == 0 else value for value in values]
+    known = [value for value in plain if value is not None]
+    for kind in ((bool,), (int, float), (str,), (list,), (dict,)):
+        if all(type(value) in kind for value in known):
+            with suppress(TypeError, ValueError, RecursionError):  # not JSON
+                json.dumps(known)
+                return plain
+    return [value if value is None else text_of(value) for value in plain]
 
 
 def _checked(rewards: Any, name: str, count: int) -> Any:

@@ -48,6 +48,8 @@ class ViewServer(http.server.ThreadingHTTPServer):
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     server: ViewServer
+    timeout = 30
+    """Seconds after which a client that does not read its answer is left."""
 
     def do_GET(self) -> None:
         # A page of another site whose name resolves to 127.0.0.1 must not read the run. Its requests name that site.
@@ -57,17 +59,20 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         try:
             with self.server.lock:
                 self.server.reader.refresh()
-                if url.path == "/":
-                    text = page(self.server.reader, live=True, max_leaves=self.server.max_leaves)
-                    return self._answer(200, "text/html; charset=utf-8", text)
-                if url.path == "/changes":
-                    asked = urllib.parse.parse_qs(url.query).get("after", ["0"])[0]
-                    after = int(asked) if asked.isdecimal() else 0
-                    changed = changes(self.server.reader, after, self.server.max_leaves)
-                    return self._answer(200, "application/json", as_json(changed))
-        except ArpoError as error:  # a broken trainer_state.json; the run may replace it
-            return self._answer(500, "application/json", json.dumps({"error": str(error)}))
-        self._answer(404, "text/plain", "There is nothing here.")
+                answer = self._content(url)
+        except (ArpoError, ValueError, OverflowError, OSError) as error:  # a broken file; the run may replace it
+            answer = 500, "application/json", json.dumps({"error": str(error)})
+        self._answer(*answer)  # without the lock: a client may read slowly
+
+    def _content(self, url: urllib.parse.SplitResult) -> tuple[int, str, str]:
+        reader, most = self.server.reader, self.server.max_leaves
+        if url.path == "/":
+            return 200, "text/html; charset=utf-8", page(reader, live=True, max_leaves=most)
+        if url.path == "/changes":
+            asked = urllib.parse.parse_qs(url.query).get("after", ["0"])[0]
+            after = int(asked) if asked.isdecimal() and len(asked) < 20 else 0
+            return 200, "application/json", as_json(changes(reader, after, most))
+        return 404, "text/plain", "There is nothing here."
 
     def _answer(self, status: int, kind: str, text: str) -> None:
         body = text.encode("utf-8")

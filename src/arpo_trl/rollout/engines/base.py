@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Protocol, runtime_checkable
 
+from arpo_trl.common.user_files import shown
 from arpo_trl.errors import ConfigError, EngineError
 
 
@@ -208,10 +209,10 @@ def check_turn(turn: Turn, engine: Engine, vocabulary: Callable[[], Mapping[str,
             f"{name} returned a turn of {count} tokens with {len(turn.entropies)} entropies; expected at most one "
             "entropy per sampled token."
         )
-    if turn.versions and len(turn.versions) != count:
+    if turn.versions and (len(turn.versions) != count or not all(type(version) is int for version in turn.versions)):
         raise EngineError(
-            f"{name} returned a turn of {count} tokens with {len(turn.versions)} versions; expected none, or one "
-            "version per sampled token."
+            f"{name} returned a turn of {count} tokens with the versions {shown(list(turn.versions))}; expected "
+            "none, or one step per sampled token."
         )
 
 
