@@ -371,10 +371,19 @@ def test_the_example_of_the_docstring_works():
         (([0.0, 0.0], None), r"returned advantages of type list; expected a tensor of shape \(2, 5\)"),
         (
             (torch.tensor([0.0, math.nan]), None),
-            "returned advantages that are not finite, such as nan for leaf 1 of 2",
+            "returned advantages that are not finite or exceed .*, such as nan for leaf 1 of 2",
         ),
-        ((torch.full((2, 5), math.inf), None), "returned advantages that are not finite, such as inf for leaf 0"),
-        ((torch.zeros(2), torch.full((2, 5), math.nan)), "returned weights that are not finite, such as nan"),
+        (
+            (torch.full((2, 5), math.inf), None),
+            "returned advantages that are not finite or exceed .*, such as inf for leaf 0",
+        ),
+        (
+            (torch.zeros(2), torch.full((2, 5), math.nan)),
+            "returned weights that are not finite or exceed .*, such as nan",
+        ),
+        ((torch.full((2, 5), 1e38), None), "returned advantages that are not finite or exceed 1e.18, such as 9.9"),
+        ((torch.zeros(2, dtype=torch.complex64), None), "returned advantages of torch.complex64 and torch.strided"),
+        ((torch.zeros(2), torch.ones(2, 5)), "returned weights, but `weighs` of its class is False"),
         ((torch.zeros(2), torch.ones(2)), r"returned weights of shape \(2,\); expected"),
     ],
 )

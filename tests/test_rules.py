@@ -466,6 +466,8 @@ def test_numbers_of_numpy_and_torch_become_pythons():
     [
         ({"mine": "high"}, "The metric 'mine' of the branch rule 'measuring' is 'high'; expected a number"),
         ({"tree/leaves": 1.0}, "'measuring' has a metric 'tree/leaves', which is one of the package's"),
+        ([1.0], r"'measuring' returned \[1.0\] from `metrics`; expected numbers by name"),
+        ({1: 1.0}, "'measuring' returned {1: 1.0} from `metrics`"),
     ],
 )
 def test_a_metric_that_cannot_be_logged_is_an_error_with_the_rules_name(metrics, message):
@@ -480,6 +482,16 @@ def test_a_metric_that_cannot_be_logged_is_an_error_with_the_rules_name(metrics,
     trainer = SimpleNamespace(tree_sampler=SimpleNamespace(settings=SimpleNamespace(rule=Measuring())))
     with pytest.raises(ConfigError, match=message):
         Reporting._learn(trainer, [], [], tally)
+
+
+@pytest.mark.parametrize(("method", "given"), [("wants", None), ("wants", -1), ("wants", 1.5), ("decide", None)])
+def test_an_answer_of_another_type_names_the_rule_and_its_method(method, given):
+    class Odd(Random):
+        name = "odd"
+
+    setattr(Odd, method, lambda *_: given)
+    with pytest.raises(ConfigError, match=rf"'odd' returned .*{given}.* from `{method}`; expected"):
+        Scripted(two_searches, leaves=2, at_root=1, rule=Odd(branch_probability=1.0))()
 
 
 def test_a_state_that_no_checkpoint_could_give_back_is_an_error():

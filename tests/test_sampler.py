@@ -752,7 +752,7 @@ def test_a_failed_or_faulty_event_ends_a_batch(event, message):
         ({"logprobs": None}, "a turn whose logprobs are a NoneType; expected a list"),
         ({"logprobs": [-0.5]}, "a turn of 2 tokens with 1 logprobs; expected one logprob per sampled token"),
         ({"entropies": [0.5] * 3}, "a turn of 2 tokens with 3 entropies; expected at most one"),
-        ({"versions": [1]}, "a turn of 2 tokens with 1 versions; expected none, or one"),
+        ({"versions": [1]}, "a turn of 2 tokens with the versions .1.; expected none, or one"),
         ({"ids": [5] * 99, "logprobs": [-0.5] * 99}, "a turn of 99 tokens; the request had max_tokens 50"),
     ],
 )

@@ -47,7 +47,12 @@ def checked_decisions(
     Raises:
         ConfigError: A decision is not valid, or together they grant more leaves than remain.
     """
-    decided = _with_budget_kept(lambda: list(rule.decide(candidates, context)), rule, context)
+    decided: Any = _with_budget_kept(lambda: rule.decide(candidates, context), rule, context)
+    if not isinstance(decided, Iterable):
+        raise ConfigError(
+            f"The branch rule {rule.name!r} returned {decided!r} from `decide`; expected one BranchDecision for each "
+            f"of {len(candidates)} observations."
+        )
     decisions = [_plain(decision, rule) for decision in decided]
     granted = [decision.granted for decision in decisions]
     if len(granted) != len(candidates) or min(granted, default=0) < 0 or sum(granted) > context.remaining:

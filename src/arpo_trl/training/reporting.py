@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -59,9 +59,7 @@ class Reporting(GRPOTrainer):
         except Exception as error:
             if not is_full_disk(error):
                 raise
-            logger.warning(
-                f"{full_disk_message(error)} Metrics or completions of this step are lost; training continues."
-            )
+            logger.warning(f"{full_disk_message(error)} Logs of this step are incomplete. Training continues.")
         finally:
             self.num_completions_to_print = number
         if self.accelerator.is_main_process and self.log_completions and self._logs["prompt"]:
@@ -81,7 +79,12 @@ class Reporting(GRPOTrainer):
         rule = self.tree_sampler.settings.rule
         if rule.learns:
             rule.learn(gather_object([rule.lesson(trees, rewards)]))
-        for name, value in rule.metrics().items():
+        metrics: Any = rule.metrics()
+        if not isinstance(metrics, Mapping) or not all(isinstance(name, str) for name in metrics):
+            raise ConfigError(
+                f"The branch rule {rule.name!r} returned {metrics!r} from `metrics`; expected numbers by name."
+            )
+        for name, value in metrics.items():
             if name in tally.sums or name in tally.totals:
                 raise ConfigError(
                     f"The branch rule {rule.name!r} has a metric {name!r}, which is one of the package's."

@@ -105,6 +105,11 @@ def attribute(
         made = _padded(made, trees, advantages, width, f"The credit {credit.name!r} returned advantages", flat=True)
     if weights is not None:
         weights = _padded(weights, trees, advantages, width, f"The credit {credit.name!r} returned weights")
+        if not credit.weighs:
+            raise ConfigError(
+                f"The credit {credit.name!r} returned weights, but `weighs` of its class is False, so the loss would "
+                "count its tokens wrongly. Set `weighs = True`."
+            )
     return made, weights
 
 
@@ -127,15 +132,17 @@ def _padded(
             f"{subject} of shape {tuple(values.shape)}; expected (leaves, tokens of the longest leaf) = {expected}. "
             "Return tensors of the shape of `token_nodes(trees)`."
         )
+    if values.is_complex() or values.layout != torch.strided:
+        raise ConfigError(f"{subject} of {values.dtype} and {values.layout}; expected a dense tensor of real numbers.")
     values = values.detach()
     each = values if values.dim() == 2 else values.unsqueeze(1)
     is_token = torch.arange(each.size(1), device=each.device) < torch.tensor(lengths, device=each.device).unsqueeze(1)
-    wrong = ~each.isfinite() & is_token & advantages.isfinite().to(each.device).unsqueeze(1)
+    wrong = ~(each.double().abs() <= LARGEST) & is_token & advantages.isfinite().to(each.device).unsqueeze(1)
     if wrong.any():
         row = int(wrong.any(dim=1).nonzero()[0])
         raise ConfigError(
-            f"{subject} that are not finite, such as {float(each[row][wrong[row]][0])} for leaf {row} of "
-            f"{len(lengths)}. An update with them would destroy the model."
+            f"{subject} that are not finite or exceed {LARGEST:.0e}, such as {float(each[row][wrong[row]][0])} for "
+            f"leaf {row} of {len(lengths)}. An update with them would destroy the model."
         )
     return values if values.dim() == 1 else torch.nn.functional.pad(values, (0, width - values.size(1)))
 
@@ -275,6 +282,8 @@ def mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
+LARGEST = 1e18
+"""The largest advantage or weight. Its square is a float32 number."""
 ROUNDING = 1e-6
 """The relative difference of rewards, sums of a few float32 numbers, that counts as rounding."""
 

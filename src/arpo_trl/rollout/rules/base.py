@@ -266,6 +266,10 @@ class BranchRule(ABC):
         """
         judged = self.judged(candidates, context)
         wanted = [self.wants(*pair, context) for pair in zip(candidates, judged, strict=True)]
+        if wanted and not _are_whole(wanted, 0, math.inf):
+            raise ConfigError(
+                f"The branch rule {self.name!r} returned {wanted!r} from `wants`; expected whole numbers, at least 0."
+            )
         return grant(judged, wanted, [decision.delta or 0.0 for decision in judged], context.remaining)
 
     def supply(self, live: Iterable[LivePath], context: BranchContext) -> int:
