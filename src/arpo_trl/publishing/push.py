@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, get_token, set_client_factory
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import _http as hub_client
 
 from arpo_trl.common.files import write_whole
@@ -67,6 +67,11 @@ def prepare_repo(
         # `create_repo` succeeds for an existing repository even without write access.
         _retried(lambda: api.auth_check(repo_id, repo_type=kind, write=True))
         return repo_id
+    except HFValidationError as error:
+        raise ConfigError(
+            f"{setting} requires the {kind} repository {name!r}, which is no valid id ({str(error).rstrip('.')}). Set "
+            f"{setting} to letters, digits, '-', '_' and '.', such as me/my-policy."
+        ) from None
     except Exception as error:  # after any error of the client the run must not start
         raise ConfigError(
             f"{setting} requires the {kind} repository {name!r}, but {reason_of(error)}. Set HF_TOKEN to a token with "
@@ -161,7 +166,7 @@ class Snapshot:
     def __init__(
         self, *, run: Path, model: Path, checkpoint: tuple[Path, str] | None = None, card: Card | None = None
     ) -> None:
-        self.run = run
+        self.run, self.model = run, model
         try:
             self.folder = Path(tempfile.mkdtemp(prefix=".push-", dir=run))
             self._fill(model, checkpoint)
@@ -247,7 +252,7 @@ def push_snapshot(
     """Pushes the snapshot, removes it, and returns the commit.
 
     Raises:
-        HubError: The push failed. The message gives the command to push later.
+        HubError: The push failed. For a finished run, the message gives the command to push later.
     """
     run = snapshot.run
     try:
@@ -260,11 +265,12 @@ def push_snapshot(
             )
     except ArpoError:
         raise
-    except Exception as error:  # any error of the client; the run is complete on disk
-        raise HubError(
-            f"Pushing to {repo_id} failed: {reason_of(error)}. The run is complete in {run}; push it later with: "
-            f"arpo-trl push {shlex.quote(str(run))} --repo {shlex.quote(repo_id)}"
-        ) from None
+    except Exception as error:  # any error of the client; everything is on disk
+        kept = f"The files are in {snapshot.model}."
+        if snapshot.model == run:
+            command = f"arpo-trl push {shlex.quote(str(run))} --repo {shlex.quote(repo_id)}"
+            kept = f"The run is complete in {run}; push it later with: {command}"
+        raise HubError(f"Pushing to {repo_id} failed: {reason_of(error)}. {kept}") from None
 
 
 def push_trajectories(repo_id: str, run: Path, token: str | None = None) -> Any:
