@@ -121,7 +121,8 @@ class PathState(ABC):
         """Prepare the state before the path's first turn. Runs in a thread of the tools."""
 
     def opened(self, failure: ToolFailure | None, text: str) -> bool:
-        """Whether the path may start. If not, the path is dropped. Runs in the sampling thread, after `open`.
+        """Whether the path may start. If not, another path replaces a branch, and for a path from the root the rollout
+        fails. Runs in the sampling thread, after `open`.
 
         Args:
             failure: None: `open` returned. Otherwise it raised, or missed its deadline and may still be running.
