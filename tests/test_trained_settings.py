@@ -15,7 +15,7 @@ from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.command_line import parse_settings
 from arpo_trl.commands import ask
 from arpo_trl.common.settings import ToolLimits
-from arpo_trl.data.prompts import SYSTEM_PROMPTS
+from arpo_trl.data.prompts import SYSTEM_PROMPTS, tags_system_prompt
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.evaluation.command import evaluate
 from arpo_trl.evaluation.parsing import parse_evaluation
@@ -23,7 +23,7 @@ from arpo_trl.evaluation.settings import EvalSettings
 from arpo_trl.publishing.model_card import Card, describe
 from arpo_trl.publishing.trained_settings import CONFIG_NAME, LEFT_OUT, TAKEN, EvaluationSettings
 from arpo_trl.rollout.protocols.tags import TagProtocol
-from arpo_trl.tools.builtin import ToolArguments
+from arpo_trl.tools.builtin import ToolArguments, build_tools
 from support import ON_CPU, save_tiny_model, script
 
 TRAINED = {
@@ -155,15 +155,19 @@ def rows_with(system: list[str | None]) -> Dataset:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("row", "flag", "system"),
+    ("row", "flag", "has_system"),
     [
-        ({"question": "what is 1"}, "reasoning", SYSTEM_PROMPTS["reasoning"]),  # which training gives to such rows
-        ({"prompt": [{"role": "user", "content": "what is 1"}]}, "''", None),
-        (None, None, SYSTEM_PROMPTS["reasoning"]),
+        (
+            {"question": "what is 1"},
+            "'Solve the task step by step.",
+            True,
+        ),  # training describes the tools to such rows
+        ({"prompt": [{"role": "user", "content": "what is 1"}]}, "''", False),
+        (None, None, True),
     ],
 )
 def test_a_question_is_asked_with_the_prompt_of_training_and_evaluation(
-    tmp_path, monkeypatch, capsys, row, flag, system
+    tmp_path, monkeypatch, capsys, row, flag, has_system
 ):
     models = [save_tiny_model(tmp_path / "model")]
     if row is not None:
@@ -181,7 +185,8 @@ def test_a_question_is_asked_with_the_prompt_of_training_and_evaluation(
     encode = TagProtocol.encode_prompt
     monkeypatch.setattr(TagProtocol, "encode_prompt", lambda self, given: prompts.append(given) or encode(self, given))
     question = [{"role": "user", "content": "what is 2"}]
-    expected = question if system is None else [{"role": "system", "content": system}, *question]
+    system = tags_system_prompt(build_tools(ToolArguments(["python"])))
+    expected = [{"role": "system", "content": system}, *question] if has_system else question
     (tmp_path / "asked.jsonl").write_text('{"question": "what is 2", "answer": "2", "task": "math"}')
     for model in models:
         capsys.readouterr()
