@@ -15,7 +15,7 @@ from trl import GRPOConfig
 
 from arpo_trl.common.build_locks import remove_left_build_locks
 from arpo_trl.common.devices import has_accelerator
-from arpo_trl.common.settings import Range, ToolLimits, check_fields, described
+from arpo_trl.common.settings import Range, ToolLimits, changed, check_fields, described
 from arpo_trl.common.user_files import expect, read_json
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.net.addresses import check_server_url
@@ -529,15 +529,11 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         one = self.vllm_server_base_url or f"http://{self.vllm_server_host}:{self.vllm_server_port}"
         return self.vllm_server_urls or [one]
 
-    def _is_changed(self, setting: str) -> bool:
-        """Whether a setting differs from its default."""
-        return any(f.name == setting and f.default != getattr(self, setting) for f in fields(self))
-
     @property
     def unread(self) -> list[str]:
         """The changed settings of branch rules that `branch_rule` does not read."""
         rule = {setting.name for setting in fields(self.make_branch_rule())}
-        return [setting for setting in _OF_RULES if self._is_changed(setting) and setting not in rule]
+        return [setting for setting in changed(self) if setting in _OF_RULES and setting not in rule]
 
     def _check_paths(self) -> None:
         """Checks N against M, the names of branch rule and credit, and that there is an output_dir."""
@@ -596,7 +592,7 @@ class ARPOConfig(ToolLimits, GRPOConfig):
                 f"score_norm_cap is {self.score_norm_cap}, but advantage_baseline is {self.advantage_baseline!r}, "
                 "which has no weights. Set advantage_baseline: score_norm, or unset score_norm_cap."
             )
-        if self._is_changed("running_baseline_decay") and self.advantage_baseline != AdvantageBaseline.RUNNING:
+        if "running_baseline_decay" in changed(self) and self.advantage_baseline != AdvantageBaseline.RUNNING:
             raise ConfigError(
                 f"running_baseline_decay is {self.running_baseline_decay}, but advantage_baseline is "
                 f"{self.advantage_baseline!r}, which is no moving average. Set advantage_baseline: running, or unset "

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from datetime import date
 from enum import Enum
 from numbers import Integral, Real
@@ -102,6 +102,15 @@ def described(
     if names := [str(name) for name in choices]:
         made |= {"choices": names, "metavar": f"{{{','.join(names)}}}"}
     return _Metadata(made)
+
+
+def changed(settings: Any) -> list[str]:
+    """The names of the fields of a dataclass that differ from their defaults, in their order."""
+
+    def default(setting: Field[Any]) -> Any:
+        return setting.default if setting.default_factory is MISSING else setting.default_factory()
+
+    return [setting.name for setting in fields(settings) if getattr(settings, setting.name) != default(setting)]
 
 
 def check_fields(settings: Any, inherited: Mapping[str, Mapping[str, Any]] | None = None) -> None:

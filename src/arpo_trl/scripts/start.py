@@ -7,7 +7,6 @@ import os
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig
 
 from arpo_trl.common.full_disk import as_free_space, is_full_disk
-from arpo_trl.common.settings import Range, check_fields
+from arpo_trl.common.settings import Range, changed, check_fields
 from arpo_trl.errors import ArpoError, CheckpointError, ConfigError
 from arpo_trl.runs.output_folder import remove_earlier_run
 from arpo_trl.visible import get_logger
@@ -68,11 +67,7 @@ def required_model(model_config: ModelConfig) -> str:
     if not isinstance(name, str):
         raise ConfigError(f"model_name_or_path is {name!r}; {expected}")
     check_fields(model_config, MODEL_SETTINGS)
-    unused = [
-        setting.name
-        for setting in fields(model_config)
-        if setting.name.startswith("lora_") and getattr(model_config, setting.name) != setting.default
-    ]
+    unused = [setting for setting in changed(model_config) if setting.startswith("lora_")]
     if unused and not model_config.use_peft and os.environ.get("RANK", "0") == "0":
         logger.warning(
             f"{' and '.join(unused)} {'are' if len(unused) > 1 else 'is'} set, but use_peft is not, so all weights "

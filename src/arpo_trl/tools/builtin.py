@@ -6,11 +6,11 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from arpo_trl.common.imports import is_import_path, load_callable
-from arpo_trl.common.settings import check_fields, described
+from arpo_trl.common.settings import changed, check_fields, described
 from arpo_trl.errors import ConfigError
 from arpo_trl.tools.python.local import ISOLATIONS, python_tool
 from arpo_trl.tools.python.remote import remote_python_tool
@@ -204,11 +204,10 @@ def build_tools(arguments: ToolArguments, *, run: str = "default") -> list[Calla
 
 def _unread(arguments: ToolArguments) -> Iterator[tuple[str, str]]:
     """Yield the changed settings of built-in tools that are not offered, with the tool."""
-    for setting in fields(arguments):
-        tool = setting.name.partition("_")[0]
-        default = setting.default_factory() if callable(setting.default_factory) else setting.default
-        if tool in BUILT_IN and tool not in arguments.tools and getattr(arguments, setting.name) != default:
-            yield tool, setting.name
+    for name in changed(arguments):
+        tool = name.partition("_")[0]
+        if tool in BUILT_IN and tool not in arguments.tools:
+            yield tool, name
 
 
 def _build_search(arguments: ToolArguments, run: str) -> Callable[..., Any]:

@@ -56,7 +56,7 @@ class Reporting(GRPOTrainer):
         self.num_completions_to_print = 0  # TRL prints none
         try:
             super().log(logs, start_time)
-        except Exception as error:
+        except Exception as error:  # pyarrow and trackers raise different errors for a full disk
             if not is_full_disk(error):
                 raise
             logger.warning(f"{full_disk_message(error)} Logs of this step are incomplete. Training continues.")

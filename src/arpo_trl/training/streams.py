@@ -29,7 +29,7 @@ def checked_stream(dataset: Any, *, needs_prompt: bool) -> Any:
     return dataset.map(checked, with_indices=True) if isinstance(dataset, IterableDataset) else dataset
 
 
-class WholeStream(TorchIterableDataset):  # type: ignore[type-arg]
+class WholeStream(TorchIterableDataset[Any]):
     """A stream that every rank reads as a whole. accelerate deals its batches to the ranks in turn.
 
     A `datasets.IterableDataset` with a shard for each rank would be split by shards instead. But TRL repeats rows for

@@ -29,10 +29,6 @@ _COVERS = {
 }
 
 
-_OF_PARENT: list[Worker] = []
-"""In a fork, the workers of its parent. They are kept: the destructor of their process would wait for its end."""
-
-
 class PythonTool:
     """Runs code in at most `max_workers` workers at the same time. Thread-safe.
 
@@ -53,7 +49,6 @@ class PythonTool:
         self._slots = threading.BoundedSemaphore(max_workers)
         self._lock = threading.Lock()
         self._idle: dict[bool, list[Worker]] = {False: [], True: []}  # by `preload`
-        self._pid = os.getpid()
         tiers = ISOLATING if isolation == "auto" else (Tier(isolation),)
         try:
             first, self.tier = isolated_worker(limits, tiers, preload=False)
@@ -110,13 +105,13 @@ class PythonTool:
 
     def _take_idle(self, preload: bool) -> Worker | None:
         with self._lock:
-            if self._pid != os.getpid():  # in a fork of the trainer, which owns the pipes
-                self._pid = os.getpid()
-                for workers in self._idle.values():
-                    _OF_PARENT.extend(workers)
-                    workers.clear()
             workers = self._idle[preload]
-            return workers.pop() if workers else None
+            while workers:
+                worker = workers.pop()
+                if not worker.is_of_parent:
+                    return worker
+                worker.close()
+            return None
 
     def close(self) -> None:
         """Stop the idle workers. This also happens at exit and when the tool is garbage-collected."""
@@ -127,10 +122,7 @@ def _close_all(idle: dict[bool, list[Worker]], lock: threading.Lock) -> None:
     with lock:
         for workers in idle.values():
             while workers:
-                worker = workers.pop()
-                worker.close()
-                if worker.is_of_parent:
-                    _OF_PARENT.append(worker)
+                workers.pop().close()
 
 
 def stop_reason(ending: Ending, limits: Limits, earlier: Sequence[str]) -> str:

@@ -171,6 +171,10 @@ def ending_of(exit_code: int) -> Ending:
     return {python_cell.SUCCEEDED: Ending.FINISHED, python_cell.RAISED: Ending.RAISED}.get(exit_code, Ending.DIED)
 
 
+_OF_PARENT: list[Worker] = []
+"""In a fork, closed workers of its parent. They are kept: the destructor of their process would wait for its end."""
+
+
 class WorkerLost(Exception):
     """The worker has exited or does not answer. The call has no result, and the worker is closed."""
 
@@ -369,9 +373,10 @@ class Worker:
             self._ending = False
 
     def close(self) -> None:
-        """Stop the worker and its call, and remove its folder. May be called repeatedly. Does nothing in a fork of the
-        process that started the worker."""
+        """Stop the worker and its call, and remove its folder. May be called repeatedly. In a fork of the process that
+        started the worker, the worker goes on."""
         if self.is_of_parent:
+            _OF_PARENT.append(self)
             return
         process, self._process = self._process, None
         if process is not None:
