@@ -102,6 +102,13 @@ def test_the_tree_and_its_rules_are_pure() -> None:
             assert names.isdisjoint({"torch", "trl", "transformers", "vllm", "httpx"}), module
 
 
+def test_each_rule_and_each_credit_is_one_small_file() -> None:
+    rooms = [PACKAGE / "rollout" / room for room in ("rules", "credit")]
+    files = [path for room in rooms for path in room.glob("*.py") if path.stem not in ("__init__", "base")]
+    assert len(files) > 10
+    assert [path.name for path in files if len(path.read_text("utf-8").splitlines()) > 60] == []
+
+
 def test_the_documented_picture_is_the_graph() -> None:
     picture = DOCS.read_text("utf-8").split("## Packages")[1].split("\n## ")[0]
     documented = [line.split("`")[1].rstrip("/") for line in picture.splitlines() if line.startswith("| `")]

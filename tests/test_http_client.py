@@ -142,7 +142,9 @@ def test_an_answer_in_gzip_is_read() -> None:
     assert answer.body == b"iron " * 10_000
 
 
-@pytest.mark.parametrize("body", [gzip.compress(b"iron " * 9)[:-9], gzip.compress(b"a") + gzip.compress(b"b")])
+@pytest.mark.parametrize(
+    "body", [gzip.compress(b"iron " * 9)[:-9], gzip.compress(b"a") + gzip.compress(b"b")], ids=["cut", "two"]
+)
 def test_an_answer_in_gzip_of_which_a_part_would_be_lost_is_an_error(body: bytes) -> None:
     reply = Reply(body, headers={"Content-Encoding": "gzip"})
     with Loopback(lambda asked: reply) as server, pytest.raises(RequestFailed, match="broken gzip"):

@@ -13,8 +13,9 @@ from arpo_trl.config import ARPOConfig
 from arpo_trl.errors import ConfigError
 from arpo_trl.options import RolloutSchedule
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
-from arpo_trl.rollout.rules import BranchContext, BranchDecision, BranchRule, Candidate, LivePath
+from arpo_trl.rollout.rules import BranchContext, BranchDecision, BranchRule, BudgetSplit, Candidate, LivePath
 from arpo_trl.rollout.rules.aepo import AEPO
+from arpo_trl.rollout.rules.aepo_released import ReleasedAEPO
 from arpo_trl.rollout.rules.cbpo import CBPO
 from arpo_trl.rollout.rules.probability import Probability
 from arpo_trl.rollout.rules.random import Random
@@ -198,7 +199,7 @@ def test_a_logprob_that_the_engine_could_not_compute_does_not_count():
         ),
         ({"rule": "aepo", "initial_rollouts": 7}, "N = 7 first paths have ended, .* Lower initial_rollouts, or raise"),
         (
-            {"rule": "aepo", "branch_rule_kwargs": {"form": "coded"}, "entropy_weight": 0, "branch_threshold": 1},
+            {"rule": "aepo_released", "entropy_weight": 0, "branch_threshold": 1},
             "P is at most 1, and must exceed 1. Lower branch_threshold, or raise entropy_weight",
         ),
         # below one branch P is at most 1 / 2², so a path branches once
@@ -229,7 +230,7 @@ def test_aepo_with_two_leaves_advises_only_what_helps():
 @pytest.mark.parametrize(
     "values",
     [
-        {"rule": "aepo", "branch_threshold": 1, "branch_rule_kwargs": {"form": "coded"}},  # u + γ·ΔH
+        {"rule": "aepo_released", "branch_threshold": 1},  # u + γ·ΔH
         {"rule": "aepo", "max_tool_calling_iterations": 1},  # it starts further paths itself
         {"rule": "ranked", "initial_rollouts": 1, "max_tool_calling_iterations": 7},  # 1 · (1 + 7) = 8
         {"rule": "uniform", "initial_rollouts": 1, "max_tool_calling_iterations": 1},  # the root is a place
@@ -306,7 +307,7 @@ def test_cbpo_starts_with_6_of_16():
 # aepo ----------------------------------------------------------------------------------------------------------------
 
 
-def after_first_paths(rule: AEPO, coin: float = 0.5) -> Grown:
+def after_first_paths(rule: BudgetSplit, coin: float = 0.5) -> Grown:
     grown = Grown(coin=coin, remaining=15)
     assert rule.roots(1, grown) == 1
     return grown
@@ -336,9 +337,9 @@ def test_aepo_as_in_the_paper_lowers_p_with_consecutive_branches(above, delta, f
 
 
 @pytest.mark.parametrize(("coin", "fires"), [(0.53, True), (0.52, False)])
-def test_aepo_as_coded_draws(coin, fires):
+def test_aepo_as_released_draws(coin, fires):
     # two in a row: (u + .2 · .15) · .9 ≥ .5 for u ≥ .52556, so with probability .47444
-    rule = AEPO(form="coded")
+    rule = ReleasedAEPO()
     grown = after_first_paths(rule, coin)
     made = rule.judge(candidate(grown.below([1, 1]), 0.15, address=(1,)), grown)
     assert (made.fires, made.probability) == (fires, pytest.approx(1 - (0.5 / 0.9 - 0.03)))
@@ -349,33 +350,34 @@ def test_aepo_as_coded_draws(coin, fires):
 
 
 @pytest.mark.parametrize(
-    ("form", "weight", "m"),
+    ("rule", "weight", "m"),
     [
         # H_root .5, H_tool mean(1.5, 2.5) = 2 nats; ΔH' = −1.5 / ln 10 = −.65144
-        ("paper", 0.5, 7),  # 16 · σ(−.32572) = 16 · .41928 = 6.708
-        ("coded", 0.5, 7),  # ⌊6.708⌋ + 1
-        ("paper", 2.0, 3),  # 16 · σ(−1.30288) = 16 · .21367 = 3.419
-        ("coded", 2.0, 4),
-        ("paper", 0.0, 8),  # half
-        ("coded", 0.0, 9),
-        ("paper", 20.0, 0),  # at least one more starts all the same
-        ("paper", 1e6, 0),
+        (AEPO, 0.5, 7),  # 16 · σ(−.32572) = 16 · .41928 = 6.708
+        (ReleasedAEPO, 0.5, 7),  # ⌊6.708⌋ + 1
+        (AEPO, 2.0, 3),  # 16 · σ(−1.30288) = 16 · .21367 = 3.419
+        (ReleasedAEPO, 2.0, 4),
+        (AEPO, 0.0, 8),  # half
+        (ReleasedAEPO, 0.0, 9),
+        (AEPO, 20.0, 0),  # at least one more starts all the same
+        (AEPO, 1e6, 0),
     ],
 )
-def test_aepo_splits_the_leaves_by_the_entropies_of_the_first_path(form, weight, m):
+def test_aepo_splits_the_leaves_by_the_entropies_of_the_first_path(rule, weight, m):
     def measured(request, context):
         depth = request.key[-1]
         text = f"<search>{request.key}</search>" if depth < 2 else ANSWER
         return ScriptedTurn(text=text, entropies=[[0.5, 1.5, 2.5][depth]])
 
-    rule = AEPO(form=form, split_weight=weight, branch_probability=1.0, penalty=0.0, branches_per_fork=6)
-    rollout = Scripted(measured, leaves=16, at_root=1, rule=rule, vocab_size=10)()
+    alpha = {"branch_probability": 1.0} if rule is AEPO else {}
+    split = rule(split_weight=weight, penalty=0.0, branches_per_fork=6, **alpha)
+    rollout = Scripted(measured, leaves=16, at_root=1, rule=split, vocab_size=10)()
     (tree,) = rollout.trees
     assert len(tree.leaves()) == 16
     first = [node for node in tree.observations() if node.decision and node.parent == 1]
     assert [node.decision.granted for node in first] == [0]  # the first path does not branch
     assert first[0].decision.reason == "a first path, which is only measured"
-    if form == "paper":  # α = 1 fires everywhere, so that branches take all that is left
+    if rule is AEPO:  # α = 1 fires everywhere, so that branches take all that is left
         assert len(tree.root.children) == max(2, m)
         assert rollout.topups == [max(1, m - 1)]
 
@@ -390,17 +392,17 @@ def test_aepo_without_a_result_uses_half():
 def test_aepo_measures_one_path_by_default():
     assert settings("aepo").initial_rollouts == 1
     assert settings("aepo", initial_rollouts=3).initial_rollouts == 3
-    with pytest.raises(ConfigError, match=r"form is 'code'; expected one of \['paper', 'coded'\]"):
-        settings("aepo", branch_rule_kwargs={"form": "code"})
+    with pytest.raises(ConfigError, match=r"has \['form'\], but the branch rule 'aepo' has .*'penalty'"):
+        settings("aepo", branch_rule_kwargs={"form": "coded"})
 
 
 # all -----------------------------------------------------------------------------------------------------------------
 
-RULES = [Surprisal(), Uniform(rounds=2), CBPO(), AEPO(), AEPO(form="coded"), Schedule(widths=[2, 2, 2]), Schedule()]
+RULES = [Surprisal(), Uniform(rounds=2), CBPO(), AEPO(), ReleasedAEPO(), Schedule(widths=[2, 2, 2]), Schedule()]
 
 
 def named(rule: BranchRule) -> str:
-    return f"{rule.name}-{getattr(rule, 'form', '')}{getattr(rule, 'widths', '')}"
+    return f"{rule.name}-{getattr(rule, 'widths', '')}"
 
 
 def uneven(request, context):

@@ -447,12 +447,8 @@ def test_a_decision_of_another_kind_is_an_error_with_the_rules_name(returned, me
 def test_numbers_of_numpy_and_torch_become_pythons():
     class Foreign(BranchRule):
         def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
-            return BranchDecision(
-                fires=np.float64(1.0) > 0, delta=np.float32(0.5), probability=torch.tensor(0.25), entropy_nats=math.nan
-            )
-
-        def wants(self, candidate: Candidate, decision: BranchDecision, context: BranchContext) -> int:
-            return np.int64(1)
+            numbers = {"delta": np.float32(0.5), "probability": torch.tensor(0.25), "entropy_nats": math.nan}
+            return BranchDecision(fires=np.float64(1.0) > 0, granted=np.int64(1), **numbers)
 
     tree = Scripted(two_searches, leaves=2, at_root=1, rule=Foreign())().trees[0]
     (decision,) = [node.decision for node in tree.observations() if node.decision and node.decision.granted]
@@ -484,14 +480,39 @@ def test_a_metric_that_cannot_be_logged_is_an_error_with_the_rules_name(metrics,
         Reporting._learn(trainer, [], [], tally)
 
 
-@pytest.mark.parametrize(("method", "given"), [("wants", None), ("wants", -1), ("wants", 1.5), ("decide", None)])
-def test_an_answer_of_another_type_names_the_rule_and_its_method(method, given):
+@pytest.mark.parametrize("granted", [-1, 1.5, "1"])
+def test_a_number_of_branches_that_is_not_whole_names_the_rule(granted):
+    class Odd(BranchRule):
+        name = "odd"
+
+        def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
+            return BranchDecision(fires=True, granted=granted)
+
+    with pytest.raises(ConfigError, match=rf"'odd' returned `granted` .*{granted}.* from `judge`; expected whole"):
+        Scripted(two_searches, leaves=2, at_root=1, rule=Odd())()
+
+
+def test_decisions_of_another_type_name_the_rule_and_its_method():
     class Odd(Random):
         name = "odd"
 
-    setattr(Odd, method, lambda *_: given)
-    with pytest.raises(ConfigError, match=rf"'odd' returned .*{given}.* from `{method}`; expected"):
+        def decide(self, candidates: Sequence[Candidate], context: BranchContext) -> list[BranchDecision]:
+            return None
+
+    with pytest.raises(ConfigError, match="'odd' returned None from `decide`; expected"):
         Scripted(two_searches, leaves=2, at_root=1, rule=Odd(branch_probability=1.0))()
+
+
+def test_judge_may_set_the_number_of_branches():
+    class Uneven(BranchRule):
+        def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
+            return BranchDecision(fires=candidate.depth < 3, granted=2 if candidate.depth == 1 else 0)
+
+    context = BranchContext(tree=RolloutTree([0]), vocab_size=10, remaining=4, seed_of=hash)
+    seen_at = [dataclasses.replace(seen([]), depth=depth) for depth in (1, 2, 3)]
+    made = Uneven(branches_per_fork=3).decide(seen_at, context)
+    # two at the first, three wanted but two left at the second, and none at the third, which does not fire
+    assert [decision.granted for decision in made] == [2, 2, 0]
 
 
 def test_a_state_that_no_checkpoint_could_give_back_is_an_error():

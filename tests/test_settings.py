@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import date
 from enum import StrEnum
 from pathlib import Path
@@ -19,7 +19,7 @@ from trl import ModelConfig
 
 from arpo_trl import options
 from arpo_trl.command_line import parse_settings
-from arpo_trl.common.settings import JudgeArguments, Range, ToolLimits, check_fields, described
+from arpo_trl.common.settings import JudgeArguments, Range, ToolLimits, check_fields, setting
 from arpo_trl.config import ARPOConfig
 from arpo_trl.errors import ConfigError
 from arpo_trl.evaluation.settings import EvalSettings
@@ -46,16 +46,16 @@ class Colour(StrEnum):
 @dataclass
 class Oven:
     dish: str
-    shelf: int = field(default=2, metadata=described("Where it stands.", at_least=1))
-    minutes: float = field(default=30.0, metadata=described("How long.", above=0, unit="minutes"))
-    fan: float = field(default=0.5, metadata=described("How fast.", at_least=0, at_most=1))
-    share: float = field(default=1.0, metadata=described("How much of it.", above=0, at_most=1))
-    tilt: float = field(default=0.0, metadata=described("Any way."))
-    seed: int = field(default=0, metadata=described("Of the draw."))
-    crumbs: int | None = field(default=None, metadata=described("How many.", at_least=1, unit="crumbs"))
-    light: str = field(default="red", metadata=described("Its colour.", choices=Colour))
-    lamps: list[str] = field(default_factory=list, metadata=described("Their colours.", choices=Colour))
-    door: str | None = field(default=None, metadata={"help": "Its state.", "choices": ["open", "shut"]})
+    shelf: int = setting(2, "Where it stands.", at_least=1)
+    minutes: float = setting(30.0, "How long.", above=0, unit="minutes")
+    fan: float = setting(0.5, "How fast.", at_least=0, at_most=1)
+    share: float = setting(1.0, "How much of it.", above=0, at_most=1)
+    tilt: float = setting(0.0, "Any way.")
+    seed: int = setting(0, "Of the draw.")
+    crumbs: int | None = setting(None, "How many.", at_least=1, unit="crumbs")
+    light: str = setting("red", "Its colour.", choices=Colour)
+    lamps: list[str] = setting(list, "Their colours.", choices=Colour)
+    door: str | None = setting(None, "Its state.", choices=["open", "shut"])
 
 
 # What is checked -----------------------------------------------------------------------------------------------------

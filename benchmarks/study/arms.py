@@ -18,7 +18,6 @@ LEAVES = 8
 GRPO, COIN = "GRPO", "random"
 OF_RULES: Mapping[str, list[dict[str, Any]]] = {
     "schedule": [{"leaves": 6, "roots": 1, "options": {"widths": [1, 3, 2]}}, {}],
-    "aepo": [{}, {"options": {"form": "coded"}}],
 }
 BASELINES: Mapping[str, dict[str, Any]] = {
     "mean": {},

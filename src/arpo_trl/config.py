@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,7 +15,7 @@ from trl import GRPOConfig
 
 from arpo_trl.common.build_locks import remove_left_build_locks
 from arpo_trl.common.devices import has_accelerator
-from arpo_trl.common.settings import Range, ToolLimits, changed, check_fields, described
+from arpo_trl.common.settings import Range, ToolLimits, changed, check_fields, setting
 from arpo_trl.common.user_files import expect, read_json
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.net.addresses import check_server_url
@@ -146,11 +146,11 @@ def refuse_best_without_evaluation(args: TrainingArguments) -> None:
         "save_strategy: best": args.save_strategy == "best",
         "load_best_model_at_end": args.load_best_model_at_end,
     }
-    for setting, is_set in wants.items():
+    for name, is_set in wants.items():
         if is_set and args.eval_strategy == "no":
             raise ConfigError(
-                f"{setting} is set, but eval_strategy is 'no', so no checkpoint is the best one. Set eval_strategy, "
-                f"or unset {setting}."
+                f"{name} is set, but eval_strategy is 'no', so no checkpoint is the best one. Set eval_strategy, "
+                f"or unset {name}."
             )
 
 
@@ -177,294 +177,228 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     ]  # these also accept JSON text
 
     # Parameters that control the tree
-    num_generations: int = field(
-        default=16,
-        metadata=described(
-            "M: leaves per prompt, the size of a group. Divides this rank's generation batch "
-            "(per_device_train_batch_size x steps_per_generation).",
-            at_least=2,
-        ),
+    num_generations: int = setting(
+        16,
+        "M: leaves per prompt, the size of a group. Divides this rank's generation batch "
+        "(per_device_train_batch_size x steps_per_generation).",
+        at_least=2,
     )
-    initial_rollouts: int | None = field(
-        default=None,
-        metadata=described(
-            "N: paths started at the root, at most M; the other M - N leaves are branches. N = M is GRPO. "
-            "None: M // 2, or the branch rule's own default.",
-            at_least=1,
-        ),
+    initial_rollouts: int | None = setting(
+        None,
+        "N: paths started at the root, at most M; the other M - N leaves are branches. N = M is GRPO. "
+        "None: M // 2, or the branch rule's own default.",
+        at_least=1,
     )
-    entropy_probe_tokens: int = field(
-        default=20,
-        metadata=described(
-            "k: number of tokens at the start of a turn whose mean entropy (nats) is measured.", at_least=1
-        ),
+    entropy_probe_tokens: int = setting(
+        20, "k: number of tokens at the start of a turn whose mean entropy (nats) is measured.", at_least=1
     )
-    branch_rule: str = field(
-        default="threshold",
-        metadata={"help": "Rule that decides where paths branch: 'threshold' (the paper's), another rule of the table "
-                  "in docs/algorithm.md, or a rule registered in Python."},
-    )  # fmt: skip
-    branch_rule_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Options of branch_rule in addition to the four settings below, as in {option: value}; see "
-                  "docs/algorithm.md."},
-    )  # fmt: skip
-    branch_probability: float = field(
-        default=0.5, metadata=described("alpha: P = alpha + beta * dH.", at_least=0, at_most=1)
+    branch_rule: str = setting(
+        "threshold",
+        "Rule that decides where paths branch: 'threshold' (the paper's), another rule of the table "
+        "in docs/algorithm.md, or a rule registered in Python.",
     )
-    entropy_weight: float = field(
-        default=0.2,
-        metadata=described(
-            "beta: weight of dH = (H_turn - H_root) / ln V. Has no effect under 'threshold' when alpha = tau."
-        ),
+    branch_rule_kwargs: dict[str, Any] | str | None = setting(
+        None,
+        "Options of branch_rule in addition to the four settings below, as in {option: value}; see docs/algorithm.md.",
     )
-    branch_threshold: float = field(
-        default=0.5, metadata=described("tau: 'threshold' branches if P > tau.", at_least=0, at_most=1)
+    branch_probability: float = setting(0.5, "alpha: P = alpha + beta * dH.", at_least=0, at_most=1)
+    entropy_weight: float = setting(
+        0.2, "beta: weight of dH = (H_turn - H_root) / ln V. Has no effect under 'threshold' when alpha = tau."
     )
-    branches_per_fork: int = field(
-        default=1, metadata=described("Z: extra turns under a tool result that branches.", at_least=1)
-    )
-    rollout_schedule: str = field(
-        default=RolloutSchedule.OVERLAP.value,
-        metadata=described(
-            "'overlap': process each result when it arrives. 'rounds': process tool results together when no turn is "
-            "decoding; runs are then reproducible bit for bit, independent of the tools' timing.",
-            choices=RolloutSchedule,
-        ),
+    branch_threshold: float = setting(0.5, "tau: 'threshold' branches if P > tau.", at_least=0, at_most=1)
+    branches_per_fork: int = setting(1, "Z: extra turns under a tool result that branches.", at_least=1)
+    rollout_schedule: str = setting(
+        RolloutSchedule.OVERLAP.value,
+        "'overlap': process each result when it arrives. 'rounds': process tool results together when no turn is "
+        "decoding; runs are then reproducible bit for bit, independent of the tools' timing.",
+        choices=RolloutSchedule,
     )
 
-    dynamic_sampling_rounds: int = field(
-        default=0,
-        metadata=described(
-            "Maximum number of times that a prompt is rolled out again because all its leaves have the same reward "
-            "(DAPO's dynamic sampling, with the same prompt). 0: never.",
-            at_least=0,
-        ),
+    dynamic_sampling_rounds: int = setting(
+        0,
+        "Maximum number of times that a prompt is rolled out again because all its leaves have the same reward "
+        "(DAPO's dynamic sampling, with the same prompt). 0: never.",
+        at_least=0,
     )
 
     # Parameters that control the batch
-    per_device_train_batch_size: int = field(
-        default=16,
-        metadata=described(
-            "Completions per device and forward pass. Its product with steps_per_generation must be a multiple of M.",
-            at_least=1,
-        ),
+    per_device_train_batch_size: int = setting(
+        16,
+        "Completions per device and forward pass. Its product with steps_per_generation must be a multiple of M.",
+        at_least=1,
     )
-    per_device_eval_batch_size: int = field(
-        default=16,
-        metadata=described(
-            "Completions per device in evaluation. Its product with the number of ranks must be a multiple of "
-            "num_generations_eval or, if that is not set, of M.",
-            at_least=1,
-        ),
+    per_device_eval_batch_size: int = setting(
+        16,
+        "Completions per device in evaluation. Its product with the number of ranks must be a multiple of "
+        "num_generations_eval or, if that is not set, of M.",
+        at_least=1,
     )
-    max_completion_length: int | None = field(
-        default=GRPOConfig.max_completion_length,
-        metadata=described("Length of a path after its prompt, tool results included.", at_least=1, unit="tokens"),
+    max_completion_length: int | None = setting(
+        GRPOConfig.max_completion_length,
+        "Length of a path after its prompt, tool results included.",
+        at_least=1,
+        unit="tokens",
     )
 
     # Parameters that control the tools, in addition to those of `ToolLimits`
-    max_tool_calling_iterations: int | None = field(
-        default=6,
-        metadata=described(
-            "Maximum number of tool results per path. After them the model gets a notice and writes one last turn. "
-            "None: only the length limits them.",
-            at_least=0,
-        ),
+    max_tool_calling_iterations: int | None = setting(
+        6,
+        "Maximum number of tool results per path. After them the model gets a notice and writes one last turn. "
+        "None: only the length limits them.",
+        at_least=0,
     )
-    tool_concurrency_per_tool: dict[str, int] | str | None = field(
-        default=None,
-        metadata={"help": "Maximum number of calls of single tools that run at the same time, as in {search: 8}, in "
-                  "addition to tool_concurrency. Each >= 1."},
-    )  # fmt: skip
-    environment_concurrency: int | None = field(
-        default=None,
-        metadata=described(
-            "Maximum number of environments of environment_factory that exist at the same time, on this rank. None: "
-            "as many as the paths need.",
-            at_least=1,
-        ),
+    tool_concurrency_per_tool: dict[str, int] | str | None = setting(
+        None,
+        "Maximum number of calls of single tools that run at the same time, as in {search: 8}, in "
+        "addition to tool_concurrency. Each >= 1.",
     )
-    tool_cache: bool = field(
-        default=False,
-        metadata=described(
-            "Whether an identical call reuses an earlier successful result. Only for tools that are all deterministic."
-        ),
+    environment_concurrency: int | None = setting(
+        None,
+        "Maximum number of environments of environment_factory that exist at the same time, on this rank. None: "
+        "as many as the paths need.",
+        at_least=1,
+    )
+    tool_cache: bool = setting(
+        False,
+        "Whether an identical call reuses an earlier successful result. Only for tools that are all deterministic.",
     )
 
-    share_calls: str = field(
-        default=ShareCalls.OFF.value,
-        metadata=described(
-            "'history': paths of a prompt with the same history of calls share one execution of the next identical "
-            "call. Only for tools that are declared deterministic or depends_on_calls_only. 'off': they do not.",
-            choices=ShareCalls,
-        ),
+    share_calls: str = setting(
+        ShareCalls.OFF.value,
+        "'history': paths of a prompt with the same history of calls share one execution of the next identical "
+        "call. Only for tools that are declared deterministic or depends_on_calls_only. 'off': they do not.",
+        choices=ShareCalls,
     )
 
     # Parameters that control the credit
-    loss_type: str = field(
-        default="grpo",
-        metadata=described(
-            "TRL's loss type. The paper uses 'grpo' (mean per sequence, then over the group).", choices=LOSS_TYPES
-        ),
+    loss_type: str = setting(
+        "grpo", "TRL's loss type. The paper uses 'grpo' (mean per sequence, then over the group).", choices=LOSS_TYPES
     )
-    importance_sampling_level: str = field(
-        default=ImportanceSamplingLevel.TOKEN.value,
-        metadata=described(
-            "Tokens that share one importance ratio: 'token' (none), 'turn' (the tokens of a turn, by their mean "
-            "log-ratio) or 'sequence' (the tokens of a path). 'token' and 'sequence' are TRL's.",
-            choices=ImportanceSamplingLevel,
-        ),
+    importance_sampling_level: str = setting(
+        ImportanceSamplingLevel.TOKEN.value,
+        "Tokens that share one importance ratio: 'token' (none), 'turn' (the tokens of a turn, by their mean "
+        "log-ratio) or 'sequence' (the tokens of a path). 'token' and 'sequence' are TRL's.",
+        choices=ImportanceSamplingLevel,
     )
-    clip_keeps_gradient: bool = field(
-        default=False,
-        metadata=described(
-            "Whether a token with a positive advantage and a ratio above 1 + epsilon_high keeps the gradient of the "
-            "ratio 1 + epsilon_high, as in AEPO. Otherwise it has no gradient, as in PPO."
-        ),
+    clip_keeps_gradient: bool = setting(
+        False,
+        "Whether a token with a positive advantage and a ratio above 1 + epsilon_high keeps the gradient of the "
+        "ratio 1 + epsilon_high, as in AEPO. Otherwise it has no gradient, as in PPO.",
     )
-    advantage_baseline: str = field(
-        default=AdvantageBaseline.MEAN.value,
-        metadata=described(
-            "The baseline that is subtracted from a leaf's reward: 'mean' (of its group, TRL's), 'score_norm' (of "
-            "its group, weighted by the squared score norms of the leaves), 'batch' (the mean of the batch), "
-            "'running' (a moving average over earlier batches). scale_rewards sets the divisor of the difference.",
-            choices=AdvantageBaseline,
-        ),
+    advantage_baseline: str = setting(
+        AdvantageBaseline.MEAN.value,
+        "The baseline that is subtracted from a leaf's reward: 'mean' (of its group, TRL's), 'score_norm' (of "
+        "its group, weighted by the squared score norms of the leaves), 'batch' (the mean of the batch), "
+        "'running' (a moving average over earlier batches). scale_rewards sets the divisor of the difference.",
+        choices=AdvantageBaseline,
     )
-    score_norm_cap: float | None = field(
-        default=None,
-        metadata=described(
-            "Largest weight of a leaf under 'score_norm', as a multiple of the median of its group. None: no limit.",
-            at_least=1,
-        ),
+    score_norm_cap: float | None = setting(
+        None,
+        "Largest weight of a leaf under 'score_norm', as a multiple of the median of its group. None: no limit.",
+        at_least=1,
     )
-    running_baseline_decay: float = field(
-        default=0.9,
-        metadata=described("Share of the old value in each update under 'running'.", at_least=0, at_most=0.999),
+    running_baseline_decay: float = setting(
+        0.9, "Share of the old value in each update under 'running'.", at_least=0, at_most=0.999
     )
-    advantage_attribution: str = field(
-        default="soft",
-        metadata={"help": "Advantage of each token: 'soft' (its leaf's), 'hard' (the mean of the leaves that share "
-                  "it), another credit of the table in docs/algorithm.md, or a credit registered in Python."},
-    )  # fmt: skip
-    advantage_attribution_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Options of advantage_attribution, as in {option: value}; docs/algorithm.md lists them."},
-    )  # fmt: skip
-    shared_prefix_weight: str = field(
-        default=SharedPrefixWeight.PER_LEAF.value,
-        metadata=described(
-            "Leaves in which a shared token is trained: 'per_leaf' (each of them), 'once' (only the first, with their "
-            "mean advantage).",
-            choices=SharedPrefixWeight,
-        ),
+    advantage_attribution: str = setting(
+        "soft",
+        "Advantage of each token: 'soft' (its leaf's), 'hard' (the mean of the leaves that share "
+        "it), another credit of the table in docs/algorithm.md, or a credit registered in Python.",
+    )
+    advantage_attribution_kwargs: dict[str, Any] | str | None = setting(
+        None, "Options of advantage_attribution, as in {option: value}; docs/algorithm.md lists them."
+    )
+    shared_prefix_weight: str = setting(
+        SharedPrefixWeight.PER_LEAF.value,
+        "Leaves in which a shared token is trained: 'per_leaf' (each of them), 'once' (only the first, with their "
+        "mean advantage).",
+        choices=SharedPrefixWeight,
     )
 
     # Parameters that control vLLM (use_vllm, vllm_mode and the other vllm_… settings are TRL's)
-    vllm_server_urls: list[str] | None = field(
-        default=None,
-        metadata={"help": "Base URLs of the servers in vllm_mode 'server'. All paths of a tree go to the same server. "
-                  "None: vllm_server_base_url or, if that is not set, vllm_server_host and vllm_server_port."},
-    )  # fmt: skip
-    vllm_request_timeout_s: float = field(
-        default=1800.0,
-        metadata=described(
-            "Timeout of one request to a server. (vllm_server_timeout limits how long a server may be unreachable.)",
-            above=0,
-            unit="seconds",
-        ),
+    vllm_server_urls: list[str] | None = setting(
+        None,
+        "Base URLs of the servers in vllm_mode 'server'. All paths of a tree go to the same server. "
+        "None: vllm_server_base_url or, if that is not set, vllm_server_host and vllm_server_port.",
     )
-    weight_sync: str = field(
-        default=WeightSync.NCCL.value,
-        metadata=described(
-            "Transfer of weights to the servers: 'nccl' (TRL's transfer from GPU to GPU) or 'disk' (through a shared "
-            "folder; works on any hardware and after a server's restart).",
-            choices=WeightSync,
-        ),
+    vllm_request_timeout_s: float = setting(
+        1800.0,
+        "Timeout of one request to a server. (vllm_server_timeout limits how long a server may be unreachable.)",
+        above=0,
+        unit="seconds",
     )
-    weight_sync_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder for weight_sync 'disk', at the same path for trainer and servers. None: "
-                  "<output_dir>/served_weights."},
-    )  # fmt: skip
-    weight_sync_tolerance: float = field(
-        default=0.05,
-        metadata=described(
-            "Largest mean |difference| between vLLM's and the trainer's logprobs of a fixed text after a sync. In "
-            "nats, or in standard deviations of the logprobs if these exceed one nat. Above it the run stops.",
-            above=0,
-            unit="nats",
-        ),
+    weight_sync: str = setting(
+        WeightSync.NCCL.value,
+        "Transfer of weights to the servers: 'nccl' (TRL's transfer from GPU to GPU) or 'disk' (through a shared "
+        "folder; works on any hardware and after a server's restart).",
+        choices=WeightSync,
     )
-    entropy_top_logprobs: int = field(
-        default=20,
-        metadata=described(
-            "Number of logprobs that vLLM returns for each of a turn's first k tokens. The entropy is estimated from "
-            "them, including the tail.",
-            at_least=1,
-        ),
+    weight_sync_dir: str | None = setting(
+        None,
+        "Folder for weight_sync 'disk', at the same path for trainer and servers. None: <output_dir>/served_weights.",
     )
-    vllm_importance_sampling_mode: str = field(
-        default="token_truncate",
-        metadata=described(
-            "TRL's correction for differences between vLLM's and the trainer's logprobs. The default is per token, "
-            "since a ratio over a whole trajectory multiplies the noise of all its tokens.",
-            choices=("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
-        ),
+    weight_sync_tolerance: float = setting(
+        0.05,
+        "Largest mean |difference| between vLLM's and the trainer's logprobs of a fixed text after a sync. In "
+        "nats, or in standard deviations of the logprobs if these exceed one nat. Above it the run stops.",
+        above=0,
+        unit="nats",
+    )
+    entropy_top_logprobs: int = setting(
+        20,
+        "Number of logprobs that vLLM returns for each of a turn's first k tokens. The entropy is estimated from "
+        "them, including the tail.",
+        at_least=1,
+    )
+    vllm_importance_sampling_mode: str = setting(
+        "token_truncate",
+        "TRL's correction for differences between vLLM's and the trainer's logprobs. The default is per token, "
+        "since a ratio over a whole trajectory multiplies the noise of all its tokens.",
+        choices=("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
     )
 
     # Parameters that control rollouts during the update (docs/vllm.md)
-    rollouts_ahead: int = field(
-        default=0,
-        metadata=described(
-            "Generation batches that the servers sample while the update of an earlier one runs. 0: none. Requires "
-            "vllm_mode 'server'.",
-            at_least=0,
-        ),
+    rollouts_ahead: int = setting(
+        0,
+        "Generation batches that the servers sample while the update of an earlier one runs. 0: none. Requires "
+        "vllm_mode 'server'.",
+        at_least=0,
     )
-    max_staleness: int | None = field(
-        default=None,
-        metadata=described(
-            "Maximum number of optimizer steps between the weights that sampled a token and the step that first "
-            "trains on it. Requires rollouts_ahead. None: no limit beyond that of rollouts_ahead.",
-            at_least=1,
-            unit="steps",
-        ),
+    max_staleness: int | None = setting(
+        None,
+        "Maximum number of optimizer steps between the weights that sampled a token and the step that first "
+        "trains on it. Requires rollouts_ahead. None: no limit beyond that of rollouts_ahead.",
+        at_least=1,
+        unit="steps",
     )
-    stale_tokens: str = field(
-        default=StaleTokens.WAIT.value,
-        metadata=described(
-            "Treatment of tokens that would be above max_staleness: 'wait' (rollouts start later, so that there are "
-            "none), 'drop' (they are not trained).",
-            choices=StaleTokens,
-        ),
+    stale_tokens: str = setting(
+        StaleTokens.WAIT.value,
+        "Treatment of tokens that would be above max_staleness: 'wait' (rollouts start later, so that there are "
+        "none), 'drop' (they are not trained).",
+        choices=StaleTokens,
     )
 
     # Parameters that control the forward pass of the update
-    shared_prefix_forward: str = field(
-        default=SharedPrefixForward.AUTO.value,
-        metadata=described(
-            "Whether tokens shared by rows of a micro-batch are computed only once: 'auto' (if this is exact and "
-            "saves time; warns once if it is not exact), 'on' (always; an error if not exact), 'off' (TRL's padded "
-            "batch).",
-            choices=SharedPrefixForward,
-        ),
+    shared_prefix_forward: str = setting(
+        SharedPrefixForward.AUTO.value,
+        "Whether tokens shared by rows of a micro-batch are computed only once: 'auto' (if this is exact and "
+        "saves time; warns once if it is not exact), 'on' (always; an error if not exact), 'off' (TRL's padded "
+        "batch).",
+        choices=SharedPrefixForward,
     )
 
     # Parameters that control the trajectory log
-    trajectory_log_rate: float = field(
-        default=0.05,
-        metadata=described("Share of the trees written to <output_dir>/trajectories as JSONL.", at_least=0, at_most=1),
+    trajectory_log_rate: float = setting(
+        0.05, "Share of the trees written to <output_dir>/trajectories as JSONL.", at_least=0, at_most=1
     )
 
     # Parameters that control the Hub (push_to_hub, hub_model_id, hub_strategy and the other hub_… settings are
     # transformers')
-    hub_trajectories_id: str | None = field(
-        default=None,
-        metadata={"help": "Dataset on the Hub to which the logged trajectories are pushed at the end, one row per "
-                  "leaf. Requires push_to_hub. None: they are not pushed."},
-    )  # fmt: skip
+    hub_trajectories_id: str | None = setting(
+        None,
+        "Dataset on the Hub to which the logged trajectories are pushed at the end, one row per "
+        "leaf. Requires push_to_hub. None: they are not pushed.",
+    )
 
     def __post_init__(self) -> None:
         self._check_rewards()
@@ -502,10 +436,10 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         options = self._options("advantage_attribution_kwargs", "credit")
         return build_credit(self.advantage_attribution, options, SharedPrefixWeight(self.shared_prefix_weight))
 
-    def _options(self, setting: str, kind: str) -> dict[str, Any]:
-        options = getattr(self, setting)
+    def _options(self, name: str, kind: str) -> dict[str, Any]:
+        options = getattr(self, name)
         if options is not None and not isinstance(options, dict):
-            raise ConfigError(f"{setting} is {options!r}; expected options of the {kind}, such as {{option: value}}.")
+            raise ConfigError(f"{name} is {options!r}; expected options of the {kind}, such as {{option: value}}.")
         return options or {}
 
     @property
@@ -532,8 +466,8 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     @property
     def unread(self) -> list[str]:
         """The changed settings of branch rules that `branch_rule` does not read."""
-        rule = {setting.name for setting in fields(self.make_branch_rule())}
-        return [setting for setting in changed(self) if setting in _OF_RULES and setting not in rule]
+        rule = {field.name for field in fields(self.make_branch_rule())}
+        return [name for name in changed(self) if name in _OF_RULES and name not in rule]
 
     def _check_paths(self) -> None:
         """Checks N against M, the names of branch rule and credit, and that there is an output_dir."""

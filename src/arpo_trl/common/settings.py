@@ -2,7 +2,7 @@
 
 A setting is a dataclass field. Its range, unit and choices are defined once, in the field's metadata:
 
-    search_top_k: int = field(default=10, metadata=described("Results per search.", at_least=1))
+    search_top_k: int = setting(10, "Results per search.", at_least=1)
 
     --help                       Results per search. At least 1.
     check_fields(settings)       search_top_k is 0; expected an integer of at least 1.
@@ -79,7 +79,8 @@ class _Metadata(Mapping[str, Any]):
         return dict(self)
 
 
-def described(
+def setting(
+    default: Any,
     help: str,
     *,
     at_least: float | None = None,
@@ -87,10 +88,11 @@ def described(
     at_most: float | None = None,
     unit: str = "",
     choices: Iterable[str] = (),
-) -> Mapping[str, Any]:
-    """The metadata of a field: its meaning, and the values that `check_fields` accepts.
+) -> Any:
+    """A dataclass field with its meaning and the values that `check_fields` accepts.
 
     Args:
+        default: The default, or a function that makes it, such as `list`. MISSING: the setting has to be given.
         help: Sentences for `--help`. The range is appended.
         at_least, above, at_most: Limits of a number. `at_least` and `at_most` are inclusive.
         unit: The unit of the number, as a plural noun such as "tokens".
@@ -101,16 +103,19 @@ def described(
     made: dict[str, Any] = {"help": f"{help} {text[0].upper()}{text[1:]}." if text else help, "range": limits}
     if names := [str(name) for name in choices]:
         made |= {"choices": names, "metavar": f"{{{','.join(names)}}}"}
-    return _Metadata(made)
+    metadata = _Metadata(made)
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def changed(settings: Any) -> list[str]:
     """The names of the fields of a dataclass that differ from their defaults, in their order."""
 
-    def default(setting: Field[Any]) -> Any:
-        return setting.default if setting.default_factory is MISSING else setting.default_factory()
+    def default(each: Field[Any]) -> Any:
+        return each.default if each.default_factory is MISSING else each.default_factory()
 
-    return [setting.name for setting in fields(settings) if getattr(settings, setting.name) != default(setting)]
+    return [each.name for each in fields(settings) if getattr(settings, each.name) != default(each)]
 
 
 def check_fields(settings: Any, inherited: Mapping[str, Mapping[str, Any]] | None = None) -> None:
@@ -135,20 +140,20 @@ def check_fields(settings: Any, inherited: Mapping[str, Mapping[str, Any]] | Non
         ConfigError: A value is not accepted. Names the setting, its value, and the expected values with their unit.
     """
     hints = get_type_hints(type(settings))
-    for setting in fields(settings):
-        given = {"text": _is_own(type(settings), setting.name), **(inherited or {}).get(setting.name, {})}
-        metadata = ChainMap(given, setting.metadata)  # type: ignore[arg-type]  # only `given` is written to
-        value = getattr(settings, setting.name)
+    for each in fields(settings):
+        given = {"text": _is_own(type(settings), each.name), **(inherited or {}).get(each.name, {})}
+        metadata = ChainMap(given, each.metadata)  # type: ignore[arg-type]  # only `given` is written to
+        value = getattr(settings, each.name)
         if isinstance(value, bool) and (word := "on" if value else "off") in metadata.get("choices", ()):
-            setattr(settings, setting.name, value := word)
-        if value is False and "no" in _members(hints[setting.name]):
-            setattr(settings, setting.name, value := "no")
+            setattr(settings, each.name, value := word)
+        if value is False and "no" in _members(hints[each.name]):
+            setattr(settings, each.name, value := "no")
         if (value is False or value is None) and "nothing" in given:
-            setattr(settings, setting.name, value := given["nothing"])
+            setattr(settings, each.name, value := given["nothing"])
         if metadata["text"] and isinstance(value, PathLike):
-            setattr(settings, setting.name, value := fspath(value))
-        if expected := _unmet(metadata, hints[setting.name], value, is_default=value is setting.default):
-            raise ConfigError(f"{setting.name} is {value!r}; expected {expected}.")
+            setattr(settings, each.name, value := fspath(value))
+        if expected := _unmet(metadata, hints[each.name], value, is_default=value is each.default):
+            raise ConfigError(f"{each.name} is {value!r}; expected {expected}.")
 
 
 def _is_own(kind: type, name: str) -> bool:
@@ -240,40 +245,30 @@ def _unlike(hint: Any, value: Any) -> str | None:
 class ToolLimits:
     """The protocol of tool calls, and their limits, in training and in evaluation."""
 
-    tool_protocol: str = field(
-        default=ProtocolKind.TAGS.value,
-        metadata=described(
-            "How the model calls tools: 'tags' (<search>…</search>, as in the paper, for any model) or "
-            "'chat_template' (in the format of the tokenizer's chat template).",
-            choices=ProtocolKind,
-        ),
+    tool_protocol: str = setting(
+        ProtocolKind.TAGS.value,
+        "How the model calls tools: 'tags' (<search>…</search>, as in the paper, for any model) or "
+        "'chat_template' (in the format of the tokenizer's chat template).",
+        choices=ProtocolKind,
     )
-    tool_parser: str = field(
-        default="auto",
-        metadata={
-            "help": "Parser of tool calls for tool_protocol 'chat_template': 'auto' (the first one that reads back a "
-            "call that the template renders), 'hermes', 'qwen3_xml', 'nemotron3', 'llama3_json', 'gpt_oss', 'glm45', "
-            "'gemma4', 'lfm2', 'tokenizer' (its own response template), or the name of one of vLLM's."
-        },
+    tool_parser: str = setting(
+        "auto",
+        "Parser of tool calls for tool_protocol 'chat_template': 'auto' (the first one that reads back a "
+        "call that the template renders), 'hermes', 'qwen3_xml', 'nemotron3', 'llama3_json', 'gpt_oss', 'glm45', "
+        "'gemma4', 'lfm2', 'tokenizer' (its own response template), or the name of one of vLLM's.",
     )
-    tool_timeout_s: float = field(
-        default=20.0,
-        metadata=described(
-            "Time limit of a tool call. After it the call fails, and the model reads an error.",
-            above=0,
-            unit="seconds",
-        ),
+    tool_timeout_s: float = setting(
+        20.0,
+        "Time limit of a tool call. After it the call fails, and the model reads an error.",
+        above=0,
+        unit="seconds",
     )
-    tool_concurrency: int = field(
-        default=32, metadata=described("Maximum number of tool calls that run at the same time.", at_least=1)
-    )
-    max_tool_result_tokens: int | None = field(
-        default=None,
-        metadata=described(
-            "Length limit of a tool result. The model sees the head and tail of a longer one. None: no limit.",
-            at_least=16,
-            unit="tokens",
-        ),
+    tool_concurrency: int = setting(32, "Maximum number of tool calls that run at the same time.", at_least=1)
+    max_tool_result_tokens: int | None = setting(
+        None,
+        "Length limit of a tool result. The model sees the head and tail of a longer one. None: no limit.",
+        at_least=16,
+        unit="tokens",
     )
 
 
@@ -285,22 +280,16 @@ class JudgeArguments:
         ConfigError: Only one of `judge_url` and `judge_model` is set.
     """
 
-    judge_url: str | None = field(
-        default=None,
-        metadata={
-            "help": "OpenAI-compatible server (…/v1) of the judge. If it requires a key, set the environment variable "
-            "JUDGE_API_KEY. None: only rules score answers."
-        },
+    judge_url: str | None = setting(
+        None,
+        "OpenAI-compatible server (…/v1) of the judge. If it requires a key, set the environment variable "
+        "JUDGE_API_KEY. None: only rules score answers.",
     )
-    judge_model: str | None = field(
-        default=None,
-        metadata={"help": "The judge's name on that server. The paper uses Qwen/Qwen2.5-72B-Instruct."},
+    judge_model: str | None = setting(
+        None, "The judge's name on that server. The paper uses Qwen/Qwen2.5-72B-Instruct."
     )
-    judge_cache: str | None = field(
-        default=None,
-        metadata={
-            "help": "JSONL file that stores the judge's verdicts for later runs. None: stored only for this run."
-        },
+    judge_cache: str | None = setting(
+        None, "JSONL file that stores the judge's verdicts for later runs. None: stored only for this run."
     )
 
     def __post_init__(self) -> None:

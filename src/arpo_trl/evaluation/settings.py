@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from arpo_trl.common.settings import JudgeArguments, ToolLimits, check_fields, described
+from arpo_trl.common.settings import JudgeArguments, ToolLimits, check_fields, setting
 from arpo_trl.errors import ConfigError
 
 
@@ -32,127 +32,79 @@ class EvalSettings(ToolLimits, JudgeArguments):
         ConfigError: A value is out of its range, or two values contradict each other.
     """
 
-    model: str | None = field(
-        default=None,
-        metadata={"help": "Folder or Hub id of the model; with --base-url, of its tokenizer."},
+    model: str | None = setting(None, "Folder or Hub id of the model; with --base-url, of its tokenizer.")
+    adapter: str | None = setting(None, "Folder or Hub id of a PEFT adapter, which is merged into the model.")
+    engine: str = setting(
+        EngineKind.TRANSFORMERS.value, "The engine that samples, in this process.", choices=EngineKind
     )
-    adapter: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of a PEFT adapter, which is merged into the model."}
+    base_url: str | None = setting(
+        None,
+        "Sample on an OpenAI-compatible completions server instead (http://host:port/v1). Its key is in "
+        "COMPLETIONS_API_KEY.",
     )
-    engine: str = field(
-        default=EngineKind.TRANSFORMERS.value,
-        metadata=described("The engine that samples, in this process.", choices=EngineKind),
-    )
-    base_url: str | None = field(
-        default=None,
-        metadata={
-            "help": "Sample on an OpenAI-compatible completions server instead (http://host:port/v1). Its key is in "
-            "COMPLETIONS_API_KEY."
-        },
-    )
-    served_model: str | None = field(
-        default=None, metadata={"help": "The model's name on the server, if it serves several models."}
-    )
-    dtype: str = field(
-        default="auto",
-        metadata=described("Precision of the weights.", choices=["auto", "bfloat16", "float16", "float32"]),
-    )
+    served_model: str | None = setting(None, "The model's name on the server, if it serves several models.")
+    dtype: str = setting("auto", "Precision of the weights.", choices=["auto", "bfloat16", "float16", "float32"])
 
-    benchmarks: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Names of benchmarks, separated by commas or spaces (see --list-benchmarks)."},
+    benchmarks: list[str] = setting(
+        list, "Names of benchmarks, separated by commas or spaces (see --list-benchmarks)."
     )
-    suite: str | None = field(
-        default=None,
-        metadata={"help": "A suite instead of benchmarks: reasoning, knowledge, deepsearch or all."},
+    suite: str | None = setting(None, "A suite instead of benchmarks: reasoning, knowledge, deepsearch or all.")
+    data: str | None = setting(
+        None,
+        "Local questions instead of the Hub's: a folder with <benchmark>.jsonl, .json or .parquet, or"
+        " one file; without --benchmarks, any dataset that train.py accepts.",
     )
-    data: str | None = field(
-        default=None,
-        metadata={
-            "help": "Local questions instead of the Hub's: a folder with <benchmark>.jsonl, .json or .parquet, or"
-            " one file; without --benchmarks, any dataset that train.py accepts."
-        },
+    split: str = setting("train", "With --data alone: the split of a folder or a Hub dataset.")
+    task: str | None = setting(
+        None, "With --data alone: the task of all rows. Default: the task in each row.", choices=["math", "qa"]
     )
-    split: str = field(
-        default="train", metadata={"help": "With --data alone: the split of a folder or a Hub dataset."}
+    columns: dict[str, str] | None = setting(
+        None, "YAML only, with data alone: names of fields that replace the usual ones, as in train.py."
     )
-    task: str | None = field(
-        default=None,
-        metadata=described(
-            "With --data alone: the task of all rows. Default: the task in each row.", choices=["math", "qa"]
-        ),
+    custom: list[dict[str, Any]] = setting(
+        list, "YAML only: custom benchmarks (name, file, question, answer, scorer)."
     )
-    columns: dict[str, str] | None = field(
-        default=None,
-        metadata={"help": "YAML only, with data alone: names of fields that replace the usual ones, as in train.py."},
-    )
-    custom: list[dict[str, Any]] = field(
-        default_factory=list,
-        metadata={"help": "YAML only: custom benchmarks (name, file, question, answer, scorer)."},
-    )
-    skip_bad: bool = field(
-        default=False,
-        metadata={"help": "Exclude unusable rows, with a warning, instead of stopping."},
-    )
-    limit: int | None = field(
-        default=None, metadata=described("Only the first questions of each benchmark.", at_least=1)
-    )
+    skip_bad: bool = setting(False, "Exclude unusable rows, with a warning, instead of stopping.")
+    limit: int | None = setting(None, "Only the first questions of each benchmark.", at_least=1)
 
-    samples: int = field(
-        default=1,
-        metadata=described(
-            "Answers per question, n. With several: pass@k for every k <= n, and majority vote.", at_least=1
-        ),
+    samples: int = setting(
+        1, "Answers per question, n. With several: pass@k for every k <= n, and majority vote.", at_least=1
     )
-    temperature: float = field(default=0.6, metadata=described("Sampling temperature; 0 is greedy.", at_least=0))
-    top_p: float = field(default=0.95, metadata=described("Probability mass of nucleus sampling.", above=0, at_most=1))
-    context: int = field(
-        default=32_768,
-        metadata=described(
-            "Maximum length of prompt and answer together, further limited by the model's context.",
-            at_least=2,
-            unit="tokens",
-        ),
+    temperature: float = setting(0.6, "Sampling temperature; 0 is greedy.", at_least=0)
+    top_p: float = setting(0.95, "Probability mass of nucleus sampling.", above=0, at_most=1)
+    context: int = setting(
+        32_768,
+        "Maximum length of prompt and answer together, further limited by the model's context.",
+        at_least=2,
+        unit="tokens",
     )
-    max_completion_length: int | None = field(
-        default=None,
-        metadata=described("Maximum length of an answer, tool results included.", at_least=1, unit="tokens"),
+    max_completion_length: int | None = setting(
+        None, "Maximum length of an answer, tool results included.", at_least=1, unit="tokens"
     )
-    tool_call_limits: list[str] = field(
-        default_factory=lambda: ["python=5", "search=10"],
-        metadata={"help": "NAME=N: maximum number of calls of one tool per answer; none: no such limits."},
+    tool_call_limits: list[str] = setting(
+        lambda: ["python=5", "search=10"],
+        "NAME=N: maximum number of calls of one tool per answer; none: no such limits.",
     )
-    max_tool_calls: int | None = field(
-        default=20,
-        metadata=described(
-            "Maximum number of tool results per answer, refused calls included. None: no limit.", at_least=0
-        ),
+    max_tool_calls: int | None = setting(
+        20, "Maximum number of tool results per answer, refused calls included. None: no limit.", at_least=0
     )
-    system_prompt: str | None = field(
-        default=None,
-        metadata={
-            "help": 'Name or text of the system prompt, or "" for none. Default: the benchmark\'s, and for '
-            "plain questions of data one that describes the tools."
-        },
+    system_prompt: str | None = setting(
+        None,
+        'Name or text of the system prompt, or "" for none. Default: the benchmark\'s, and for '
+        "plain questions of data one that describes the tools.",
     )
-    chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": 'Arguments for the chat template, as JSON such as {"enable_thinking": false}.'},
+    chat_template_kwargs: dict[str, Any] | str | None = setting(
+        None, 'Arguments for the chat template, as JSON such as {"enable_thinking": false}.'
     )
-    seed: int = field(default=0, metadata=described("Seed of sampling and of the bootstrap."))
+    seed: int = setting(0, "Seed of sampling and of the bootstrap.")
 
-    output: str | None = field(
-        default=None, metadata={"help": "Folder for results (default: a new one in runs/eval)."}
+    output: str | None = setting(None, "Folder for results (default: a new one in runs/eval).")
+    resume: bool = setting(False, "Continue the run in --output; failed samples are retried.")
+    concurrency: int = setting(32, "Maximum number of answers that are generated at the same time.", at_least=1)
+    self_check: bool = setting(
+        False, "Run no model: score each gold as the prediction, and list the golds that do not score 1."
     )
-    resume: bool = field(default=False, metadata={"help": "Continue the run in --output; failed samples are retried."})
-    concurrency: int = field(
-        default=32, metadata=described("Maximum number of answers that are generated at the same time.", at_least=1)
-    )
-    self_check: bool = field(
-        default=False,
-        metadata={"help": "Run no model: score each gold as the prediction, and list the golds that do not score 1."},
-    )
-    list_benchmarks: bool = field(default=False, metadata={"help": "Show the benchmarks and exit."})
+    list_benchmarks: bool = setting(False, "Show the benchmarks and exit.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

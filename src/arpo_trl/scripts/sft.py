@@ -11,7 +11,7 @@ from __future__ import annotations
 import glob
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from arpo_trl.command_line import parse_settings, report_errors
 from arpo_trl.common.build_locks import remove_left_build_locks
 from arpo_trl.common.full_disk import naming
 from arpo_trl.common.pretrained import load_pretrained
-from arpo_trl.common.settings import check_fields, described
+from arpo_trl.common.settings import check_fields, setting
 from arpo_trl.common.user_files import is_url, user_path
 from arpo_trl.config import (
     INHERITED,
@@ -57,22 +57,19 @@ logger = get_logger(__name__)
 class ColdStartArguments:
     """The trajectories for training."""
 
-    dataset: str = field(metadata={"help": "Trajectories: Hub id, or .jsonl or .parquet file."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of dataset."})
-    max_tool_result_tokens: int | None = field(
-        default=None,
-        metadata=described(
-            "Length limit of a tool result, as in training. The head and tail of a longer one are kept. None: no "
-            "limit.",
-            at_least=16,
-            unit="tokens",
-        ),
+    dataset: str = setting(MISSING, "Trajectories: Hub id, or .jsonl or .parquet file.")
+    dataset_split: str = setting("train", "Split of dataset.")
+    max_tool_result_tokens: int | None = setting(
+        None,
+        "Length limit of a tool result, as in training. The head and tail of a longer one are kept. None: no limit.",
+        at_least=16,
+        unit="tokens",
     )
-    overwrite_output_dir: bool = field(
-        default=False,
-        metadata={"help": "Remove the model and the checkpoints of an earlier run from output_dir. Without it, such a "
-                          "folder is an error."},
-    )  # fmt: skip
+    overwrite_output_dir: bool = setting(
+        False,
+        "Remove the model and the checkpoints of an earlier run from output_dir. Without it, such a "
+        "folder is an error.",
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)

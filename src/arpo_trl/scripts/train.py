@@ -9,7 +9,7 @@ Every key of the YAML file is a field of `TrainArguments`, `ToolArguments`, `arp
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.command_line import parse_settings, report_errors
 from arpo_trl.common.imports import load_callable
-from arpo_trl.common.settings import JudgeArguments, check_fields, described
+from arpo_trl.common.settings import JudgeArguments, check_fields, setting
 from arpo_trl.data.layouts import MAPPABLE, TASKS, read_columns
 from arpo_trl.data.loading import load_arpo_dataset
 from arpo_trl.data.prompts import default_system_prompt
@@ -47,46 +47,39 @@ logger = get_logger(__name__)
 class TrainArguments(JudgeArguments):
     """The training data, and the scoring of answers."""
 
-    dataset: str = field(metadata={"help": "Questions: Hub id, folder, or .jsonl, .json, .parquet or .csv file."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of dataset."})
-    eval_dataset: str | None = field(
-        default=None, metadata={"help": "Questions for evaluation during training, in the same forms as dataset."}
+    dataset: str = setting(MISSING, "Questions: Hub id, folder, or .jsonl, .json, .parquet or .csv file.")
+    dataset_split: str = setting("train", "Split of dataset.")
+    eval_dataset: str | None = setting(None, "Questions for evaluation during training, in the same forms as dataset.")
+    eval_split: str = setting("validation", "Split of eval_dataset.")
+    system_prompt: str | None = setting(
+        None,
+        "Replaces the rows' system messages: 'reasoning', 'deepsearch', 'tools' or a text; '' for "
+        "none. None: messages stay as they are, and plain questions get one that describes the tools.",
     )
-    eval_split: str = field(default="validation", metadata={"help": "Split of eval_dataset."})
-    system_prompt: str | None = field(
-        default=None,
-        metadata={"help": "Replaces the rows' system messages: 'reasoning', 'deepsearch', 'tools' or a text; '' for "
-                  "none. None: messages stay as they are, and plain questions get one that describes the tools."},
-    )  # fmt: skip
-    task: str | None = field(
-        default=None,
-        metadata=described("Overrides the task of all rows. None: each row's own task.", choices=list(TASKS)),
+    task: str | None = setting(None, "Overrides the task of all rows. None: each row's own task.", choices=list(TASKS))
+    columns: dict[str, str] | str | None = setting(
+        None,
+        "Names of fields that replace the usual ones, such as {question: body, answer: meta.gold}. "
+        f"Keys: {list(MAPPABLE)}. Dots select nested fields.",
     )
-    columns: dict[str, str] | str | None = field(
-        default=None,
-        metadata={"help": "Names of fields that replace the usual ones, such as {question: body, answer: meta.gold}. "
-                  f"Keys: {list(MAPPABLE)}. Dots select nested fields."},
-    )  # fmt: skip
-    reward: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Import paths of your own reward functions, such as my_rewards:exact, instead of the "
-                          "hierarchical reward, to which accuracy and the judge belong. They get the rows' other "
-                          "fields, and rows need no answer."},
-    )  # fmt: skip
-    accuracy: str = field(
-        default="task",
-        metadata=described(
-            "Comparison of answers: 'task' (math equality or token F1), 'judge' (by a language model if 'task' does "
-            "not score them as fully right), 'paper_f1' (as in the paper's code).",
-            choices=["task", "judge", "paper_f1"],
-        ),
+    reward: list[str] = setting(
+        list,
+        "Import paths of your own reward functions, such as my_rewards:exact, instead of the "
+        "hierarchical reward, to which accuracy and the judge belong. They get the rows' other "
+        "fields, and rows need no answer.",
+    )
+    accuracy: str = setting(
+        "task",
+        "Comparison of answers: 'task' (math equality or token F1), 'judge' (by a language model if 'task' does "
+        "not score them as fully right), 'paper_f1' (as in the paper's code).",
+        choices=["task", "judge", "paper_f1"],
     )
 
-    overwrite_output_dir: bool = field(
-        default=False,
-        metadata={"help": "Remove the model, the checkpoints and the trajectories of an earlier run from output_dir. "
-                  "Without it, such a folder is an error."},
-    )  # fmt: skip
+    overwrite_output_dir: bool = setting(
+        False,
+        "Remove the model, the checkpoints and the trajectories of an earlier run from output_dir. "
+        "Without it, such a folder is an error.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,11 +6,11 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from arpo_trl.common.imports import is_import_path, load_callable
-from arpo_trl.common.settings import changed, check_fields, described
+from arpo_trl.common.settings import changed, check_fields, setting
 from arpo_trl.errors import ConfigError
 from arpo_trl.tools.python.local import ISOLATIONS, python_tool
 from arpo_trl.tools.python.remote import remote_python_tool
@@ -35,133 +35,101 @@ class ToolArguments:
         ConfigError: A value is not of its field's type, range or choices.
     """
 
-    tools: list[str] = field(
-        default_factory=lambda: ["search", "python"],
-        metadata={"help": f"Tools to offer to the model: {', '.join(BUILT_IN)}, or the import path of a function, "
-                  "such as my_tools:weather."},
-    )  # fmt: skip
-    search_index: str | None = field(
-        default=None,
-        metadata={"help": "Local BM25 search: a JSONL file of passages, a folder of them, a Hub dataset, or a folder "
-                  "saved by LocalIndex.save."},
-    )  # fmt: skip
-    search_recorded: str | None = field(
-        default=None, metadata={"help": "Recorded search: a JSON file {query: result text}."}
+    tools: list[str] = setting(
+        lambda: ["search", "python"],
+        f"Tools to offer to the model: {', '.join(BUILT_IN)}, or the import path of a function, "
+        "such as my_tools:weather.",
     )
-    search_top_k: int = field(
-        default=10, metadata=described("Results per search. The paper's setting is 10.", at_least=1)
+    search_index: str | None = setting(
+        None,
+        "Local BM25 search: a JSONL file of passages, a folder of them, a Hub dataset, or a folder "
+        "saved by LocalIndex.save.",
     )
-    search_max_chars: int = field(
-        default=1000,
-        metadata=described(
-            "Maximum length of a search result. The paper's setting is 1,000.", at_least=10, unit="characters"
-        ),
+    search_recorded: str | None = setting(None, "Recorded search: a JSON file {query: result text}.")
+    search_top_k: int = setting(10, "Results per search. The paper's setting is 10.", at_least=1)
+    search_max_chars: int = setting(
+        1000, "Maximum length of a search result. The paper's setting is 1,000.", at_least=10, unit="characters"
     )
-    python_timeout_s: float = field(
-        default=5.0,
-        metadata=described("Maximum time of a python call, in wall time and in CPU time.", above=0, unit="seconds"),
+    python_timeout_s: float = setting(
+        5.0, "Maximum time of a python call, in wall time and in CPU time.", above=0, unit="seconds"
     )
-    python_isolation: str = field(
-        default="auto",
-        metadata=described(
-            "How model-written python is isolated. 'auto' selects the first other choice that works on this machine.",
-            choices=ISOLATIONS,
-        ),
+    python_isolation: str = setting(
+        "auto",
+        "How model-written python is isolated. 'auto' selects the first other choice that works on this machine.",
+        choices=ISOLATIONS,
     )
-    python_stateful: bool = field(
-        default=False,
-        metadata={"help": "Whether a python call sees the variables of its path's earlier calls. The earlier calls "
-                  "run again before it, within the same python_timeout_s."},
-    )  # fmt: skip
-    python_executor_url: str | None = field(
-        default=None,
-        metadata={"help": "Run python on this SandboxFusion server instead of this machine: http://HOST:PORT."},
+    python_stateful: bool = setting(
+        False,
+        "Whether a python call sees the variables of its path's earlier calls. The earlier calls "
+        "run again before it, within the same python_timeout_s.",
     )
-    allow_unsafe: bool = field(
-        default=False,
-        metadata={"help": "Run model-written python without a sandbox if this machine supports none. Dangerous."},
+    python_executor_url: str | None = setting(
+        None, "Run python on this SandboxFusion server instead of this machine: http://HOST:PORT."
+    )
+    allow_unsafe: bool = setting(
+        False, "Run model-written python without a sandbox if this machine supports none. Dangerous."
     )
 
     # Parameters that control search with a service. Its key comes from the environment
-    search_provider: str | None = field(
-        default=None,
-        metadata={"help": f"Search provider: {', '.join([*LOCAL_SOURCES, *PROVIDERS.own])}, or a registered name. "
-                  "None: local if search_index is set, recorded if search_recorded is set."},
-    )  # fmt: skip
-    search_url: str | None = field(
-        default=None,
-        metadata={"help": "Address of the search service, if it is not the default (a gateway, your own server)."},
+    search_provider: str | None = setting(
+        None,
+        f"Search provider: {', '.join([*LOCAL_SOURCES, *PROVIDERS.own])}, or a registered name. "
+        "None: local if search_index is set, recorded if search_recorded is set.",
     )
-    search_zone: str | None = field(default=None, metadata={"help": "Bright Data: the name of your SERP API zone."})
-    search_fields: list[str] = field(
-        default_factory=lambda: list(FIELDS),
-        metadata=described("Parts of a result that the model sees.", choices=FIELDS),
+    search_url: str | None = setting(
+        None, "Address of the search service, if it is not the default (a gateway, your own server)."
     )
-    search_cache: str = field(
-        default="search_cache.sqlite",
-        metadata={"help": "File that caches a service's answers and counts requests. All processes of a machine share "
-                  "it. Keep it on a local disk."},
-    )  # fmt: skip
-    search_cache_mode: str = field(
-        default=CacheMode.CACHE.value,
-        metadata=described(
-            "'cache': send a request only if the file lacks the answer. 'live': always send a request. 'record': "
-            "always send a request, and write the answer. 'replay': send no requests; answer with the nearest "
-            "recorded query. 'offline': send no requests; an unrecorded query fails.",
-            choices=CacheMode,
-        ),
+    search_zone: str | None = setting(None, "Bright Data: the name of your SERP API zone.")
+    search_fields: list[str] = setting(lambda: list(FIELDS), "Parts of a result that the model sees.", choices=FIELDS)
+    search_cache: str = setting(
+        "search_cache.sqlite",
+        "File that caches a service's answers and counts requests. All processes of a machine share "
+        "it. Keep it on a local disk.",
     )
-    search_timeout_s: float = field(
-        default=15.0,
-        metadata=described(
-            "Maximum time of a search, including retries. It should be less than tool_timeout_s.",
-            above=0,
-            unit="seconds",
-        ),
+    search_cache_mode: str = setting(
+        CacheMode.CACHE.value,
+        "'cache': send a request only if the file lacks the answer. 'live': always send a request. 'record': "
+        "always send a request, and write the answer. 'replay': send no requests; answer with the nearest "
+        "recorded query. 'offline': send no requests; an unrecorded query fails.",
+        choices=CacheMode,
     )
-    search_rate: float | None = field(
-        default=None,
-        metadata=described("Maximum requests per second to the service, summed over all processes.", above=0),
+    search_timeout_s: float = setting(
+        15.0,
+        "Maximum time of a search, including retries. It should be less than tool_timeout_s.",
+        above=0,
+        unit="seconds",
     )
-    search_max_calls: int | None = field(
-        default=None,
-        metadata=described(
-            "Maximum requests to the service per run (output_dir), summed over all processes. Beyond it the model "
-            "gets a notice instead of results.",
-            at_least=1,
-        ),
+    search_rate: float | None = setting(
+        None, "Maximum requests per second to the service, summed over all processes.", above=0
+    )
+    search_max_calls: int | None = setting(
+        None,
+        "Maximum requests to the service per run (output_dir), summed over all processes. Beyond it the model "
+        "gets a notice instead of results.",
+        at_least=1,
     )
 
     # Parameters that control the reading of pages
-    visit_timeout_s: float = field(
-        default=15.0, metadata=described("Maximum time of a visit.", above=0, unit="seconds")
+    visit_timeout_s: float = setting(15.0, "Maximum time of a visit.", above=0, unit="seconds")
+    visit_max_chars: int = setting(4000, "Maximum length of the text of a page.", at_least=200, unit="characters")
+    visit_allowed_hosts: list[str] = setting(
+        list, "host or host:port that may be visited even if it is not on the public internet."
     )
-    visit_max_chars: int = field(
-        default=4000, metadata=described("Maximum length of the text of a page.", at_least=200, unit="characters")
+    visit_summary_url: str | None = setting(
+        None,
+        "OpenAI-compatible server (…/v1) whose model summarises pages. Put its key, if it needs "
+        "one, in VISIT_SUMMARY_API_KEY.",
     )
-    visit_allowed_hosts: list[str] = field(
-        default_factory=list,
-        metadata={"help": "host or host:port that may be visited even if it is not on the public internet."},
-    )
-    visit_summary_url: str | None = field(
-        default=None,
-        metadata={"help": "OpenAI-compatible server (…/v1) whose model summarises pages. Put its key, if it needs "
-                  "one, in VISIT_SUMMARY_API_KEY."},
-    )  # fmt: skip
-    visit_summary_model: str | None = field(
-        default=None, metadata={"help": "Name of the model that summarises pages."}
-    )
+    visit_summary_model: str | None = setting(None, "Name of the model that summarises pages.")
 
     # Parameters that control the tools of MCP servers
-    mcp_servers: list[dict[str, Any]] | None = field(
-        default=None,
-        metadata={"help": "MCP servers whose tools are also offered. Each has command, args and env (names of "
-                  "variables), or url and token_env. tools limits which of its tools are offered, and per_path gives "
-                  "each path its own session."},
-    )  # fmt: skip
-    mcp_timeout_s: float = field(
-        default=15.0, metadata=described("Maximum time of a call of an MCP tool.", above=0, unit="seconds")
+    mcp_servers: list[dict[str, Any]] | None = setting(
+        None,
+        "MCP servers whose tools are also offered. Each has command, args and env (names of "
+        "variables), or url and token_env. tools limits which of its tools are offered, and per_path gives "
+        "each path its own session.",
     )
+    mcp_timeout_s: float = setting(15.0, "Maximum time of a call of an MCP tool.", above=0, unit="seconds")
 
     @property
     def offered(self) -> list[Any]:
@@ -216,7 +184,7 @@ def _build_search(arguments: ToolArguments, run: str) -> Callable[..., Any]:
 
 
 def _search_source(arguments: ToolArguments, run: str) -> Searchable:
-    given = [name for name, setting in LOCAL_SOURCES.items() if getattr(arguments, setting) is not None]
+    given = [name for name, needed in LOCAL_SOURCES.items() if getattr(arguments, needed) is not None]
     provider = arguments.search_provider or (given[0] if len(given) == 1 else None)
     if provider is None or given not in ([], [provider]) or (provider in LOCAL_SOURCES and not given):
         raise ConfigError(

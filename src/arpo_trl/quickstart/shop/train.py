@@ -5,7 +5,7 @@ The pattern for your own environment: rows, a class, and `environment_factory`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 from functools import partial
 
 from datasets import Dataset
@@ -13,7 +13,7 @@ from trl import ModelConfig
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.command_line import parse_settings, report_errors
-from arpo_trl.common.settings import check_fields, described
+from arpo_trl.common.settings import check_fields, setting
 from arpo_trl.logs.progress import show_compactly, show_log
 from arpo_trl.quickstart.shop.environment import Shop
 from arpo_trl.quickstart.task import read_lines
@@ -25,11 +25,9 @@ from arpo_trl.scripts.start import final_save, required_model, start_errors, unt
 class ShopArguments:
     """The orders, and the shop."""
 
-    dataset: str = field(metadata={"help": "Training orders: a .jsonl file of rows {kinds, budget, seed}."})
-    eval_dataset: str | None = field(default=None, metadata={"help": "Orders for evaluation during training."})
-    reset_seconds: float = field(
-        default=0.0, metadata=described("Duration of each reset of a shop.", at_least=0, unit="seconds")
-    )
+    dataset: str = setting(MISSING, "Training orders: a .jsonl file of rows {kinds, budget, seed}.")
+    eval_dataset: str | None = setting(None, "Orders for evaluation during training.")
+    reset_seconds: float = setting(0.0, "Duration of each reset of a shop.", at_least=0, unit="seconds")
 
     def __post_init__(self) -> None:
         check_fields(self)

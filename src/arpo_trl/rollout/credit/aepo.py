@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from arpo_trl.common.settings import described
+from arpo_trl.common.settings import setting
 from arpo_trl.rollout.credit import register_credit
 from arpo_trl.rollout.credit.base import Credit
 from arpo_trl.rollout.tree import RolloutTree
@@ -22,7 +22,7 @@ from arpo_trl.rollout.tree import RolloutTree
 @register_credit("aepo")
 @dataclass(kw_only=True)
 class AEPO(Credit):
-    weight: float = field(default=0.2, metadata=described("Weight of the entropy's z-score.", at_least=0))
+    weight: float = setting(0.2, "Weight of the entropy's z-score.", at_least=0)
     reads_entropies: bool = field(default=True, init=False)
 
     def __call__(

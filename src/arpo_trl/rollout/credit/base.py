@@ -227,6 +227,18 @@ class Segments:
         parent = self.tree.nodes[segment].parent
         return [child for child in self.tree.nodes[parent].children if child != segment] if parent else []
 
+    def forks(self) -> dict[int, list[int]]:
+        """Observation that branches → the rows of the leaves below it that count."""
+        found: dict[int, list[int]] = defaultdict(list)
+        for segment, rows in self.rows.items():
+            if self.siblings(segment):
+                found[self.fork(segment)] += rows
+        return found
+
+    def fork(self, segment: int) -> int:
+        """The observation that `segment` starts under; node 0 at the root."""
+        return self.tree.nodes[segment].parent or 0
+
     def below(self, segment: int) -> list[int]:
         """The segments directly under `segment`; none if it ends in a leaf."""
         return [other for other in self.rows if self.above(other) == segment]

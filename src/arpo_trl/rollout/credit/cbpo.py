@@ -17,56 +17,37 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from arpo_trl.common.settings import described
+from arpo_trl.common.settings import setting
 from arpo_trl.rollout.credit import register_credit
-from arpo_trl.rollout.credit.base import (
-    Credit,
-    Segments,
-    are_close,
-    by_segment,
-    cut_into_segments,
-    shares_nodes,
-    z_scores,
-)
+from arpo_trl.rollout.credit.base import Credit, Segments, are_close, by_segment, cut_into_segments, z_scores
 from arpo_trl.rollout.tree import RolloutTree
 
 
 @register_credit("cbpo")
 @dataclass(kw_only=True)
 class CBPO(Credit):
-    weight: float = field(default=0.2, metadata=described("Weight of the branch point's value.", at_least=0))
+    weight: float = setting(0.2, "Weight of the branch point's value.", at_least=0)
 
     def __call__(
         self, trees: Sequence[RolloutTree], rewards: torch.Tensor, advantages: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         of_leaf, reward_of = advantages.tolist(), rewards.tolist()
-        cut = cut_into_segments(trees) if shares_nodes(trees) else []
+        cut = cut_into_segments(trees)
         spreads: dict[tuple[int, int], float] = {}  # (first row of the tree, branch point) → CBV
         for segments in cut:
-            for segment in segments.rows:
-                if others := segments.siblings(segment):
-                    below = [reward_of[row] for member in (segment, *others) for row in segments.rows[member]]
-                    known = [reward for reward in below if not math.isnan(reward)]
-                    spread = statistics.pstdev(known) if known and not are_close(known) else 0.0
-                    spreads[_fork(segments, segment)] = spread if known else math.nan
+            for fork, rows in segments.forks().items():
+                if known := [reward_of[row] for row in rows if not math.isnan(reward_of[row])]:
+                    spreads[segments.first_row, fork] = 0.0 if are_close(known) else statistics.pstdev(known)
         values = list(spreads.values())
-        everyones = self.gathered(values)  # on every rank, also without a branch point
-        if not cut:
-            return advantages, None
-        scores = dict(zip(spreads, z_scores(values, everyones), strict=True))
+        scores = dict(zip(spreads, z_scores(values, self.gathered(values)), strict=True))  # on every rank
 
         def value(segments: Segments, segment: int, row: int) -> float:
             limit = abs(of_leaf[row]) / 2
-            bonus = min(max(scores.get(_fork(segments, segment), 0.0), -limit), limit)
-            return of_leaf[row] + self.weight * math.copysign(1, of_leaf[row]) * bonus
+            score = scores.get((segments.first_row, segments.fork(segment)), 0.0)
+            return of_leaf[row] + self.weight * math.copysign(1, of_leaf[row]) * min(max(score, -limit), limit)
 
-        return by_segment(cut, advantages, value), None
-
-
-def _fork(segments: Segments, segment: int) -> tuple[int, int]:
-    """The observation that `segment` starts under, unique in the batch; node 0 at the root."""
-    return segments.first_row, segments.tree.nodes[segment].parent or 0
+        return by_segment(cut, advantages, value) if spreads else advantages, None

@@ -11,11 +11,11 @@ more than their share of the gradient. The first turns lack the second term.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from arpo_trl.common.settings import described
+from arpo_trl.common.settings import setting
 from arpo_trl.rollout.credit import register_credit
 from arpo_trl.rollout.credit.base import Credit, Segments, by_segment, cut_into_segments, shares_nodes, z_scores
 from arpo_trl.rollout.tree import NodeKind, RolloutTree
@@ -24,8 +24,8 @@ from arpo_trl.rollout.tree import NodeKind, RolloutTree
 @register_credit("gigpo")
 @dataclass(kw_only=True)
 class GiGPO(Credit):
-    omega: float = field(default=1.0, metadata=described("ω: weight of the comparison at forks.", at_least=0))
-    gamma: float = field(default=0.95, metadata=described("γ: discount per turn.", above=0, at_most=1))
+    omega: float = setting(1.0, "ω: weight of the comparison at forks.", at_least=0)
+    gamma: float = setting(0.95, "γ: discount per turn.", above=0, at_most=1)
 
     def __call__(
         self, trees: Sequence[RolloutTree], rewards: torch.Tensor, advantages: torch.Tensor

@@ -16,7 +16,7 @@ from itertools import pairwise
 
 import torch
 
-from arpo_trl.common.settings import described
+from arpo_trl.common.settings import setting
 from arpo_trl.errors import ConfigError
 from arpo_trl.rollout.credit import register_credit
 from arpo_trl.rollout.credit.base import Credit, by_leaf, z_scores
@@ -26,7 +26,7 @@ from arpo_trl.rollout.tree import Leaf, NodeKind, RolloutTree
 @register_credit("igpo")
 @dataclass(kw_only=True)
 class IGPO(Credit):
-    gamma: float = field(default=1.0, metadata=described("Discount per turn.", above=0, at_most=1))
+    gamma: float = setting(1.0, "Discount per turn.", above=0, at_most=1)
     template: str = "<answer>\\boxed{{answer}}</answer>"
     """The text with which the model would give the answer, with the placeholder {answer}."""
     reads_answers: bool = field(default=True, init=False)

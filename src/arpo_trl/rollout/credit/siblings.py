@@ -12,11 +12,11 @@ depend on the turn. A decay below 1 (BPO: .95) makes the gradient of early turns
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from arpo_trl.common.settings import described
+from arpo_trl.common.settings import setting
 from arpo_trl.rollout.credit import register_credit
 from arpo_trl.rollout.credit.base import Credit, Segments, by_segment, cut_into_segments, mean, shares_nodes
 from arpo_trl.rollout.tree import RolloutTree
@@ -25,7 +25,7 @@ from arpo_trl.rollout.tree import RolloutTree
 @register_credit("siblings")
 @dataclass(kw_only=True)
 class Siblings(Credit):
-    decay: float = field(default=1.0, metadata=described("Factor per later fork.", above=0, at_most=1))
+    decay: float = setting(1.0, "Factor per later fork.", above=0, at_most=1)
 
     def __call__(
         self, trees: Sequence[RolloutTree], rewards: torch.Tensor, advantages: torch.Tensor

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from arpo_trl.common.settings import described
+from arpo_trl.common.settings import setting
 from arpo_trl.rollout.credit import register_credit
 from arpo_trl.rollout.credit.base import Credit, Segments, by_segment, cut_into_segments, mean, shares_nodes
 from arpo_trl.rollout.tree import RolloutTree
@@ -25,11 +25,8 @@ from arpo_trl.rollout.tree import RolloutTree
 @register_credit("tree")
 @dataclass(kw_only=True)
 class Tree(Credit):
-    average: str = field(
-        default="leaves",
-        metadata=described("How values are averaged.", choices=("leaves", "children", "entropy", "softmax")),
-    )
-    difference: bool = field(default=False, metadata=described("Whether the value of the node above is subtracted."))
+    average: str = setting("leaves", "How values are averaged.", choices=("leaves", "children", "entropy", "softmax"))
+    difference: bool = setting(False, "Whether the value of the node above is subtracted.")
 
     def __post_init__(self) -> None:
         self.reads_logprobs = self.average in ("entropy", "softmax")

@@ -22,6 +22,7 @@ from arpo_trl.common.registry import Registry
 from arpo_trl.rollout.rules.base import (
     BranchContext,
     BranchRule,
+    BudgetSplit,
     Candidate,
     LivePath,
     Moment,
@@ -38,6 +39,7 @@ __all__ = [
     "BranchContext",
     "BranchDecision",
     "BranchRule",
+    "BudgetSplit",
     "Candidate",
     "LivePath",
     "Moment",

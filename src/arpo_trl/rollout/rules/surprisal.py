@@ -10,9 +10,9 @@ Bias: multiplicity, and look-ahead over a whole turn: the turn whose tokens dete
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from arpo_trl.common.settings import described
+from arpo_trl.common.settings import setting
 from arpo_trl.rollout.rules import register_rule
 from arpo_trl.rollout.rules.base import BranchContext, Rounds, mean
 from arpo_trl.rollout.tree import Node, RolloutTree
@@ -28,8 +28,8 @@ class Surprisal(Rounds):
         Surprisal(rounds=2, penalty=0.05)
     """
 
-    rounds: int = field(default=2, metadata=described("L: rounds of branches.", at_least=1))
-    penalty: float = field(default=0.05, metadata=described("Penalty for each sibling.", at_least=0, unit="nats"))
+    rounds: int = setting(2, "L: rounds of branches.", at_least=1)
+    penalty: float = setting(0.05, "Penalty for each sibling.", at_least=0, unit="nats")
 
     @property
     def reads_logprobs(self) -> bool:

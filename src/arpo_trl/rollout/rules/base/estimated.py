@@ -1,0 +1,84 @@
+"""Rules that estimate the widths of a tree over the run (`arpo_trl.rollout.estimates`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from arpo_trl.common.alarm import Alarm
+from arpo_trl.common.settings import setting
+from arpo_trl.rollout.estimates import DepthEstimates, depth_sums
+from arpo_trl.rollout.rules.base.context import BranchContext
+from arpo_trl.rollout.rules.base.planned import Planned
+from arpo_trl.rollout.tree import RolloutTree
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimatedWidths(Planned):
+    """A planned rule that learns S, v, c and η, and estimates widths for a budget of calls.
+
+    Estimated widths are rounded at random, once per prompt and depth. The last depth splits the remaining leaves.
+    Before the first estimates there are N roots, and the first results split all leaves.
+    """
+
+    learns: ClassVar[bool] = True
+    alarms: ClassVar[Sequence[Alarm]] = (
+        Alarm(
+            metric="schedule/gain",
+            limit=1.1,
+            advice="At equal calls the best widths give at most {share} of what independent paths give, so branching "
+            "cannot help. Set initial_rollouts to num_generations (GRPO).",
+            below=True,
+            count=10,
+        ),
+    )
+
+    calls_share: float | None = setting(
+        None,
+        "Budget of calls, as a share of those of M independent paths. None: 0.5, or the share that `widths` imply.",
+        above=0,
+        at_most=1,
+    )
+    exploration: float = setting(
+        0.03, "Probability of one additional child, per prompt and depth.", at_least=0, at_most=1
+    )
+    memory: float = setting(0.8, "Weight of earlier steps in the estimates.", at_least=0, at_most=1)
+    estimates: DepthEstimates = field(default_factory=DepthEstimates, init=False, repr=False, compare=False)
+
+    def plan(self, leaves: int, planned: int, context: BranchContext) -> Sequence[int]:
+        widths = self.estimates.widths(leaves, self._share) or [float(planned), float(leaves)]
+        factors, explores = [], False
+        for depth, (above, width) in enumerate(zip([1.0, *widths], widths, strict=False)):
+            draws = context.generator(-1, depth)
+            factors.append(max(1, math.floor(width / above + draws.random())))
+            extra = draws.random() < self.exploration
+            factors[-1] += extra
+            explores |= extra and depth > 0
+        if explores:
+            factors[0] = min(factors[0], leaves - 1)  # leaves one to branch
+        return factors if len(widths) == 1 else [*factors[:-1], leaves]
+
+    def expected_widths(self) -> Sequence[float]:
+        """Return the number of turns at each depth, for the metrics; empty if it is not known yet."""
+        return self.estimates.widths(self.estimates.leaves, self._share) or []
+
+    def lesson(self, trees: Sequence[RolloutTree], rewards: Sequence[float]) -> Any:
+        return depth_sums(trees, rewards)
+
+    def learn(self, lessons: Sequence[Any]) -> None:
+        self.estimates.update(lessons, self.memory, self._share)
+
+    def metrics(self) -> Mapping[str, float]:
+        return {f"schedule/{name}": value for name, value in self.estimates.metrics(self.expected_widths()).items()}
+
+    def state_dict(self) -> Any:
+        return self.estimates.state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        self.estimates.load_state_dict(state)
+
+    @property
+    def _share(self) -> float:
+        return 0.5 if self.calls_share is None else self.calls_share
