@@ -24,8 +24,8 @@ class BranchRule(ABC):
     """A branch rule: a frozen dataclass whose fields are its settings. One object serves all groups of a run.
 
     Most rules define only `judge`. A rule that spends the budget differently also overrides `decide`, `supply` or
-    `roots`, or derives from `Rounds`, `Planned`, `EstimatedWidths` or `BudgetSplit`. A rule that estimates something
-    over the run sets `learns` and overrides the methods from `lesson` on.
+    `roots`, or derives from `Rounds`, `Planned` or `BudgetSplit`. A rule that estimates something over the run sets
+    `learns` and overrides the methods from `lesson` on.
 
         @register_rule("always")
         @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class BranchRule(ABC):
     branches_per_fork: int = setting(1, "Z: number of extra turns under an observation that branches.", at_least=1)
 
     def __post_init__(self) -> None:
-        """Checks the settings against the fields' metadata from `described`."""
+        """Checks the settings against the fields' metadata from `setting`."""
         check_fields(self)
 
     def most_branches(self, above: int = 0) -> int:
