@@ -8,7 +8,7 @@ import pytest
 from arpo_trl.evaluation import report
 from arpo_trl.evaluation.benchmarks import Benchmark, Scorer
 from arpo_trl.evaluation.results import suites_of, summarise
-from arpo_trl.evaluation.samples import trajectory
+from arpo_trl.evaluation.samples import key_of, trajectory
 from arpo_trl.rollout.tree import ExecutedCall, RolloutTree, StopReason
 from arpo_trl.tools.calls import CallSource
 from browser import IS_COMPLETE
@@ -49,7 +49,8 @@ def page_of(*records, **settings) -> str:
 
 
 def pages_of(*records) -> list[report.SamplePage]:
-    return list(report.sample_pages(lambda: records, {"gsm8k": results_of(*records)["benchmarks"]["gsm8k"]["metric"]}))
+    metrics = {"gsm8k": results_of(*records)["benchmarks"]["gsm8k"]["metric"]}
+    return list(report.sample_pages({key_of(record): record for record in records}, metrics))
 
 
 def varied():
@@ -178,7 +179,8 @@ def test_samples_without_a_verdict_count_as_failed_and_leave_a_dash_in_every_rep
     row = "| GSM8K | LLM judge | — | — | 2 | 2 | 1 | 0.00 |"
     text = report.markdown(results)
     assert row in text and "- 1 sample(s) without a verdict of the judge; its score is in 0.500 – 1.000" in text
-    page = report.html(results, {"gsm8k": next(report.sample_pages(lambda: rows, {"gsm8k": "judge"}))})
+    pages = report.sample_pages({key_of(row): row for row in rows}, {"gsm8k": "judge"})
+    page = report.html(results, {"gsm8k": next(pages)})
     assert '<td class="n" data-label="failed">1</td>' in page and '<td class="n" data-label="score">—</td>' in page
     assert "its score is in 0.500 – 1.000" in page
     # Results of an earlier version have the mean of the other samples as the score.
@@ -212,19 +214,21 @@ def test_wrong_answers_come_first_and_every_sample_is_on_some_page():
     assert Page(last).open == []
 
 
-def test_pages_are_written_a_few_at_a_time(monkeypatch):
+def test_a_page_reads_only_its_own_samples(monkeypatch):
     monkeypatch.setattr(report, "SHOWN_SAMPLES", 2)
-    monkeypatch.setattr(report, "PAGES_AT_ONCE", 2)
-    records = [record(i, 1.0) for i in range(7)]
     readings = []
 
-    def read():
-        readings.append(1)
-        return records
+    class Read(dict):
+        def __getitem__(self, key):
+            readings.append(key[1])
+            return super().__getitem__(key)
 
-    pages = list(report.sample_pages(read, {"gsm8k": "math"}))
-    assert [[sample["number"] for sample in page.samples] for page in pages] == [[0, 1], [2, 3], [4, 5], [6]]
-    assert len(readings) == 3  # one for the order, two for two pages each
+    records = Read({key_of(one): one for one in (record(i, 1.0) for i in range(5))})
+    pages = report.sample_pages(records, {"gsm8k": "math"})
+    assert [sample["number"] for sample in next(pages).samples] == [0, 1]
+    assert readings == [0, 1]  # the other pages are not read yet
+    assert [[sample["number"] for sample in page.samples] for page in pages] == [[2, 3], [4]]
+    assert readings == [0, 1, 2, 3, 4]
 
 
 def test_long_texts_are_cut():

@@ -8,7 +8,7 @@ import pytest
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.evaluation.benchmarks import Scorer
 from arpo_trl.evaluation.runner import SCORING_THREADS, RunFolder, run_benchmark
-from arpo_trl.evaluation.samples import SampleLog, key_of, read_records, repair
+from arpo_trl.evaluation.samples import Records, SampleLog, key_of, read_records, repair
 from arpo_trl.rewards.judge import LLMJudge
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from evaluating import Evaluating, asked_number, boxed, questions, record, write_lines
@@ -344,6 +344,17 @@ def test_repair_keeps_each_sample_once_and_drops_incomplete_failed_and_invalid_l
     done, unjudged = repair(path)
     assert done == {("gsm8k", 0, 0), ("gsm8k", 2, 0)} and unjudged == []
     assert list(read_records(path)) == [good, record(2, 0.0)]
+
+
+def test_records_are_read_by_their_keys(tmp_path):
+    rows = [record(0, 1.0, question="ü" * 9), record(1, 0.0), record(0, 0.5)]
+    path = write_lines(tmp_path / "samples.jsonl", rows)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\n\n"))  # as some editors save it
+    records = Records(path)
+    assert (len(records), list(records)) == (2, [("gsm8k", 1, 0), ("gsm8k", 0, 0)])
+    assert records["gsm8k", 0, 0] == rows[2]  # the last line of a sample
+    (path.parent / "one").write_bytes(b"\xef\xbb\xbf" + json.dumps(rows[0]).encode())
+    assert Records(path.parent / "one")["gsm8k", 0, 0] == rows[0]
 
 
 def test_a_last_line_without_a_newline_counts_as_incomplete(tmp_path):

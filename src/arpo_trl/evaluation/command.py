@@ -38,7 +38,7 @@ from arpo_trl.evaluation.comparison import compare, draw
 from arpo_trl.evaluation.engines import fingerprint, load_tokenizer, make_sampler
 from arpo_trl.evaluation.results import provenance, suites_of, summarise
 from arpo_trl.evaluation.runner import Evaluator, RunFolder, run_benchmark
-from arpo_trl.evaluation.samples import Record, counted, lacks_verdict, read_records
+from arpo_trl.evaluation.samples import Record, Records, counted, lacks_verdict
 from arpo_trl.evaluation.scoring import main_metric
 from arpo_trl.evaluation.settings import EvalSettings
 from arpo_trl.logs.progress import show_log
@@ -189,9 +189,9 @@ def write_results(
     output: Path, described: dict[str, Any], chosen: Sequence[Questions], settings: EvalSettings
 ) -> dict[str, Any]:
     """Read the samples of a run, write results.json, report.md and report.html, and return the results."""
+    saved = Records(output / "samples.jsonl")
     records: dict[str, list[Record]] = {each.benchmark.name: [] for each in chosen}
-    samples_file = output / "samples.jsonl"
-    for record in read_records(samples_file):
+    for record in saved.values():
         records[record["benchmark"]].append(counted(record))
     benchmarks = {
         each.benchmark.name: summarise(
@@ -214,7 +214,7 @@ def write_results(
     }
     metrics = {name: summary["metric"] for name, summary in benchmarks.items()}
     first = {}
-    for page in report.sample_pages(lambda: read_records(samples_file), metrics):
+    for page in report.sample_pages(saved, metrics):
         if page.number == 0:
             first[page.benchmark] = page
         else:

@@ -6,8 +6,8 @@ blocks all scripts and requests.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,11 @@ import jinja2
 from arpo_trl.common.user_files import read_json, user_path
 from arpo_trl.errors import DataError
 from arpo_trl.evaluation.results import lacks_verdicts, value_of
-from arpo_trl.evaluation.samples import Key, Record, key_of
+from arpo_trl.evaluation.samples import Key, Record
 from arpo_trl.visible import visible, visible_data
 
 SHOWN_SAMPLES = 200
 """The samples on one page. The report shows a benchmark's first page and links to the others."""
-PAGES_AT_ONCE = 10
-"""The number of pages in memory at a time. Each such batch of pages requires one pass over the samples."""
 SHOWN_CHARS = 4000
 """The maximum number of characters of a turn or a tool result on the page."""
 
@@ -50,39 +48,29 @@ class SamplePage:
         return self.files[self.number]
 
 
-def sample_pages(read: Callable[[], Iterable[Record]], metrics: Mapping[str, str | None]) -> Iterator[SamplePage]:
+def sample_pages(records: Mapping[Key, Record], metrics: Mapping[str, str | None]) -> Iterator[SamplePage]:
     """Yield the pages of each benchmark, with failed samples first, then those without a verdict, then wrong ones,
     then the others.
 
     Each benchmark has at least one page. Page 0 is the report itself.
 
     Args:
-        read: Reads all samples from the start.
+        records: All samples. Those of one page are in memory at a time, if the mapping reads them when they are used.
         metrics: Benchmark → the metric of its score.
     """
     order: dict[str, list[tuple[float, Key]]] = {name: [] for name in metrics}
-    for record in read():
+    for key, record in records.items():
         value = _value(record, metrics)
         place = -1.0 if record["error"] is not None else -0.5 if value is None else value
-        order[record["benchmark"]].append((place, key_of(record)))
-    blank: list[tuple[SamplePage, list[Key]]] = []
+        order[record["benchmark"]].append((place, key))
     for position, (name, places) in enumerate(order.items()):
         keys = [key for _, key in sorted(places)]
         starts = range(0, max(1, len(keys)), SHOWN_SAMPLES)
         files = ["report.html", *(f"samples-{position + 1}-{number}.html" for number in range(2, len(starts) + 1))]
         for number, start in enumerate(starts):
-            page = SamplePage(benchmark=name, number=number, files=files, samples=[])
-            blank.append((page, keys[start : start + SHOWN_SAMPLES]))
-    for first in range(0, len(blank), PAGES_AT_ONCE):
-        held = blank[first : first + PAGES_AT_ONCE]
-        wanted = {key for _, keys in held for key in keys}
-        found = {
-            key_of(record): {**_shortened(record), "value": _value(record, metrics)}
-            for record in read()
-            if key_of(record) in wanted
-        }
-        for page, keys in held:
-            yield replace(page, samples=[found[key] for key in keys])
+            shown = [records[key] for key in keys[start : start + SHOWN_SAMPLES]]
+            samples = [{**_shortened(record), "value": _value(record, metrics)} for record in shown]
+            yield SamplePage(benchmark=name, number=number, files=files, samples=samples)
 
 
 def _value(record: Record, metrics: Mapping[str, str | None]) -> float | None:

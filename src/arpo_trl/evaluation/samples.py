@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -55,26 +56,47 @@ class SampleLog:
         self._file.close()
 
 
-def read_records(path: str | Path) -> Iterator[Record]:
-    """Yield the records of a log. Of several lines of the same sample, the last counts: it has the later verdict.
+class Records(Mapping[Key, Record]):
+    """The records of a log by key, in the order of the log. A record is read from the file each time that it is used.
+
+    Of several lines of the same sample, the last counts: it has the later verdict.
 
     Raises:
         DataError: There is no log, or a line is not a complete record.
     """
-    path = user_path(path, "path")
-    if not path.exists():
-        raise DataError(f"There is no {path}. Pass the output folder of `arpo-trl eval`.")
-    last: dict[Key, int] = {}
-    for number, record in json_lines(path):
-        try:
-            _check(record)
-        except DataError as error:
-            raise DataError(
-                f"{path}, line {number}: not a sample of an evaluation: {error} Resume the run to repair it."
-            ) from error
-        last[key_of(record)] = number
-    counting = set(last.values())
-    yield from (record for number, record in json_lines(path) if number in counting)
+
+    def __init__(self, path: str | Path):
+        self._path = path = user_path(path, "path")
+        if not path.exists():
+            raise DataError(f"There is no {path}. Pass the output folder of `arpo-trl eval`.")
+        last: dict[Key, int] = {}
+        for number, record in json_lines(path):
+            try:
+                _check(record)
+            except DataError as error:
+                raise DataError(
+                    f"{path}, line {number}: not a sample of an evaluation: {error} Resume the run to repair it."
+                ) from error
+            last[key_of(record)] = number
+        with path.open("rb") as lines:
+            starts = list(accumulate(map(len, lines), initial=0))  # the first byte of each line
+        self._starts = {key: starts[number - 1] for key, number in sorted(last.items(), key=lambda item: item[1])}
+
+    def __getitem__(self, key: Key) -> Record:
+        with self._path.open("rb") as lines:
+            lines.seek(self._starts[key])
+            return dict(parse_json(lines.readline().decode("utf-8-sig"), str(self._path)))
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._starts)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+
+def read_records(path: str | Path) -> Iterable[Record]:
+    """The records of a log, one after the other; otherwise like `Records`."""
+    return Records(path).values()
 
 
 def repair(path: Path) -> tuple[set[Key], list[Record]]:
