@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from arpo_trl.evaluation.samples import key_of, read_records
+from arpo_trl.evaluation.samples import Records, key_of
 
 
 def command(arguments: argparse.Namespace, output: Path) -> list[str]:
@@ -34,7 +34,7 @@ def command(arguments: argparse.Namespace, output: Path) -> list[str]:
 def outcome(folder: Path) -> dict[Any, Any]:
     """The results that kills must not change: samples and summary without their times."""
     samples: dict[Any, Any] = {}
-    for record in read_records(folder / "samples.jsonl"):
+    for record in Records(folder / "samples.jsonl").values():
         if key_of(record) in samples:
             raise SystemExit(f"{key_of(record)} is in {folder} twice")
         steps = [

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,20 @@ def reward(completions: list[Any], turns: list[list[str]], **_: Any) -> list[flo
     return [float(len("".join(texts)) % 3) for texts in turns]
 
 
-def trainer(model: str, folder: Path, **settings: Any) -> ARPOTrainer:
+def trainer(
+    model: str,
+    folder: Path,
+    *,
+    rewards: Any = reward,
+    tools: Sequence[Any] = (search,),
+    script: Callable[[TurnRequest, str], ScriptedTurn] = script,
+    peft_config: Any = None,
+    **settings: Any,
+) -> ARPOTrainer:
     eos = (int(tokenizer().eos_token_id),)
     return ARPOTrainer(
         model,
-        reward,
+        rewards,
         ARPOConfig(
             **{
                 "output_dir": str(folder),
@@ -47,7 +57,8 @@ def trainer(model: str, folder: Path, **settings: Any) -> ARPOTrainer:
             }
         ),
         Dataset.from_list([{"prompt": [{"role": "user", "content": f"what is {i}"}]} for i in range(8)]),
-        tools=[search],
+        tools=list(tools),
+        peft_config=peft_config,
         engine=ScriptedEngine(tokenizer(), SamplingParams(eos_ids=eos, stop_strings=("</search>",)), script),
     )
 

@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig
 
 from arpo_trl.config import LOSS_TYPES, ARPOConfig
 from arpo_trl.errors import ConfigError
 from arpo_trl.rollout.credit import CREDITS
-from arpo_trl.rollout.engines.base import SamplingParams, TurnRequest
-from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
+from arpo_trl.rollout.engines.base import TurnRequest
+from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.rules import RULES
 from arpo_trl.training.trainer import ARPOTrainer
-from support import ANSWER, EXACT, ON_CPU, save_tiny_model, tokenizer
+from learning_ranks import trainer
+from support import ANSWER, EXACT, ON_CPU, save_tiny_model
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +48,6 @@ CHOICES: dict[str, list[Any]] = {
     "max_tool_calling_iterations": [2, 3, None],
     "max_tool_result_tokens": [16],
     "pad_to_multiple_of": [8],
-    "lora": [True],
 }
 
 
@@ -83,7 +82,7 @@ def search(query: str) -> str:
     return f"facts about {query}"
 
 
-search.deterministic = True  # type: ignore[attr-defined]
+search.deterministic = True
 
 
 def by_length(turns: list[list[str]], **_: Any) -> list[float]:
@@ -95,18 +94,13 @@ def of_some(completions: list[Any], **_: Any) -> list[float | None]:
 
 
 def trained(model: str, folder: Path, settings: dict[str, Any], *, resume: bool = False, **more: Any) -> ARPOTrainer:
-    values = {"max_completion_length": 120, "max_steps": 2, "save_strategy": "no", "rollout_schedule": "rounds"}
-    lora, settings = settings.get("lora", False), {k: v for k, v in settings.items() if k != "lora"}
-    made = ARPOTrainer(
+    made = trainer(
         model,
-        [by_length, of_some],
-        ARPOConfig(str(folder), **{**values, **ON_CPU, **EXACT, **settings, **more}),
-        Dataset.from_list([{"prompt": [{"role": "user", "content": f"what is {i}"}]} for i in range(8)]),
+        folder,
+        rewards=[by_length, of_some],
         tools=[search],
-        engine=ScriptedEngine(
-            tokenizer(), SamplingParams(eos_ids=(int(tokenizer().eos_token_id),), stop_strings=("</search>",)), script
-        ),
-        peft_config=LoraConfig(r=2) if lora else None,
+        script=script,
+        **{"max_steps": 2, "rollout_schedule": "rounds", **EXACT, **settings, **more},
     )
     made.train(resume_from_checkpoint=resume)
     return made
@@ -123,7 +117,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def is_accepted(settings: dict[str, Any]) -> bool:
     try:
-        ARPOConfig("/tmp/unused", **ON_CPU, **{name: value for name, value in settings.items() if name != "lora"})
+        ARPOConfig("/tmp/unused", **ON_CPU, **settings)
     except ConfigError:
         return False
     return True
@@ -141,7 +135,7 @@ def test_every_combination_is_a_configuration_or_a_named_error():
 
 @pytest.mark.parametrize("number", range(12))
 def test_a_combination_trains_packs_exactly_and_resumes(number, model, tmp_path):
-    settings = accepted(12)[number]
+    settings = accepted(12)[number] | {"peft_config": LoraConfig(r=2) if number % 3 == 0 else None}
     saving = {"save_strategy": "steps", "save_steps": 1}
     whole = trained(model, tmp_path / "whole", settings, shared_prefix_forward="on", **saving)
     assert all(value.isfinite().all() for value in weights(whole).values())

@@ -21,7 +21,7 @@ from arpo_trl.errors import ConfigError
 from arpo_trl.evaluation.benchmarks import BENCHMARKS
 from arpo_trl.evaluation.command import compare_runs, load_all
 from arpo_trl.evaluation.engines import load_tokenizer, make_sampler
-from arpo_trl.evaluation.samples import key_of, read_records
+from arpo_trl.evaluation.samples import Records, key_of
 from arpo_trl.evaluation.settings import EvalSettings
 from arpo_trl.rollout.engines.completions import CompletionsEngine
 from arpo_trl.rollout.sampler import TreeSampler
@@ -108,7 +108,7 @@ def test_a_run_leaves_a_table_and_a_folder_with_everything(monkeypatch, capsys, 
     assert (settings["temperature"], settings["top_p"], settings["context"]) == (0.6, 0.95, 32768)  # the paper's
     assert settings["tool_call_limits"] == ["python=5", "search=10"]
     assert results["versions"]["transformers"] and "git_commit" in results
-    assert len(list(read_records(folder / "samples.jsonl"))) == 4
+    assert len(list(Records(folder / "samples.jsonl").values())) == 4
 
 
 def test_failed_samples_are_status_1_and_resume_tries_them_again(monkeypatch, capsys, here):
@@ -199,7 +199,7 @@ def test_a_lost_server_keeps_finished_samples_and_gives_status_1(monkeypatch, ca
         status, out, _ = run(monkeypatch, capsys, *flags(here, server.url), "--concurrency", "1")
     assert status == 1
     assert "EngineError: The completions server is unreachable" in out and "Finished samples are kept" in out
-    assert [one["number"] for one in read_records(here / "run/samples.jsonl")] == [0]
+    assert [one["number"] for one in Records(here / "run/samples.jsonl").values()] == [0]
 
 
 def test_an_engine_in_process_takes_any_dataset_several_samples_and_yaml(monkeypatch, capsys, here, model):
@@ -234,7 +234,7 @@ def test_greedy_answers_are_the_same_through_transformers_and_through_a_server(m
     with Loopback(completions(writes)) as server:
         assert run(monkeypatch, capsys, *shared, "--base-url", server.url + "/v1", "--output", here / "server")[0] == 0
     texts = [
-        {r["number"]: [s["text"] for s in r["trajectory"]] for r in read_records(here / name / "samples.jsonl")}
+        {r["number"]: [s["text"] for s in r["trajectory"]] for r in Records(here / name / "samples.jsonl").values()}
         for name in ("in-process", "server")
     ]
     assert texts[0] == texts[1]
@@ -291,7 +291,7 @@ def killed_run(
     process = evaluate_in_child([*words, *resume])
     process.join(120)
     assert process.exitcode == 0
-    return list(read_records(log))
+    return list(Records(log).values())
 
 
 @pytest.mark.slow
@@ -534,7 +534,7 @@ def test_limits_of_tools_reach_the_model(monkeypatch, capsys, here):
     with Loopback(completions(insists)) as server:
         status, out, _ = run(monkeypatch, capsys, *flags(here, server.url), "--tool-call-limits", "search=2")
     assert status == 0 and "| 3.00 |" in out
-    (one,) = read_records(here / "run/samples.jsonl")
+    (one,) = Records(here / "run/samples.jsonl").values()
     calls = [call["failure"] for step in one["trajectory"] if step["role"] == "tool" for call in step["calls"]]
     assert calls == [None, None, "call_limit"]
 

@@ -8,7 +8,7 @@ import pytest
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.evaluation.benchmarks import Scorer
 from arpo_trl.evaluation.runner import SCORING_THREADS, RunFolder, run_benchmark
-from arpo_trl.evaluation.samples import Records, SampleLog, key_of, read_records, repair
+from arpo_trl.evaluation.samples import Records, SampleLog, key_of, repair
 from arpo_trl.rewards.judge import LLMJudge
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from evaluating import Evaluating, asked_number, boxed, questions, record, write_lines
@@ -170,7 +170,7 @@ def test_a_nonsense_reply_of_the_judge_is_no_verdict_and_is_retried_on_resume(tm
         evaluating = Evaluating(lambda r, c: boxed("lutetia"), judge=LLMJudge(server.url + "/v1", "wise"))
         with RunFolder(tmp_path / "run", IDENTITY, resume=False) as folder, evaluating.scripted.toolbox:
             run_benchmark(evaluating.evaluator, asked, folder, lambda record: None)
-    (one,) = read_records(tmp_path / "run/samples.jsonl")
+    (one,) = Records(tmp_path / "run/samples.jsonl").values()
     assert one["scores"]["judge"] is None and one["error"] is None
 
     def must_not_sample(request, context):
@@ -180,7 +180,7 @@ def test_a_nonsense_reply_of_the_judge_is_no_verdict_and_is_retried_on_resume(tm
         evaluating = Evaluating(must_not_sample, judge=LLMJudge(server.url + "/v1", "wise"))
         with RunFolder(tmp_path / "run", IDENTITY, resume=True) as folder, evaluating.scripted.toolbox:
             run_benchmark(evaluating.evaluator, asked, folder, lambda record: None)
-    (again,) = read_records(tmp_path / "run/samples.jsonl")
+    (again,) = Records(tmp_path / "run/samples.jsonl").values()
     assert again == {**one, "scores": {**one["scores"], "judge": 0.0}}
 
 
@@ -194,15 +194,15 @@ def test_repair_keeps_samples_without_a_verdict_in_the_file(tmp_path):
     path = write_lines(tmp_path / "samples.jsonl", rows)
     done, again = repair(path)
     assert (done, again) == ({("gsm8k", 0, 0)}, rows[1:])
-    assert list(read_records(path)) == rows
+    assert list(Records(path).values()) == rows
 
 
 def test_a_later_line_of_a_sample_replaces_the_first(tmp_path):
     rows = [unjudged(0), record(1, 1.0), unjudged(0, 1.0), unjudged(2), unjudged(2)]
     path = write_lines(tmp_path / "samples.jsonl", rows)
-    assert list(read_records(path)) == [rows[1], rows[2], rows[4]]
+    assert list(Records(path).values()) == [rows[1], rows[2], rows[4]]
     assert repair(path) == ({("gsm8k", 0, 0), ("gsm8k", 1, 0)}, [rows[4]])
-    assert list(read_records(path)) == [rows[1], rows[2], rows[4]]
+    assert list(Records(path).values()) == [rows[1], rows[2], rows[4]]
 
 
 def test_an_interrupt_while_the_judge_is_asked_again_waits_for_no_verdict_and_loses_no_sample(tmp_path):
@@ -211,7 +211,7 @@ def test_an_interrupt_while_the_judge_is_asked_again_waits_for_no_verdict_and_lo
         evaluating = Evaluating(lambda r, c: boxed("lutetia"), judge=LLMJudge(server.url + "/v1", "wise"))
         with RunFolder(tmp_path / "run", IDENTITY, resume=False) as folder, evaluating.scripted.toolbox:
             run_benchmark(evaluating.evaluator, asked, folder, lambda record: None)
-    before = sorted(read_records(tmp_path / "run/samples.jsonl"), key=key_of)
+    before = sorted(Records(tmp_path / "run/samples.jsonl").values(), key=key_of)
     asking, interrupted = threading.Event(), threading.Event()
 
     class Slow:
@@ -231,7 +231,7 @@ def test_an_interrupt_while_the_judge_is_asked_again_waits_for_no_verdict_and_lo
             run_benchmark(evaluating.evaluator, asked, folder, interrupts)
         assert not interrupted.is_set()  # the second verdict has not arrived
     interrupted.set()
-    paris, rome = sorted(read_records(tmp_path / "run/samples.jsonl"), key=key_of)
+    paris, rome = sorted(Records(tmp_path / "run/samples.jsonl").values(), key=key_of)
     assert paris == {**before[0], "scores": {**before[0]["scores"], "judge": 1.0}}
     assert rome == before[1]
 
@@ -262,7 +262,7 @@ def test_an_interrupt_while_samples_wait_for_the_judge_records_them_without_aski
         pytest.raises(KeyboardInterrupt),
     ):
         run_benchmark(evaluating.evaluator, asked, folder, lambda record: None)
-    verdicts = [record["scores"]["judge"] for record in read_records(tmp_path / "run/samples.jsonl")]
+    verdicts = [record["scores"]["judge"] for record in Records(tmp_path / "run/samples.jsonl").values()]
     assert (len(judged), sorted(verdicts, key=str)) == (16, [1.0] * 16 + [None] * 4)
 
 
@@ -273,7 +273,7 @@ def run_in(folder_path, asked, script=sums, *, resume=False, samples=1):
     evaluating = Evaluating(script, samples=samples)
     with RunFolder(folder_path, IDENTITY, resume=resume) as folder, evaluating.scripted.toolbox:
         run_benchmark(evaluating.evaluator, asked, folder, lambda record: None)
-    return list(read_records(folder_path / "samples.jsonl"))
+    return list(Records(folder_path / "samples.jsonl").values())
 
 
 def test_samples_are_written_as_they_finish(tmp_path):
@@ -284,7 +284,7 @@ def test_samples_are_written_as_they_finish(tmp_path):
         return ScriptedTurn(text=boxed(0), polls=1 if request.key[0] == 0 else 10**9)
 
     def watch(record):
-        assert [one["number"] for one in read_records(path)] == [0]  # on the disk while the other still runs
+        assert [one["number"] for one in Records(path).values()] == [0]  # on the disk while the other still runs
         seen.set()
 
     evaluating = Evaluating(script, concurrency=2)
@@ -343,7 +343,7 @@ def test_repair_keeps_each_sample_once_and_drops_incomplete_failed_and_invalid_l
         file.write(b"\xff\xfe broken\n" + json.dumps(record(2, 0.0)).encode() + b"\n" + b'{"benchmark": "gsm8k", "num')
     done, unjudged = repair(path)
     assert done == {("gsm8k", 0, 0), ("gsm8k", 2, 0)} and unjudged == []
-    assert list(read_records(path)) == [good, record(2, 0.0)]
+    assert list(Records(path).values()) == [good, record(2, 0.0)]
 
 
 def test_records_are_read_by_their_keys(tmp_path):
@@ -367,16 +367,16 @@ def test_invalid_unicode_in_model_output_is_written(tmp_path):
     log = SampleLog(tmp_path / "samples.jsonl")
     log.write({**record(0, 1.0), "prediction": "\ud800 \x00 \u2028"})
     log.close()
-    (read,) = read_records(tmp_path / "samples.jsonl")
+    (read,) = Records(tmp_path / "samples.jsonl").values()
     assert read["prediction"] == "? \x00 \u2028"
 
 
 def test_an_invalid_record_is_named_when_results_are_read(tmp_path):
     path = write_lines(tmp_path / "samples.jsonl", [record(0, 1.0), {"a": 1}])
     with pytest.raises(DataError, match=r"samples.jsonl, line 2: not a sample .* no 'benchmark'.* Resume"):
-        list(read_records(path))
+        list(Records(path).values())
     with pytest.raises(DataError, match="There is no"):
-        list(read_records(tmp_path / "nowhere.jsonl"))
+        list(Records(tmp_path / "nowhere.jsonl").values())
 
 
 # Folders -------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 
 import forked
 from arpo_trl import cli
-from arpo_trl.evaluation.samples import read_records
+from arpo_trl.evaluation.samples import Records
 from servers import running
 from support import VLLM, save_sharp_model
 
@@ -27,7 +27,7 @@ def words(folder: Path, model: str, name: str, *more: str) -> list[str]:
 
 def written(folder: Path) -> list:
     """What each sample wrote and read, by question."""
-    records = sorted(read_records(folder / "samples.jsonl"), key=lambda record: record["number"])
+    records = sorted(Records(folder / "samples.jsonl").values(), key=lambda record: record["number"])
     return [
         [(step["text"], [call["text"] for call in step.get("calls", ())]) for step in record["trajectory"]]
         for record in records

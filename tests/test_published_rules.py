@@ -237,6 +237,7 @@ def test_aepo_with_two_leaves_advises_only_what_helps():
         {"initial_rollouts": 1, "max_tool_calling_iterations": 3},  # 2³ = 8
         {"initial_rollouts": 2, "max_tool_calling_iterations": 1, "branches_per_fork": 3},  # 2 · (1 + 3) = 8
         {"initial_rollouts": 1, "max_tool_calling_iterations": 10**6},
+        {"initial_rollouts": 1, "branches_per_fork": 10**12},
         # two results with (2 + 1)(2 + 1) ≥ 8 of the 4 branches along a path
         {"rule": "cbpo", "initial_rollouts": 1, "max_tool_calling_iterations": 2},
     ],

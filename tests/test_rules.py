@@ -480,7 +480,7 @@ def test_a_metric_that_cannot_be_logged_is_an_error_with_the_rules_name(metrics,
         Reporting._learn(trainer, [], [], tally)
 
 
-@pytest.mark.parametrize("granted", [-1, 1.5, "1"])
+@pytest.mark.parametrize("granted", [-1, 1.5, "1", None])
 def test_a_number_of_branches_that_is_not_whole_names_the_rule(granted):
     class Odd(BranchRule):
         name = "odd"

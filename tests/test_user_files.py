@@ -20,7 +20,7 @@ from arpo_trl.evaluation.benchmarks import BENCHMARKS, custom_benchmark, load_qu
 from arpo_trl.evaluation.comparison import compare
 from arpo_trl.evaluation.report import saved_table
 from arpo_trl.evaluation.runner import RunFolder
-from arpo_trl.evaluation.samples import read_records, repair
+from arpo_trl.evaluation.samples import Records, repair
 from arpo_trl.evaluation.settings import EvalSettings
 from arpo_trl.logs.trajectories import read_trees
 from arpo_trl.publishing.model_card import Card
@@ -68,7 +68,7 @@ READERS = {
     "passages": lambda path: LocalIndex.from_jsonl(path.rename(path.with_suffix(".jsonl"))),
     "recorded searches": RecordedSearch,
     "a saved index": in_folder("search_index.json", LocalIndex.load),
-    "samples": lambda path: list(read_records(path)),
+    "samples": lambda path: list(Records(path).values()),
     "results": in_folder("results.json", lambda folder: compare(folder, folder)),
     "results for a card": in_folder("results.json", saved_table),
     "a run's description": in_folder("run.json", lambda folder: RunFolder(folder, {"a": 1}, resume=True)),
@@ -95,7 +95,7 @@ NAMED = {
     "dataset": lambda name: load_arpo_dataset(name),
     "data": lambda name: load_questions(BENCHMARKS["gsm8k"], name),
     "file": lambda name: load_questions(custom_benchmark({**CUSTOM, "file": name})),
-    "path": lambda name: list(read_records(name)),
+    "path": lambda name: list(Records(name).values()),
     "a": lambda name: compare(name, name),
     "folder": saved_table,
     "model or adapter": EvaluationSettings.of_run,
@@ -143,7 +143,7 @@ def test_a_benchmark_of_ones_own_may_have_a_name_that_no_file_can_have(tmp_path)
 @pytest.mark.parametrize(
     "read",
     [
-        lambda name: list(read_records(name)),
+        lambda name: list(Records(name).values()),
         lambda name: compare(name, name),
         saved_table,
         lambda name: RunFolder(name, {}, resume=False),
@@ -272,7 +272,7 @@ def test_a_sample_with_a_broken_part_is_named_and_mended_by_sampling_again(tmp_p
     path = tmp_path / "samples.jsonl"
     path.write_text(json.dumps(whole) + "\n" + json.dumps({**whole, "sample": 1, key: BROKEN_SAMPLES[key]}) + "\n")
     with pytest.raises(DataError, match=rf"samples\.jsonl, line 2: not a sample of an evaluation: .*{key}.* Resume"):
-        list(read_records(path))
+        list(Records(path).values())
     assert repair(path) == ({("gsm8k", 0, 0)}, [])
 
 

@@ -14,7 +14,7 @@ from arpo_trl.common.user_files import expect, read_json, user_path
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.evaluation.metrics import Difference, McNemar, mcnemar, paired_bootstrap
 from arpo_trl.evaluation.results import value_of
-from arpo_trl.evaluation.samples import lacks_verdict, read_records
+from arpo_trl.evaluation.samples import Records, lacks_verdict
 from arpo_trl.evaluation.scoring import JUDGE
 
 
@@ -136,7 +136,7 @@ def _scores(folder: Path, metrics: Mapping[str, str]) -> dict[str, dict[tuple[st
     """
     found: dict[str, dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
     unjudged: Counter[str] = Counter()
-    for record in read_records(folder / "samples.jsonl"):
+    for record in Records(folder / "samples.jsonl").values():
         name = record["benchmark"]
         unjudged[name] += metrics.get(name) == JUDGE and lacks_verdict(record)
         if record["error"] is None and name in metrics and (value := value_of(record, metrics[name])) is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -92,11 +92,6 @@ class Records(Mapping[Key, Record]):
 
     def __len__(self) -> int:
         return len(self._starts)
-
-
-def read_records(path: str | Path) -> Iterable[Record]:
-    """The records of a log, one after the other; otherwise like `Records`."""
-    return Records(path).values()
 
 
 def repair(path: Path) -> tuple[set[Key], list[Record]]:

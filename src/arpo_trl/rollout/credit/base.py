@@ -224,8 +224,8 @@ class Segments:
     def siblings(self, segment: int) -> list[int]:
         """The other segments under the observation above `segment`; none at the root, where the group's baseline
         compares them."""
-        parent = self.tree.nodes[segment].parent
-        return [child for child in self.tree.nodes[parent].children if child != segment] if parent else []
+        fork = self.fork(segment)
+        return [child for child in self.tree.nodes[fork].children if child != segment] if fork else []
 
     def forks(self) -> dict[int, list[int]]:
         """Observation that branches → the rows of the leaves below it that count."""
@@ -245,8 +245,8 @@ class Segments:
 
     def above(self, segment: int) -> int | None:
         """The segment above `segment`; None at the root."""
-        parent = self.tree.nodes[segment].parent
-        return self.of[parent] if parent else None
+        fork = self.fork(segment)
+        return self.of[fork] if fork else None
 
 
 def cut_into_segments(trees: Sequence[RolloutTree], compared: torch.Tensor | None = None) -> list[Segments]:

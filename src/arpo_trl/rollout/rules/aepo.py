@@ -18,7 +18,7 @@ from typing import ClassVar
 from arpo_trl.common.alarm import Alarm
 from arpo_trl.common.settings import setting
 from arpo_trl.rollout.rules import register_rule
-from arpo_trl.rollout.rules.base import BranchContext, BudgetSplit, Candidate, fire_rate_alarms, unreachable
+from arpo_trl.rollout.rules.base import THRESHOLD_ALARMS, BranchContext, BudgetSplit, Candidate, unreachable
 from arpo_trl.rollout.tree import BranchDecision
 
 
@@ -31,9 +31,7 @@ class AEPO(BudgetSplit):
         AEPO(split_weight=0.5, penalty=0.05)
     """
 
-    alarms: ClassVar[Sequence[Alarm]] = fire_rate_alarms(
-        too_often="Raise branch_threshold", too_rarely="Lower branch_threshold"
-    )
+    alarms: ClassVar[Sequence[Alarm]] = THRESHOLD_ALARMS
 
     branch_probability: float = 0.5
     entropy_weight: float = 0.2

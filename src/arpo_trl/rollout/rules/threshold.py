@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from arpo_trl.common.alarm import Alarm
 from arpo_trl.rollout.rules import register_rule
-from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, fire_rate_alarms, unreachable
+from arpo_trl.rollout.rules.base import THRESHOLD_ALARMS, BranchContext, BranchRule, Candidate, unreachable
 from arpo_trl.rollout.tree import BranchDecision
 
 
@@ -25,9 +25,7 @@ class Threshold(BranchRule):
     Threshold(branches_per_fork=1, branch_probability=0.5, entropy_weight=0.2, branch_threshold=0.5)
     """
 
-    alarms: ClassVar[Sequence[Alarm]] = fire_rate_alarms(
-        too_often="Raise branch_threshold", too_rarely="Lower branch_threshold"
-    )
+    alarms: ClassVar[Sequence[Alarm]] = THRESHOLD_ALARMS
 
     branch_probability: float = 0.5
     entropy_weight: float = 0.2

@@ -4,11 +4,19 @@ from arpo_trl.rollout.rules.base.context import BranchContext, Candidate, LivePa
 from arpo_trl.rollout.rules.base.estimated import EstimatedWidths
 from arpo_trl.rollout.rules.base.planned import Planned, check_widths, checked_widths
 from arpo_trl.rollout.rules.base.rounds import Rounds
-from arpo_trl.rollout.rules.base.rule import FIRE_RATE_COUNT, BranchRule, fire_rate_alarms, grant, unreachable
+from arpo_trl.rollout.rules.base.rule import (
+    FIRE_RATE_COUNT,
+    THRESHOLD_ALARMS,
+    BranchRule,
+    fire_rate_alarms,
+    grant,
+    unreachable,
+)
 from arpo_trl.rollout.rules.base.split import BudgetSplit
 
 __all__ = [
     "FIRE_RATE_COUNT",
+    "THRESHOLD_ALARMS",
     "BranchContext",
     "BranchRule",
     "BudgetSplit",

@@ -75,7 +75,7 @@ class BranchRule(ABC):
         for _ in range(results):
             before, most_of = most_of, dict(most_of)
             for above, paths in before.items():
-                for more in range(1, self.most_branches(above) + 1):
+                for more in range(1, min(self.most_branches(above), leaves) + 1):
                     most_of[above + more] = max(most_of.get(above + more, 0), paths * (1 + more))
             if most_of == before or first_paths * max(most_of.values()) >= leaves:
                 break
@@ -160,7 +160,7 @@ class BranchRule(ABC):
         observations of the tree each time. Its grants are added to the earlier grants of the node.
         """
         judged = self.judged(candidates, context)
-        wanted = [decision.granted or self.branches_per_fork for decision in judged]
+        wanted = [self.branches_per_fork if decision.granted == 0 else decision.granted for decision in judged]
         if wanted and not are_whole(wanted, 1, math.inf):
             raise ConfigError(
                 f"The branch rule {self.name!r} returned `granted` {wanted!r} from `judge`; expected whole numbers."
@@ -269,3 +269,7 @@ def fire_rate_alarms(*, too_often: str, too_rarely: str) -> tuple[Alarm, Alarm]:
             again=False,
         ),
     )
+
+
+THRESHOLD_ALARMS = fire_rate_alarms(too_often="Raise branch_threshold", too_rarely="Lower branch_threshold")
+"""The alarms of a rule that compares with `branch_threshold`."""
