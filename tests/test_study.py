@@ -15,7 +15,7 @@ import yaml
 from arpo_trl.errors import ConfigError
 from arpo_trl.quickstart import stages
 from arpo_trl.quickstart.model import save_cold_start_base
-from arpo_trl.rollout.batch import GroupRequest
+from arpo_trl.rollout.batch import GroupRequest, RolloutBatch, RolloutTimes
 from arpo_trl.rollout.credit import CREDITS
 from arpo_trl.rollout.rules import RULES
 from arpo_trl.rollout.sampler import TreeSampler
@@ -308,29 +308,56 @@ def test_dynamic_sampling_ends_at_its_budget_with_the_discarded_calls():
     stop.on_log(None, None, control, logs=None)
 
 
-def test_arms_share_rollouts_only_of_the_same_prompts():
+def fake_trainer(rows: list[int]) -> SimpleNamespace:
+    """One prompt a batch, which its two rows repeat. The prompt 7 has the ids [7]."""
+
     def sample(requests, **_):
-        return SimpleNamespace(trees=[RolloutTree(request.prompt_ids) for request in requests])
+        trees = [RolloutTree(request.prompt_ids) for request in requests]
+        times = RolloutTimes(total_s=1.0, forward_s=0.5, tool_wait_s=0.0, sync_s=0.0)
+        numbers = [request.id for request in requests]
+        return RolloutBatch(
+            trees=trees, times=times, topups=numbers, turns_in_sequence=numbers, spans=[{}] * len(trees)
+        )
 
-    trainers = [SimpleNamespace(tree_sampler=SimpleNamespace(sample=sample)) for _ in range(2)]
-    rollouts = frozen.Rollouts()
-    for trainer in trainers:
-        rollouts.share_with(trainer)
-    first, again = (trainer.tree_sampler.sample([GroupRequest(id=0, prompt_ids=[1])], seed=()) for trainer in trainers)
-    assert first is again
-    trainers[0].tree_sampler.sample([GroupRequest(id=1, prompt_ids=[2])], seed=())
-    with pytest.raises(ValueError, match="Batch 1 has other prompts"):
-        trainers[1].tree_sampler.sample([GroupRequest(id=1, prompt_ids=[3])], seed=())
+    return SimpleNamespace(
+        args=SimpleNamespace(seed=0),
+        get_train_dataloader=lambda: [[{"prompt": row}] * 2 for row in rows],
+        protocol=SimpleNamespace(encode_prompt=lambda prompt: [prompt]),
+        tree_sampler=SimpleNamespace(sample=sample, settings=SimpleNamespace(num_generations=2)),
+    )
 
 
-def test_calls_and_signal_of_part_b_are_relative_to_grpo(tmp_path):
-    for arm, calls, signal in ((Arm(**grpo(8)), 200.0, 0.5), (Arm(), 100.0, 0.75)):
+def test_batches_are_sampled_together_and_split(monkeypatch):
+    monkeypatch.setattr(frozen, "TOGETHER", 2)
+    batches = frozen.sample(fake_trainer([5, 6, 7, 8]), 3)  # two together, then one; the fourth is not used
+    assert [[tree.root.ids for tree in batch.trees] for batch in batches] == [[[5]], [[6]], [[7]]]
+    assert [batch.topups for batch in batches] == [[0], [1], [2]]
+
+
+def test_an_arm_replays_rollouts_only_for_its_own_prompts():
+    trainer = fake_trainer([5, 6])
+    batches = frozen.sample(trainer, 2)
+    frozen.replay(trainer, batches)
+    assert trainer.tree_sampler.sample([GroupRequest(id=0, prompt_ids=[5])]) is batches[0]
+    with pytest.raises(ValueError, match="other prompts than the batch of the trainer"):
+        trainer.tree_sampler.sample([GroupRequest(id=0, prompt_ids=[5])])
+
+
+def test_part_b_is_relative_to_grpo_and_to_the_plain_credit(tmp_path):
+    for arm, calls, signal, cosines in (
+        (Arm(**grpo(8)), 200.0, 0.5, [0.1, 0.1]),
+        (Arm(), 100.0, 0.75, [0.1, 0.1]),
+        (Arm(credit="once"), 100.0, 0.75, [0.1, 0.3]),
+    ):
         for step in frozen.CHECKPOINTS[:2]:
             row = {"cosine": 0.1, "half_width": 0.01, "calls": calls * (1 + step), "signal_per_call": signal}
-            files.write(command.frozen_file(tmp_path, step, arm), row)
+            files.write(command.frozen_file(tmp_path, step, arm), row | {"cosines": cosines})
     rows = {row[0]: row[1:] for row in page.frozen_rows(tmp_path)}
-    assert rows[Arm().name] == ["0.100 ± 0.010", "0.100 ± 0.010", "not run", "0.50", "1.50"]
-    assert rows[Arm(baseline="score_norm").name] == ["not run"] * 5
+    cosines = ["0.100 ± 0.010", "0.100 ± 0.010", "not run"]
+    assert rows[Arm().name] == [*cosines, "", "0.50", "1.50"]
+    # Differences of 0, .2, 0, .2: mean .1, standard deviation .1155, t(3) = 3.182: 3.182 · .1155 / 2 = .184.
+    assert rows[Arm(credit="once").name] == [*cosines, "+0.100 ± 0.184 (4)", "0.50", "1.50"]
+    assert rows[Arm(baseline="score_norm").name] == ["not run"] * 6
 
 
 @pytest.mark.slow
@@ -366,10 +393,11 @@ def test_a_tiny_part_b_makes_its_checkpoints_and_measures_each_arm(tmp_path, mon
     # An untrained model earns the same everywhere, so all gradients are 0. Both arms sample the same few calls.
     table = text[text.index("## b.") : text.index("## c.")]
     for baseline in MAIN_BASELINES:
-        (row,) = re.findall(rf"\| GRPO M = 8, soft, {baseline} \| (.*) \|\n", table)
-        assert row in ("0.000 ± 0.000 | not run | not run", "0.000 ± 0.000 | 1.00 | not run")
+        (row,) = re.findall(rf"\| GRPO M = 8, soft, {baseline} \| 0.000 ± 0.000 \| (.*) \|\n", table)
+        difference = "" if baseline == "mean" else "+0.000 ± 0.000 (2)"
+        assert row in (f"{difference} | not run | not run", f"{difference} | 1.00 | not run")
     assert "| two halves of the reference | 0.000 |" in text
     # A step to the checkpoint, a batch of two prompts for each half of the reference, and two batches of one prompt,
-    # which both arms share.
-    assert sampled == [1, 2, 2, 1, 1]
+    # which are sampled together and which both arms share.
+    assert sampled == [1, 2, 2, 2]
     assert sorted(path.name for path in (tmp_path / "runs/b/models").iterdir()) == ["0", "1"]

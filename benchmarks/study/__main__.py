@@ -24,6 +24,7 @@ import torch
 
 from arpo_trl.common.files import whole_file
 from arpo_trl.errors import ConfigError
+from arpo_trl.rollout.batch import RolloutBatch
 
 from . import files, frozen, page, tabular, training
 from .arms import LEAVES, Arm, frozen_arms, grpo, seeds_of, tabular_arms, tabular_seeds_of, trained_arms
@@ -33,9 +34,9 @@ SEEDS = {"a": 200, "c": 8}
 FEW_SEEDS = {"a": 20, "c": 3}
 """Seeds of the main comparisons of a part, and of its other arms."""
 COLD_START_S, TRAINED_ARM_S, TABULAR_RUN_S = 230.0, 200.0, 0.12
-HALF_REFERENCE_S, FROZEN_ARM_S = 120.0, 27.0
-"""CPU seconds of one cold start, arm and seed, and tabular run; of one half of a checkpoint's reference, and of each
-of its arms. For the estimate at the start."""
+CHECKPOINTS_S, HALF_REFERENCE_S, FROZEN_ARM_S = 100.0, 65.0, 17.0
+"""CPU seconds of one cold start, arm and seed, and tabular run; of the checkpoints, one half of a checkpoint's
+reference, and each of its arms. For the estimate at the start."""
 
 
 def available(arms: Sequence[Arm], errors: list[str]) -> list[Arm]:
@@ -51,8 +52,9 @@ def available(arms: Sequence[Arm], errors: list[str]) -> list[Arm]:
     return found
 
 
-def announce(part: str, jobs: int, seconds: float, workers: int) -> None:
-    minutes = seconds / workers / 60
+def announce(part: str, jobs: int, seconds: float, workers: int, before: float = 0.0) -> None:
+    """Print the time that a part takes: `seconds` on all workers, after `before` on one."""
+    minutes = (before + seconds / workers) / 60
     print(f"Part {part}: {jobs} to run, about {minutes:.0f} minutes on {workers} idle cores.", flush=True)
 
 
@@ -108,7 +110,7 @@ def one_reference(output: Path, step: int, half: int) -> None:
 def one_sampling(output: Path, step: int, sampling: str) -> None:
     """Measure all missing arms with one way of sampling at one checkpoint."""
     target = torch.stack([torch.load(reference_file(output, step, half)) for half in (0, 1)]).mean(dim=0)
-    rollouts, (model, data) = frozen.Rollouts(), of_checkpoint(output, step)
+    (model, data), rollouts = of_checkpoint(output, step), list[RolloutBatch]()
     for arm in available(frozen_arms(), []):
         path = frozen_file(output, step, arm)
         if arm.sampling == sampling and not path.exists():
@@ -121,10 +123,13 @@ def part_b(options: argparse.Namespace, errors: list[str]) -> None:
     missing = [(step, arm) for step, arm in wanted if not frozen_file(output, step, arm).exists()]
     halves = [(step, half) for step in dict.fromkeys(step for step, _ in missing) for half in (0, 1)]
     halves = [(step, half) for step, half in halves if not reference_file(output, step, half).exists()]
-    announce("b", len(missing), FROZEN_ARM_S * len(missing) + HALF_REFERENCE_S * len(halves), options.jobs)
+    alone = [(COLD_START_S, output / "seed0" / "sft"), (CHECKPOINTS_S, output / "b" / "models")]
+    before = sum(seconds for seconds, made in alone if missing and not made.exists())
+    seconds = FROZEN_ARM_S * len(missing) + HALF_REFERENCE_S * len(halves)
+    announce("b", len(missing), seconds, options.jobs, before)
     if missing:
-        training.cold_start(output / "seed0", 0)
-        frozen.make_checkpoints(output / "seed0", output / "b" / "models")
+        run_all([("cold", "0")], options, errors)
+        run_all([("checkpoints",)], options, errors)
     run_all([("reference", str(step), str(half)) for step, half in halves], options, errors)
     for step in frozen.CHECKPOINTS:
         paths = [reference_file(output, step, half) for half in (0, 1)]
@@ -174,8 +179,11 @@ def part_c(options: argparse.Namespace, errors: list[str]) -> None:
 
 
 def run_all(commands: Sequence[tuple[str, ...]], options: argparse.Namespace, errors: list[str]) -> None:
-    """Run this program once for each command, `--jobs` at a time, with one thread each. Their output is in logs."""
-    logs = options.output / "logs"
+    """Run this program once for each command, `--jobs` at a time. Their output is in logs.
+
+    Each command has one thread; a single command has those of all jobs.
+    """
+    logs, threads = options.output / "logs", options.jobs if len(commands) == 1 else 1
     logs.mkdir(parents=True, exist_ok=True)
 
     def run(words: tuple[str, ...]) -> None:
@@ -183,7 +191,7 @@ def run_all(commands: Sequence[tuple[str, ...]], options: argparse.Namespace, er
         command = [sys.executable, "-m", __package__, "--output", str(options.output)]
         command += ["--steps", str(options.steps), "--one", *words]
         with log.open("w") as file:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
             status = subprocess.run(command, env=environment, stdout=file, stderr=file, check=False).returncode
         if status:
             errors.append(f"{' '.join(words)} failed; see {log}")
@@ -200,6 +208,8 @@ def run_one(words: Sequence[str], options: argparse.Namespace) -> None:
     match words:
         case ["cold", seed]:
             training.cold_start(options.output / f"seed{seed}", int(seed))
+        case ["checkpoints"]:
+            frozen.make_checkpoints(options.output / "seed0", options.output / "b" / "models")
         case ["reference", step, half]:
             one_reference(options.output, int(step), int(half))
         case ["b", step, sampling]:

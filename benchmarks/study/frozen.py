@@ -8,11 +8,11 @@ arms that sample in the same way, and differ in credit or baseline, share their 
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
@@ -30,9 +30,11 @@ from .training import trainer_of
 
 CHECKPOINTS = (0, 10, 20)
 """Steps of training after the cold start."""
-BATCHES, PROMPTS = 40, 3
+BATCHES, PROMPTS = 40, 2
 """The batches of an arm, and the prompts in each."""
 REFERENCE_BATCHES, REFERENCE_PROMPTS = 30, 16
+TOGETHER = 48
+"""The prompts that are sampled together."""
 _REFERENCE_SEED = 10_000
 
 
@@ -60,29 +62,44 @@ class _Gradients(TrainerCallback):
             self.calls.append(executed)
 
 
-@dataclass
-class Rollouts:
-    """The rollouts of one way of sampling, by the number of the batch. The first trainer samples them."""
+def sample(trainer: ARPOTrainer, batches: int) -> list[RolloutBatch]:
+    """The rollouts of the trainer's first batches.
 
-    made: list[RolloutBatch] = field(default_factory=list)
+    Many batches are sampled together: a forward of this small model takes almost as long for few rows as for many.
+    """
+    settings = trainer.tree_sampler.settings
+    rows = list(chain.from_iterable(islice(trainer.get_train_dataloader(), batches)))[:: settings.num_generations]
+    requests = [
+        GroupRequest(id=number, prompt_ids=trainer.protocol.encode_prompt(row["prompt"]))
+        for number, row in enumerate(rows)
+    ]
+    each, found = len(requests) // batches, list[RolloutBatch]()
+    together = max(TOGETHER // each, 1) * each
+    for start in range(0, len(requests), together):
+        asked = requests[start : start + together]
+        made = trainer.tree_sampler.sample(asked, seed=(trainer.args.seed, start))
+        found += [part(made, slice(at, at + each)) for at in range(0, len(asked), each)]
+    return found
 
-    def share_with(self, trainer: ARPOTrainer) -> None:
-        """Give `trainer` these rollouts where they exist, and keep those that it samples."""
-        sampler, numbers = trainer.tree_sampler, itertools.count()
-        sample = sampler.sample
 
-        def shared(requests: Sequence[GroupRequest], **others: Any) -> RolloutBatch:
-            number = next(numbers)
-            if number == len(self.made):
-                self.made.append(sample(requests, **others))
-            found = self.made[number]
-            asked = [list(request.prompt_ids) for request in requests]
-            if asked != [tree.root.ids for tree in found.trees]:
-                raise ValueError(f"Batch {number} has other prompts than the trainer before had.")
-            return found
+def part(batch: RolloutBatch, of: slice) -> RolloutBatch:
+    """Some of the trees of a batch, with the times of the whole batch."""
+    names = ("trees", "topups", "turns_in_sequence", "spans")
+    return replace(batch, **{name: getattr(batch, name)[of] for name in names})
 
-        # The trainer builds its sampler itself, and calls this method once for each batch.
-        sampler.sample = shared  # type: ignore[method-assign]
+
+def replay(trainer: ARPOTrainer, rollouts: Sequence[RolloutBatch]) -> None:
+    """Let `trainer` train on these rollouts, one a step, in place of its own."""
+    left = iter(rollouts)
+
+    def next_of(requests: Sequence[GroupRequest], **_: Any) -> RolloutBatch:
+        found = next(left)
+        if [list(request.prompt_ids) for request in requests] != [tree.root.ids for tree in found.trees]:
+            raise ValueError("The rollouts have other prompts than the batch of the trainer.")
+        return found
+
+    # The trainer builds its sampler itself, and calls this method once for each batch.
+    trainer.tree_sampler.sample = next_of  # type: ignore[method-assign]
 
 
 def make_checkpoints(seed_folder: Path, folder: Path) -> None:
@@ -104,14 +121,27 @@ def make_checkpoints(seed_folder: Path, folder: Path) -> None:
 
 
 def gradients(
-    model: Path, data: Path, arm: Arm, rollouts: Rollouts, *, seed: int, batches: int, prompts: int, **others: Any
+    model: Path,
+    data: Path,
+    arm: Arm,
+    rollouts: list[RolloutBatch],
+    *,
+    seed: int,
+    batches: int,
+    prompts: int,
+    **others: Any,
 ) -> _Gradients:
-    """The gradients of `batches` batches of an arm, at the weights of `model`."""
+    """The gradients of `batches` batches of an arm, at the weights of `model`.
+
+    Args:
+        rollouts: Of these batches. If empty, they are sampled and added to it.
+    """
     collected = _Gradients()
     settings = {"max_steps": batches, "learning_rate": 0.0, "max_grad_norm": 0.0, **others}
     settings["per_device_train_batch_size"] = prompts * arm.leaves
     with TemporaryDirectory() as output, trainer_of(model, data, Path(output), arm, seed, **settings) as trainer:
-        rollouts.share_with(trainer)
+        rollouts += () if rollouts else sample(trainer, batches)
+        replay(trainer, rollouts)
         trainer.add_callback(collected)
         trainer.train()
     return collected
@@ -123,7 +153,7 @@ def reference(model: Path, data: Path, half: int) -> torch.Tensor:
         model,
         data,
         Arm(**grpo(LEAVES)),
-        Rollouts(),
+        [],
         seed=_REFERENCE_SEED + half,
         batches=REFERENCE_BATCHES // 2,
         prompts=REFERENCE_PROMPTS,
@@ -133,7 +163,7 @@ def reference(model: Path, data: Path, half: int) -> torch.Tensor:
     return torch.stack(collected.found).mean(dim=0)
 
 
-def measure(model: Path, data: Path, arm: Arm, rollouts: Rollouts, target: torch.Tensor) -> dict[str, Any]:
+def measure(model: Path, data: Path, arm: Arm, rollouts: list[RolloutBatch], target: torch.Tensor) -> dict[str, Any]:
     """The cosines of an arm's batches with `target`, and the calls that a batch costs.
 
     `signal_per_call` is cos² / (1 − cos²) per executed call. Averaging n independent batches without bias multiplies

@@ -7,6 +7,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -90,8 +91,10 @@ PART_B = """## b. Frozen policies
 The cosine of one batch's gradient with that of many batches, at three checkpoints of the quickstart's model, and
 cos² / (1 − cos²) per executed call. Calls and signal are relative to GRPO with the mean baseline, and means over the
 checkpoints. The last row compares two halves of the many batches. Their cosine is far below 1, so the cosines of the
-arms are too small, by about the same factor at one checkpoint. The intervals of the arms overlap, so this part ranks
-none of them.
+arms are too small, by about the same factor at one checkpoint.
+
+The column of differences compares the credit and the baseline with the credit "soft" and the mean baseline on the same
+rollouts, over the batches of all checkpoints. The intervals of different samplings overlap.
 """
 PART_C = f"""## c. Training
 
@@ -131,7 +134,7 @@ def write(output: Path, path: Path) -> None:
         _table(["", *SCENARIOS], effects),
         "\n" + PART_B,
         _table(
-            ["", *(f"step {step}" for step in CHECKPOINTS), "calls executed", "signal per call"],
+            ["", *(f"step {step}" for step in CHECKPOINTS), "− soft, mean", "calls executed", "signal per call"],
             _merged(frozen_rows(output), before),
         ),
         "\n" + PART_C,
@@ -223,21 +226,38 @@ def _effect(accuracies: Mapping[str, Mapping[str, float]], pairs: Sequence[tuple
 
 
 def frozen_rows(output: Path) -> list[Cells]:
-    folders = [output / "b" / str(step) for step in CHECKPOINTS]
-    bases = [files.read(folder / f"{files.slug(Arm(**grpo(LEAVES)).name)}.json") for folder in folders]
-    rows: list[Cells] = []
-    for arm in frozen_arms():
-        found = [files.read(folder / f"{files.slug(arm.name)}.json") for folder in folders]
+    arms = frozen_arms()
+    found = {arm.name: [_frozen(output, step, arm) for step in CHECKPOINTS] for arm in arms}
+    whole, rows = found[Arm(**grpo(LEAVES)).name], list[Cells]()
+    for arm in arms:
+        of_arm, plain = found[arm.name], replace(arm, credit="soft", baseline="mean")
         cells = [
             NOT_RUN
             if of is None
             else f"{of['cosine']:.3f} ± {math.nan if of['half_width'] is None else of['half_width']:.3f}"
-            for of in found
+            for of in of_arm
         ]
-        rows.append([arm.name, *cells, *(_mean_ratio(found, bases, name) for name in ("calls", "signal_per_call"))])
-    halves = [files.read(folder / "reference.json") for folder in folders]
+        difference = "" if arm == plain else _shown(_cosines_less(of_arm, found[plain.name]))
+        ratios = [_mean_ratio(of_arm, whole, name) for name in ("calls", "signal_per_call")]
+        rows.append([arm.name, *cells, difference, *ratios])
+    halves = [files.read(output / "b" / str(step) / "reference.json") for step in CHECKPOINTS]
     cells = [NOT_RUN if of is None else f"{of['cosine_of_halves']:.3f}" for of in halves]
-    return [*rows, ["two halves of the reference", *cells, "", ""]]
+    return [*rows, ["two halves of the reference", *cells, "", "", ""]]
+
+
+def _frozen(output: Path, step: int, arm: Arm) -> Row | None:
+    return files.read(output / "b" / str(step) / f"{files.slug(arm.name)}.json")
+
+
+def _cosines_less(ours: Sequence[Row | None], theirs: Sequence[Row | None]) -> Interval | None:
+    """Ours − theirs over the batches of the checkpoints at which both have run. Both have the same rollouts."""
+    differences = [
+        ours_of_batch - theirs_of_batch
+        for our, their in zip(ours, theirs, strict=True)
+        if our and their
+        for ours_of_batch, theirs_of_batch in zip(our["cosines"], their["cosines"], strict=True)
+    ]
+    return interval(differences) if differences else None
 
 
 def _mean_ratio(ours: Sequence[Row | None], theirs: Sequence[Row | None], name: str) -> str:
