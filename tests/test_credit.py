@@ -178,6 +178,18 @@ def credited(name: str, **options: object) -> list[list[float]]:
     return [[round(float(made[row, i]), 5) for i in columns] for row, columns in enumerate(turns)]
 
 
+@pytest.mark.parametrize("name", ["soft", "hard", "once", "siblings", "tree", "gigpo", "tree_grpo"])
+def test_a_tree_is_credited_like_alone_beside_another_tree(name):
+    """The other credits compare the trees of a batch: z-scores over branch points, turns or tokens."""
+    alone, of_alone = CREDITS.get(name)()([forked()], REWARDS, REWARDS)
+    both = torch.cat([torch.tensor([3.0, -1.0]), REWARDS])
+    made, weights = CREDITS.get(name)()([tree(), forked()], both, both)
+    torch.testing.assert_close(made[2:], alone)
+    assert (weights is None) == (of_alone is None)
+    if weights is not None:
+        assert weights[2:].tolist() == of_alone.tolist()
+
+
 def test_a_turns_value_is_the_mean_of_its_leaves():
     # turn 1: (1 + 2 + 6) / 3 = 3; turn 4: (2 + 6) / 2 = 4
     assert credited("tree") == [[3, 1], [3, 4, 2], [3, 4, 6], [0]]
@@ -192,6 +204,20 @@ def test_a_turns_value_is_an_average_of_its_children():
     assert credited("tree", average="entropy") == [[3.75, 1], [3.75, 4.66667, 2], [3.75, 4.66667, 6], [0]]
     # softmax: turn 4 = (2 + e · 6) / (1 + e) = 4.92423; turn 1 = (1 + e² · 4.92423) / (1 + e²) = 4.45645
     assert credited("tree", average="softmax") == [[4.45645, 1], [4.45645, 4.92423, 2], [4.45645, 4.92423, 6], [0]]
+
+
+def test_children_weigh_by_entropies_of_any_size_and_those_without_logprobs_by_none():
+    # .1 and .3: (.1 · 2 + .3 · 6) / .4 = 5; the third has no logprobs
+    made = RolloutTree([9])
+    turn = made.add_turn(0, [1], "", [-0.5], [])
+    seen = made.add_observation(turn.index, [2], [], "")
+    for i, logprob in enumerate((-0.1, -0.3, math.nan)):
+        leaf = made.add_turn(seen.index, [3], "", [logprob], [])
+        made.end(leaf.index, (0,) if i == 0 else (0, 1, i - 1), StopReason.EOS)
+    advantages = torch.tensor([2.0, 6.0, 100.0])
+    credit = build_credit("tree", {"average": "entropy"}, SharedPrefixWeight.PER_LEAF)
+    values, _ = credit([made], advantages, advantages)
+    assert values[:, 0].tolist() == pytest.approx([5.0] * 3)
 
 
 def test_siblings_are_compared_without_the_turn_itself():
@@ -223,6 +249,13 @@ def test_cbpo_enlarges_advantages_after_a_fork_with_varied_outcomes():
     # CBV: node 2 √(14/3) = 2.16025, node 5 2; z of two values: ±1/√2 = ±.70711, within |A|/2 but for A = 1
     expected = [[1, 1 + 0.2 * 0.5], [2, 2 + 0.2 * 0.70711, 2 - 0.2 * 0.70711]]
     assert credited("cbpo")[:2] == [pytest.approx(row, abs=1e-4) for row in expected]
+
+
+def test_cbpo_lowers_advantages_after_a_fork_with_equal_outcomes():
+    # CBV: node 2 √2, node 5 exactly 0: z = ±.70711
+    rewards = torch.tensor([1.0, 4.0, 4.0, 0.0])
+    made, _ = build_credit("cbpo", {}, SharedPrefixWeight.PER_LEAF)([forked()], rewards, rewards)
+    assert made[1, [0, 2, 4]].tolist() == pytest.approx([4, 4 + 0.2 * 0.70711, 4 - 0.2 * 0.70711], abs=1e-4)
 
 
 @pytest.mark.parametrize("weight", list(SharedPrefixWeight))
@@ -401,12 +434,13 @@ def test_a_credit_that_would_destroy_the_model_is_an_error(returned, message):
 def test_what_a_credit_returns_on_padding_and_for_leaves_without_advantage_does_not_count():
     class Partial(Credit):
         def __call__(self, trees, rewards, advantages):
-            made = advantages.unsqueeze(1).repeat(1, 5).requires_grad_()
+            made = advantages.unsqueeze(1).repeat(1, 6).requires_grad_()
             return made.masked_fill(token_nodes(trees) < 0, math.nan), None
 
-    made, _ = attribute(Partial(), [tree()], torch.zeros(2), torch.tensor([math.nan, 1.0]), width=8)
-    assert made.shape == (2, 8) and not made.requires_grad
-    assert made[1, :5][token_nodes([tree()])[1] >= 0].eq(1.0).all()
+    # rows of 4, 5 and 6 tokens
+    made, _ = attribute(Partial(), [tree(3)], torch.zeros(3), torch.tensor([2.0, math.nan, 1.0]), width=8)
+    assert made.shape == (3, 8) and not made.requires_grad
+    assert made[0, :4].eq(2.0).all() and made[2, :6].eq(1.0).all()
 
 
 def test_naming_the_credits_imports_no_torch():
@@ -433,6 +467,12 @@ def test_once_wraps_the_credit_that_gives_the_advantages():
         assert weights.tolist() == [[True, True, True, True, False], [False, False, False, True, True]]
         per_token = given if given.dim() == 2 else given.unsqueeze(1).expand(2, 5)
         torch.testing.assert_close(made[0, :3], per_token[:, :3].mean(dim=0))
+
+
+def test_the_weights_of_a_wrapped_credit_apply_to_the_first_copies():
+    advantages = torch.tensor([1.0, -0.5])
+    _, weights = Once(LoneTokens())([tree()], advantages, advantages)
+    assert weights.tolist() == [[0.5, 0.5, 0.5, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0, 1.0]]
 
 
 @pytest.mark.parametrize(

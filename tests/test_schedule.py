@@ -13,6 +13,7 @@ from arpo_trl.logs.alarms import Alarms
 from arpo_trl.logs.metrics import Tally
 from arpo_trl.options import RolloutSchedule
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
+from arpo_trl.rollout.estimates import DepthEstimates
 from arpo_trl.rollout.rules.schedule import Schedule
 from learning_ranks import trainer
 from ranks import EXACT, launch
@@ -82,6 +83,12 @@ def test_leaves_of_a_path_that_ends_early_start_at_the_root_and_do_not_branch():
     assert rollout.turns_in_sequence == [5]
 
 
+def test_a_width_of_one_does_not_fire():
+    (tree,) = Scripted(searches(2), leaves=2, at_root=1, rule=Schedule(widths=[1, 1, 2]))().trees
+    decisions = [node.decision for node in tree.observations()]
+    assert [(made.fires, made.granted) for made in decisions] == [(False, 0), (True, 1)]
+
+
 def test_what_the_limit_of_calls_leaves_no_room_for_starts_at_the_root_at_once():
     # one result per path: of the share of 6 it can become 3
     run = Scripted(searches(3), leaves=6, at_root=1, rule=Schedule(widths=[1, 3, 2]), max_tool_calls=1)
@@ -98,6 +105,15 @@ def test_estimates_decide_the_roots_and_widths():
     run = Scripted(searches(1), leaves=8, at_root=4, rule=with_estimates(*BY_HAND, exploration=0.0))
     # widths 2, 8
     assert addresses(run) == [(i, *rest) for i in (0, 1) for rest in ((), (1, 0), (1, 1), (1, 2))]
+
+
+def test_estimated_widths_are_those_of_whole_depths(monkeypatch):
+    monkeypatch.setattr(DepthEstimates, "widths", lambda *_: [2.0, 4.0, 8.0])
+    (tree,) = Scripted(searches(2), leaves=8, at_root=4, rule=Schedule(exploration=0.0))().trees
+    assert len(tree.root.children) == 2
+    # 2 observations, then 4, and each has two children
+    decisions = [node.decision for node in tree.observations()]
+    assert [(made.fires, made.granted) for made in decisions] == [(True, 1)] * 6
 
 
 def test_a_smaller_budget_of_calls_has_fewer_roots():
