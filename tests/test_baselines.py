@@ -162,13 +162,14 @@ def test_rewards_that_are_equal_up_to_rounding_have_no_advantage(reward, size):
 
 
 def test_metrics_count_baselines_and_leaves_below_the_mean_that_are_reinforced():
-    # group 0: mean 1/3, b = −.1: both wrong leaves have a positive advantage; group 1: mean .5, b = .5: none has
-    given = scored([1.0, 0.0, 0.0, 1.0, 0.5, 0.0], size=3)
-    baselines = torch.tensor([-0.1] * 3 + [0.5] * 3)
+    # Leaves below the mean: two of group 0, with b = −.1 and so an advantage of .1; one of group 1, with b = 0 and so
+    # none; one of group 2, with −.4. Two of four are reinforced.
+    given = scored([1.0, 0.0, 0.0, 1.0, 0.5, 0.0, 1.0, 1.0, 0.0], size=3)
+    baselines = torch.tensor([-0.1] * 3 + [0.0] * 3 + [0.4] * 3)
     tally = Tally()
     tally_baseline(given, baselines, given.rewards - baselines, tally)
     assert tally.values() == pytest.approx(
-        {"baseline/value": 0.2, "baseline/negative": 0.5, "baseline/reinforced_below_mean": 2 / 3}
+        {"baseline/value": 0.1, "baseline/negative": 1 / 3, "baseline/reinforced_below_mean": 0.5}
     )
 
 

@@ -13,7 +13,16 @@ from arpo_trl.config import ARPOConfig
 from arpo_trl.errors import ConfigError
 from arpo_trl.options import RolloutSchedule
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
-from arpo_trl.rollout.rules import BranchContext, BranchDecision, BranchRule, BudgetSplit, Candidate, LivePath
+from arpo_trl.rollout.rules import (
+    BranchContext,
+    BranchDecision,
+    BranchRule,
+    BudgetSplit,
+    Candidate,
+    LivePath,
+    Planned,
+    Rounds,
+)
 from arpo_trl.rollout.rules.aepo import AEPO
 from arpo_trl.rollout.rules.aepo_released import ReleasedAEPO
 from arpo_trl.rollout.rules.cbpo import CBPO
@@ -251,6 +260,7 @@ def test_rounds_need_leaves_to_spend(rule):
     config = {"num_generations": 4, "per_device_train_batch_size": 4, "initial_rollouts": 2}
     with pytest.raises(ConfigError, match=r"rounds is 3, but only 2 leaves are left .*M − N = 4 − 2.*Lower rounds"):
         settings(rule, branch_rule_kwargs={"rounds": 3}, **config)
+    settings(rule, **config | {"initial_rollouts": 4})  # nothing branches, so nothing is missing
     with pytest.raises(ConfigError, match="rounds is 0; expected an integer of at least 1"):
         settings(rule, branch_rule_kwargs={"rounds": 0}, **config)
     with pytest.raises(ConfigError, match=r"sets the number of branches itself\. Remove branches_per_fork"):
@@ -443,6 +453,9 @@ def test_every_decision_says_what_decided(rule):
     ]
     assert len(decisions) > 10
     assert all(made.reason or made.probability is not None for made in decisions)
+    assert all(made.fires for made in decisions if made.granted)
+    if isinstance(rule, Planned | Rounds):  # which want no more than there is
+        assert all(made.granted for made in decisions if made.fires)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=named)

@@ -537,7 +537,7 @@ def test_a_number_of_paths_that_is_not_whole_is_an_error():
         Scripted(two_searches, leaves=2, at_root=1, rule=Half())()
 
 
-@pytest.mark.parametrize("picked", [[], None, [99], [-1], ["1"], [1.5], [0, 0, 0]])
+@pytest.mark.parametrize("picked", [[], None, [3], [-1], ["1"], [1.5], [0, 0, 0]])
 def test_a_pick_outside_the_places_is_an_error(picked):
     class Astray(Rounds):
         name = "astray"
