@@ -37,6 +37,7 @@ from arpo_trl.training.prefix_sharing import (
     forward_packs,
     pack_rows,
     pays,
+    rounding,
     share_prefixes,
     why_not_shared,
     why_packs_differ,
@@ -285,6 +286,13 @@ def test_a_model_that_takes_packs_is_compared_with_its_padded_self(monkeypatch):
         "arpo_trl.training.prefix_sharing.attend", lambda *args, scaling: 2 * attend(*args, scaling=scaling)
     )
     assert "packed and padded rows differ by" in why_packs_differ(model.float())
+
+
+def test_differences_of_logprobs_are_in_standard_deviations_and_the_coarsest_dtype_limits_them():
+    model, expected = model_of(*FAMILIES[0]), torch.tensor([-3.0, 0.0, 3.0])  # a deviation of 3
+    assert rounding(model, expected + 0.03, expected) == (pytest.approx(0.01), 1e-3)
+    model.get_input_embeddings().bfloat16()
+    assert rounding(model, expected, expected) == (0.0, 0.1)
 
 
 # In the trainer ------------------------------------------------------------------------------------------------------
