@@ -313,6 +313,10 @@ def test_a_result_that_leaves_no_room_is_dropped_and_the_path_ends_on_its_turn()
 def test_a_prompt_that_fills_the_context_is_an_error():
     with pytest.raises(ConfigError, match="no room for a completion"):
         Scripted(one_search, max_length=8)()
+    prompt = len(Scripted(one_search)().trees[0].root.ids)
+    with pytest.raises(ConfigError, match=f"has {prompt} tokens and the context is {prompt} tokens"):
+        Scripted(one_search, max_length=prompt)()
+    assert {len(leaf.ids) for leaf in Scripted(one_search, max_length=prompt + 1)().trees[0].leaves()} == {1}
 
 
 def test_bad_calls_become_text_and_count_as_refused():
@@ -821,13 +825,15 @@ def test_a_rule_that_changes_the_budget_is_an_error(method):
 
 
 def test_calls_beyond_a_tools_limit_get_a_notice_and_other_calls_run():
-    turns = ["<python>1</python>", "<python>2</python>", "<search>iron</search>", "<python>3</python>", ANSWER]
+    called = ["<python>1</python>", "<python>2</python>", "<python>3</python>", "<search>iron</search>"]
+    turns = [*called, "<python>4</python>", ANSWER]
     made = Scripted(lambda r, c: turns[r.key[-1]], leaves=1, at_root=1, max_tool_calls=9)
-    made.sampler.settings = replace(made.sampler.settings, max_calls_of={"python": 1})
+    made.sampler.settings = replace(made.sampler.settings, max_calls_of={"python": 2})
     (leaf,) = made().trees[0].leaves()
     assert leaf.stop is StopReason.EOS
     assert [(call.name, call.failure, call.text) for call in leaf.calls] == [
         ("python", None, "ran 1"),
+        ("python", None, "ran 2"),
         ("python", "call_limit", "No python calls are left. Go on without them."),
         ("search", None, "facts about iron"),
         ("python", "call_limit", "No python calls are left. Go on without them."),

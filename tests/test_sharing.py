@@ -368,6 +368,8 @@ def test_histories_tell_turns_and_their_order_apart():
     assert len({*histories, history_after(once, [b])}) == 5
     assert history_after(b"", [ToolCall(name="roll", arguments={"text": "a"})]) == once
     assert sharing_keys(b"", [a, b], {}) == [once, histories[2]]
+    in_either_order = {"text": "a", "times": 2}, {"times": 2, "text": "a"}
+    assert len({history_after(b"", [ToolCall(name="roll", arguments=of)]) for of in in_either_order}) == 1
 
 
 # Settings ------------------------------------------------------------------------------------------------------------

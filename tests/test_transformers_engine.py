@@ -285,6 +285,12 @@ def test_polling_outside_a_session_is_an_error(model):
         engine(model).poll(0.0)
 
 
+def test_a_turn_may_have_one_token(model):
+    request = TurnRequest(id=0, ids=PROMPTS[0], max_tokens=1, probe_tokens=5, seed=1, key=(0,))
+    turns, _ = finish(engine(model), [request])
+    assert len(turns[0].ids) == len(turns[0].logprobs) == 1
+
+
 def test_a_request_without_room_is_refused(model):
     with pytest.raises(EngineError, match="expected at least 1 of each"):
         engine(model).submit(TurnRequest(id=0, ids=PROMPTS[0], max_tokens=0, probe_tokens=5, seed=1, key=(0,)))
