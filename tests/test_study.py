@@ -360,6 +360,18 @@ def test_part_b_is_relative_to_grpo_and_to_the_plain_credit(tmp_path):
     assert rows[Arm(baseline="score_norm").name] == ["not run"] * 6
 
 
+def test_part_b_ends_where_its_cold_start_fails(tmp_path, monkeypatch):
+    run: list[tuple[str, ...]] = []
+
+    def failing(commands, options, errors, *, threads):
+        run.extend(commands)
+        return False
+
+    monkeypatch.setattr(command, "run_all", failing)
+    command.part_b(SimpleNamespace(output=tmp_path, jobs=2), [])
+    assert run == [("cold", "0")]
+
+
 @pytest.mark.slow
 def test_a_tiny_part_b_makes_its_checkpoints_and_measures_each_arm(tmp_path, monkeypatch):
     for module, name, value in [
@@ -385,8 +397,14 @@ def test_a_tiny_part_b_makes_its_checkpoints_and_measures_each_arm(tmp_path, mon
         save_cold_start_base(folder / "sft")
 
     monkeypatch.setattr(training, "cold_start", cold_start)
-    # each in this process, in place of one of its own
-    monkeypatch.setattr(command, "run_all", lambda runs, given, _: [command.run_one(words, given) for words in runs])
+
+    def run_all(commands, options, errors, **_):
+        """Each command in this process, in place of one of its own."""
+        for words in commands:
+            command.run_one(words, options)
+        return True
+
+    monkeypatch.setattr(command, "run_all", run_all)
     given = ["b", "--output", str(tmp_path / "runs"), "--page", str(tmp_path / "study.md")]
     assert command.main(given) == 0
     text = (tmp_path / "study.md").read_text("utf-8")

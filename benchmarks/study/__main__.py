@@ -127,9 +127,9 @@ def part_b(options: argparse.Namespace, errors: list[str]) -> None:
     before = sum(seconds for seconds, made in alone if missing and not made.exists())
     seconds = FROZEN_ARM_S * len(missing) + HALF_REFERENCE_S * len(halves)
     announce("b", len(missing), seconds, options.jobs, before)
-    if missing:
-        run_all([("cold", "0")], options, errors)
-        run_all([("checkpoints",)], options, errors)
+    for words in [("cold", "0"), ("checkpoints",)] if missing else []:
+        if not run_all([words], options, errors, threads=options.jobs):
+            return
     run_all([("reference", str(step), str(half)) for step, half in halves], options, errors)
     for step in frozen.CHECKPOINTS:
         paths = [reference_file(output, step, half) for half in (0, 1)]
@@ -178,15 +178,17 @@ def part_c(options: argparse.Namespace, errors: list[str]) -> None:
         run_all(now, options, errors)
 
 
-def run_all(commands: Sequence[tuple[str, ...]], options: argparse.Namespace, errors: list[str]) -> None:
-    """Run this program once for each command, `--jobs` at a time. Their output is in logs.
+def run_all(
+    commands: Sequence[tuple[str, ...]], options: argparse.Namespace, errors: list[str], *, threads: int = 1
+) -> bool:
+    """Run this program once for each command, `--jobs` at a time, and return whether all succeed.
 
-    Each command has one thread; a single command has those of all jobs.
+    Their output is in logs. Each command has `threads` threads.
     """
-    logs, threads = options.output / "logs", options.jobs if len(commands) == 1 else 1
+    logs = options.output / "logs"
     logs.mkdir(parents=True, exist_ok=True)
 
-    def run(words: tuple[str, ...]) -> None:
+    def run(words: tuple[str, ...]) -> bool:
         start, log = time.perf_counter(), logs / f"{files.slug('-'.join(words))}.log"
         command = [sys.executable, "-m", __package__, "--output", str(options.output)]
         command += ["--steps", str(options.steps), "--one", *words]
@@ -199,9 +201,10 @@ def run_all(commands: Sequence[tuple[str, ...]], options: argparse.Namespace, er
         print(
             f"{time.strftime('%H:%M:%S')} {' '.join(words)}: {state}, {time.perf_counter() - start:.0f} s", flush=True
         )
+        return not status
 
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(run, commands))
+        return all([*pool.map(run, commands)])
 
 
 def run_one(words: Sequence[str], options: argparse.Namespace) -> None:
