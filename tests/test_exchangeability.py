@@ -102,7 +102,14 @@ def test_ratios_of_several_ranks_are_those_of_all_their_trees():
     )
     # The second tree: within (0, 0, 0, 1) half the mean square is 3 / 12, between it and 1 it is 3 / 8.
     within, between = 2.75 / 12 + 3 / 12, 2.25 / 8 + 3 / 8
-    assert merged["exchange/intraclass_correlation"] == pytest.approx(1 - within / between)
+    correlation = 1 - within / between
+    assert merged["exchange/intraclass_correlation"] == pytest.approx(correlation)
+    assert merged["exchange/effective_leaves"] == pytest.approx(5 / (1 + correlation * 12 / 5))
+
+
+def test_fresh_branches_are_compared_in_the_order_of_their_addresses():
+    # at the first result (0, 1, 0) with .75 against (0, 1, 1) with .25
+    assert exchange((forked(), [1.0, 0.75, 0.25, 0.0, 1.0]))["fresh_minus_fresh"] == 0.5
 
 
 def test_leaves_of_one_first_turn_with_equal_rewards_count_once():
