@@ -351,7 +351,7 @@ def test_part_b_is_relative_to_grpo_and_to_the_plain_credit(tmp_path):
     ):
         for step in frozen.CHECKPOINTS[:2]:
             row = {"cosine": 0.1, "half_width": 0.01, "calls": calls * (1 + step), "signal_per_call": signal}
-            files.write(command.frozen_file(tmp_path, step, arm), row | {"cosines": cosines})
+            files.write(frozen.result_file(tmp_path, step, arm), row | {"cosines": cosines})
     rows = {row[0]: row[1:] for row in page.frozen_rows(tmp_path)}
     cosines = ["0.100 ± 0.010", "0.100 ± 0.010", "not run"]
     assert rows[Arm().name] == [*cosines, "", "0.50", "1.50"]
@@ -360,16 +360,20 @@ def test_part_b_is_relative_to_grpo_and_to_the_plain_credit(tmp_path):
     assert rows[Arm(baseline="score_norm").name] == ["not run"] * 6
 
 
-def test_part_b_ends_where_its_cold_start_fails(tmp_path, monkeypatch):
+def test_part_b_ends_where_its_cold_start_fails_and_does_not_repeat_it(tmp_path, monkeypatch):
     run: list[tuple[str, ...]] = []
 
-    def failing(commands, options, errors, *, threads):
+    def failing(commands, options, errors, *, threads=1):
         run.extend(commands)
         return False
 
     monkeypatch.setattr(command, "run_all", failing)
     command.part_b(SimpleNamespace(output=tmp_path, jobs=2), [])
     assert run == [("cold", "0")]
+    for made in ("seed0/sft", "b/models"):  # which are whole if they exist
+        (tmp_path / made).mkdir(parents=True)
+    command.part_b(SimpleNamespace(output=tmp_path, jobs=2), [])
+    assert run[1:3] == [("reference", "0", "0"), ("reference", "0", "1")]
 
 
 @pytest.mark.slow

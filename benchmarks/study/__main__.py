@@ -86,10 +86,6 @@ def part_a(options: argparse.Namespace, errors: list[str]) -> None:
 # Part b --------------------------------------------------------------------------------------------------------------
 
 
-def frozen_file(output: Path, step: int, arm: Arm) -> Path:
-    return output / "b" / str(step) / f"{files.slug(arm.name)}.json"
-
-
 def reference_file(output: Path, step: int, half: int) -> Path:
     return output / "b" / str(step) / f"reference{half}.pt"
 
@@ -112,7 +108,7 @@ def one_sampling(output: Path, step: int, sampling: str) -> None:
     target = torch.stack([torch.load(reference_file(output, step, half)) for half in (0, 1)]).mean(dim=0)
     (model, data), rollouts = of_checkpoint(output, step), list[RolloutBatch]()
     for arm in available(frozen_arms(), []):
-        path = frozen_file(output, step, arm)
+        path = frozen.result_file(output, step, arm)
         if arm.sampling == sampling and not path.exists():
             files.write(path, frozen.measure(model, data, arm, rollouts, target) | {"step": step})
 
@@ -120,14 +116,17 @@ def one_sampling(output: Path, step: int, sampling: str) -> None:
 def part_b(options: argparse.Namespace, errors: list[str]) -> None:
     output = options.output
     wanted = [(step, arm) for step in frozen.CHECKPOINTS for arm in available(frozen_arms(), errors)]
-    missing = [(step, arm) for step, arm in wanted if not frozen_file(output, step, arm).exists()]
+    missing = [(step, arm) for step, arm in wanted if not frozen.result_file(output, step, arm).exists()]
     halves = [(step, half) for step in dict.fromkeys(step for step, _ in missing) for half in (0, 1)]
     halves = [(step, half) for step, half in halves if not reference_file(output, step, half).exists()]
-    alone = [(COLD_START_S, output / "seed0" / "sft"), (CHECKPOINTS_S, output / "b" / "models")]
-    before = sum(seconds for seconds, made in alone if missing and not made.exists())
+    alone: dict[tuple[str, ...], tuple[Path, float]] = {
+        ("cold", "0"): (output / "seed0" / "sft", COLD_START_S),
+        ("checkpoints",): (output / "b" / "models", CHECKPOINTS_S),
+    }
+    before = {words: seconds for words, (made, seconds) in alone.items() if missing and not made.exists()}
     seconds = FROZEN_ARM_S * len(missing) + HALF_REFERENCE_S * len(halves)
-    announce("b", len(missing), seconds, options.jobs, before)
-    for words in [("cold", "0"), ("checkpoints",)] if missing else []:
+    announce("b", len(missing), seconds, options.jobs, sum(before.values()))
+    for words in before:
         if not run_all([words], options, errors, threads=options.jobs):
             return
     run_all([("reference", str(step), str(half)) for step, half in halves], options, errors)
@@ -204,7 +203,7 @@ def run_all(
         return not status
 
     with ThreadPoolExecutor(options.jobs) as pool:
-        return all([*pool.map(run, commands)])
+        return all([*pool.map(run, commands)])  # a list: one failure does not cancel the other commands
 
 
 def run_one(words: Sequence[str], options: argparse.Namespace) -> None:

@@ -57,9 +57,10 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def paired(ours: Mapping[str, float], theirs: Mapping[str, float]) -> Interval | None:
-    """The mean of ours − theirs over the seeds that both have, with its interval; None without such a seed."""
-    seeds = sorted(ours.keys() & theirs.keys())
-    return interval([ours[seed] - theirs[seed] for seed in seeds]) if seeds else None
+    """The mean of ours − theirs over the seeds, or other keys, that both have, with its interval; None without such a
+    key."""
+    keys = sorted(ours.keys() & theirs.keys())
+    return interval([ours[key] - theirs[key] for key in keys]) if keys else None
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:

@@ -22,10 +22,11 @@ import torch
 from transformers import TrainerCallback
 
 from arpo_trl import ARPOTrainer
+from arpo_trl.common.files import whole_folder
 from arpo_trl.rollout.batch import GroupRequest, RolloutBatch
 
 from .arms import LEAVES, Arm, grpo
-from .files import interval
+from .files import interval, slug
 from .training import trainer_of
 
 CHECKPOINTS = (0, 10, 20)
@@ -36,6 +37,11 @@ REFERENCE_BATCHES, REFERENCE_PROMPTS = 30, 16
 TOGETHER = 48
 """The prompts that are sampled together."""
 _REFERENCE_SEED = 10_000
+
+
+def result_file(output: Path, step: int, arm: Arm) -> Path:
+    """The file with the result of an arm at a checkpoint, in the folder of all runs."""
+    return output / "b" / str(step) / f"{slug(arm.name)}.json"
 
 
 @dataclass
@@ -104,21 +110,20 @@ def replay(trainer: ARPOTrainer, rollouts: Sequence[RolloutBatch]) -> None:
 
 
 def make_checkpoints(seed_folder: Path, folder: Path) -> None:
-    """Save the policies to `folder/0`, `folder/10`, …, once. The tokenizer is that of the cold start."""
-    if all((folder / str(step) / "config.json").exists() for step in CHECKPOINTS):
-        return
+    """Save the policies to `folder/0`, `folder/10`, …. The tokenizer is that of the cold start."""
     arm = Arm(**grpo(LEAVES))
     with (
+        whole_folder(folder) as partial,
         TemporaryDirectory() as output,
         trainer_of(
             seed_folder / "sft", seed_folder / "data", Path(output), arm, 0, max_steps=max(CHECKPOINTS)
         ) as trainer,
     ):
-        trainer.model.save_pretrained(folder / "0")
-        trainer.add_callback(_SaveAt(folder))
+        trainer.model.save_pretrained(partial / "0")
+        trainer.add_callback(_SaveAt(partial))
         trainer.train()
         for step in CHECKPOINTS:
-            trainer.processing_class.save_pretrained(folder / str(step))
+            trainer.processing_class.save_pretrained(partial / str(step))
 
 
 def gradients(
@@ -141,7 +146,8 @@ def gradients(
     settings = {"max_steps": batches, "learning_rate": 0.0, "max_grad_norm": 0.0, **others}
     settings["per_device_train_batch_size"] = prompts * arm.leaves
     with TemporaryDirectory() as output, trainer_of(model, data, Path(output), arm, seed, **settings) as trainer:
-        rollouts += () if rollouts else sample(trainer, batches)
+        if not rollouts:
+            rollouts += sample(trainer, batches)
         replay(trainer, rollouts)
         trainer.add_callback(collected)
         trainer.train()

@@ -28,7 +28,7 @@ from .arms import (
     trained_arms,
 )
 from .files import Interval, interval, paired
-from .frozen import CHECKPOINTS
+from .frozen import CHECKPOINTS, result_file
 from .tabular import Budget
 from .task import SCENARIOS
 
@@ -227,7 +227,7 @@ def _effect(accuracies: Mapping[str, Mapping[str, float]], pairs: Sequence[tuple
 
 def frozen_rows(output: Path) -> list[Cells]:
     arms = frozen_arms()
-    found = {arm.name: [_frozen(output, step, arm) for step in CHECKPOINTS] for arm in arms}
+    found = {arm.name: [files.read(result_file(output, step, arm)) for step in CHECKPOINTS] for arm in arms}
     whole, rows = found[Arm(**grpo(LEAVES)).name], list[Cells]()
     for arm in arms:
         of_arm, plain = found[arm.name], replace(arm, credit="soft", baseline="mean")
@@ -237,7 +237,7 @@ def frozen_rows(output: Path) -> list[Cells]:
             else f"{of['cosine']:.3f} ± {math.nan if of['half_width'] is None else of['half_width']:.3f}"
             for of in of_arm
         ]
-        difference = "" if arm == plain else _shown(_cosines_less(of_arm, found[plain.name]))
+        difference = "" if arm == plain else _shown(paired(_cosines(of_arm), _cosines(found[plain.name])))
         ratios = [_mean_ratio(of_arm, whole, name) for name in ("calls", "signal_per_call")]
         rows.append([arm.name, *cells, difference, *ratios])
     halves = [files.read(output / "b" / str(step) / "reference.json") for step in CHECKPOINTS]
@@ -245,19 +245,10 @@ def frozen_rows(output: Path) -> list[Cells]:
     return [*rows, ["two halves of the reference", *cells, "", "", ""]]
 
 
-def _frozen(output: Path, step: int, arm: Arm) -> Row | None:
-    return files.read(output / "b" / str(step) / f"{files.slug(arm.name)}.json")
-
-
-def _cosines_less(ours: Sequence[Row | None], theirs: Sequence[Row | None]) -> Interval | None:
-    """Ours − theirs over the batches of the checkpoints at which both have run. Both have the same rollouts."""
-    differences = [
-        ours_of_batch - theirs_of_batch
-        for our, their in zip(ours, theirs, strict=True)
-        if our and their
-        for ours_of_batch, theirs_of_batch in zip(our["cosines"], their["cosines"], strict=True)
-    ]
-    return interval(differences) if differences else None
+def _cosines(of_arm: Sequence[Row | None]) -> dict[str, float]:
+    """Checkpoint and batch → the cosine of the batch. Arms that sample in the same way have the same rollouts."""
+    found = zip(CHECKPOINTS, of_arm, strict=True)
+    return {f"{step} {i}": cosine for step, row in found if row for i, cosine in enumerate(row["cosines"])}
 
 
 def _mean_ratio(ours: Sequence[Row | None], theirs: Sequence[Row | None], name: str) -> str:
