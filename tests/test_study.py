@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -34,10 +35,12 @@ from study.arms import (
     tabular_seeds_of,
     trained_arms,
 )
+from study.processes import run_all
 from study.tabular import Budget, _Run, policy_gradient, scores, train
 from study.task import SCENARIOS, Task, compute, look_up
 
 LOOK, ANSWER = 0, 1
+SHOW = "print(__import__('torch').get_num_threads(), __import__('os').environ['OMP_NUM_THREADS'])"
 
 
 def two_states(look: float, look_again: float, calls: int = 2) -> Task:
@@ -194,7 +197,7 @@ def test_the_page_shows_finished_parts_and_lists_missing_ones(tmp_path):
             (Arm(), coin, 480),
             (Arm(rule="ranked"), coin, 510),
         ):
-            files.write(command.trained_file(tmp_path, seed, arm), trained_row(arm, seed, accuracy, calls))
+            files.write(training.result_file(tmp_path, seed, arm), trained_row(arm, seed, accuracy, calls))
     page.write(tmp_path, tmp_path / "study.md")
     text = (tmp_path / "study.md").read_text("utf-8")
     # All differences are .01 or 0, so the interval is a point; no GRPO with M = 4 and no threshold has run.
@@ -218,7 +221,7 @@ def test_the_page_keeps_the_rows_with_more_seeds(tmp_path):
         for seed, accuracy in enumerate(accuracies):
             for arm in made:
                 row = trained_row(arm, seed, accuracy, 100)
-                files.write(command.trained_file(tmp_path / run, seed, arm), row)
+                files.write(training.result_file(tmp_path / run, seed, arm), row)
         page.write(tmp_path / run, tmp_path / "study.md")
     text = (tmp_path / "study.md").read_text("utf-8")
     runs = [json.loads(line) for line in (tmp_path / "study.jsonl").read_text("utf-8").splitlines()]
@@ -291,12 +294,12 @@ def test_one_arm_trains_a_step_from_a_cold_start(tmp_path, monkeypatch):
     folder = tmp_path / "seed0"
     training.prepare(folder / "data", 0, hard=True, n_train=8, n_heldout=2)
     save_cold_start_base(folder / "sft")
-    command.one_training(tmp_path, 0, Arm(), steps=1)
+    training.train_arm(tmp_path, 0, Arm(), steps=1)
     (row,) = page.trained_rows(tmp_path)[Arm().name].values()
     assert (row["seed"], row["steps"], row["planned_steps"], row["answers"], row["leaves"]) == (0, 1, 1, 2, 16)
     dynamic = Arm(**grpo(8), dynamic=True)
     with pytest.raises(ConfigError, match="trains for the calls of GRPO M = 8, which has no result yet"):
-        command.one_training(tmp_path, 0, dynamic, steps=1)
+        training.train_arm(tmp_path, 0, dynamic, steps=1)
 
 
 def test_dynamic_sampling_ends_at_its_budget_with_the_discarded_calls():
@@ -361,19 +364,36 @@ def test_part_b_is_relative_to_grpo_and_to_the_plain_credit(tmp_path):
 
 
 def test_part_b_ends_where_its_cold_start_fails_and_does_not_repeat_it(tmp_path, monkeypatch):
-    run: list[tuple[str, ...]] = []
+    run: list[str] = []
 
-    def failing(commands, options, errors, *, threads=1):
-        run.extend(commands)
+    def failing(jobs, *_, **__):
+        run.extend(jobs)
         return False
 
     monkeypatch.setattr(command, "run_all", failing)
     command.part_b(SimpleNamespace(output=tmp_path, jobs=2), [])
-    assert run == [("cold", "0")]
+    assert run == ["cold 0"]
     for made in ("seed0/sft", "b/models"):  # which are whole if they exist
         (tmp_path / made).mkdir(parents=True)
     command.part_b(SimpleNamespace(output=tmp_path, jobs=2), [])
-    assert run[1:3] == [("reference", "0", "0"), ("reference", "0", "1")]
+    assert run[1:3] == ["reference 0 0", "reference 0 1"]
+
+
+@pytest.mark.slow
+def test_each_job_has_its_own_process_threads_and_log_and_may_fail(tmp_path, capfd):
+    errors: list[str] = []
+    program = partial(stages.launch, "platform", stages.SFT_CONFIG)  # a program of a job, which fails
+    jobs = {"one": partial(print, "found"), "two": partial(int, "x"), "three": partial(eval, SHOW), "four": program}
+    assert not run_all(jobs, 2, tmp_path, errors, threads=2)
+    logs = {path.name: path.read_text("utf-8") for path in tmp_path.iterdir()}
+    assert logs["one.log"] == "found\n"
+    assert logs["two.log"].endswith("ValueError: invalid literal for int() with base 10: 'x'\n")
+    assert logs["three.log"].splitlines() == ["2 2"]
+    assert "arpo_trl.scripts.platform" in logs["four.log"]
+    assert errors == [f"{name} failed; see {tmp_path / name}.log" for name in ("two", "four")]
+    shown = capfd.readouterr()
+    assert sorted(line.split()[1] for line in shown.out.splitlines()) == ["four:", "one:", "three:", "two:"]
+    assert run_all({"one": partial(print, "found")}, 2, tmp_path, errors)
 
 
 @pytest.mark.slow
@@ -402,10 +422,10 @@ def test_a_tiny_part_b_makes_its_checkpoints_and_measures_each_arm(tmp_path, mon
 
     monkeypatch.setattr(training, "cold_start", cold_start)
 
-    def run_all(commands, options, errors, **_):
-        """Each command in this process, in place of one of its own."""
-        for words in commands:
-            command.run_one(words, options)
+    def run_all(jobs, *_, **__):
+        """Each job in this process, in place of one of its own."""
+        for job in jobs.values():
+            job()
         return True
 
     monkeypatch.setattr(command, "run_all", run_all)

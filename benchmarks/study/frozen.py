@@ -22,11 +22,11 @@ import torch
 from transformers import TrainerCallback
 
 from arpo_trl import ARPOTrainer
-from arpo_trl.common.files import whole_folder
+from arpo_trl.common.files import whole_file, whole_folder
 from arpo_trl.rollout.batch import GroupRequest, RolloutBatch
 
 from .arms import LEAVES, Arm, grpo
-from .files import interval, slug
+from .files import interval, slug, write
 from .training import trainer_of
 
 CHECKPOINTS = (0, 10, 20)
@@ -42,6 +42,16 @@ _REFERENCE_SEED = 10_000
 def result_file(output: Path, step: int, arm: Arm) -> Path:
     """The file with the result of an arm at a checkpoint, in the folder of all runs."""
     return output / "b" / str(step) / f"{slug(arm.name)}.json"
+
+
+def reference_file(output: Path, step: int, half: int) -> Path:
+    """The file with a half of the reference gradient at a checkpoint, in the folder of all runs."""
+    return output / "b" / str(step) / f"reference{half}.pt"
+
+
+def _of_checkpoint(output: Path, step: int) -> tuple[Path, Path]:
+    """The model of a checkpoint, and its data."""
+    return output / "b" / "models" / str(step), output / "seed0" / "data"
 
 
 @dataclass
@@ -170,6 +180,14 @@ def reference(model: Path, data: Path, half: int) -> torch.Tensor:
     return torch.stack(collected.found).mean(dim=0)
 
 
+def write_reference(output: Path, step: int, half: int) -> None:
+    """Measure a half of the reference gradient at a checkpoint."""
+    path = reference_file(output, step, half)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as partial:
+        torch.save(reference(*_of_checkpoint(output, step), half), partial)
+
+
 def measure(model: Path, data: Path, arm: Arm, rollouts: list[RolloutBatch], target: torch.Tensor) -> dict[str, Any]:
     """The cosines of an arm's batches with `target`, and the calls that a batch costs.
 
@@ -191,6 +209,15 @@ def measure(model: Path, data: Path, arm: Arm, rollouts: list[RolloutBatch], tar
         "signal_per_call": signal / calls if calls else None,
         "seconds": time.perf_counter() - start,
     }
+
+
+def write_arms(output: Path, step: int, arms: Sequence[Arm]) -> None:
+    """Measure arms that sample in the same way at a checkpoint."""
+    target = torch.stack([torch.load(reference_file(output, step, half)) for half in (0, 1)]).mean(dim=0)
+    rollouts: list[RolloutBatch] = []
+    for arm in arms:
+        found = measure(*_of_checkpoint(output, step), arm, rollouts, target)
+        write(result_file(output, step, arm), found | {"step": step})
 
 
 def cosine(first: torch.Tensor, second: torch.Tensor) -> float:

@@ -21,17 +21,24 @@ from transformers import TrainerCallback
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.common.files import whole_folder
 from arpo_trl.data.loading import load_arpo_dataset
+from arpo_trl.errors import ConfigError
 from arpo_trl.quickstart.report import summarise
 from arpo_trl.quickstart.stages import RL_CONFIG, SFT_CONFIG, launch, measure, prepare
 from arpo_trl.rewards import HierarchicalReward
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 
-from .arms import Arm
+from .arms import LEAVES, Arm, grpo
+from .files import read, slug, write
 
 N_TRAIN, N_HELDOUT = 2100, 1000
 PROMPTS, STEPS = 16, 40
 _OF_FILES = {"model_name_or_path", "dataset", "eval_dataset", "search_index", "search_top_k", "tools"}
 """Keys of the quickstart's configuration that are not settings of `ARPOConfig`."""
+
+
+def result_file(output: Path, seed: int, arm: Arm) -> Path:
+    """The file with the result of an arm and seed, in the folder of all runs."""
+    return output / f"seed{seed}" / "arms" / f"{slug(arm.name)}.json"
 
 
 def cold_start(folder: Path, seed: int) -> None:
@@ -129,3 +136,15 @@ def train(folder: Path, arm: Arm, seed: int, steps: int, calls: float | None = N
         "seconds_training": trained - start,
         "seconds": time.perf_counter() - start,
     }
+
+
+def train_arm(output: Path, seed: int, arm: Arm, steps: int) -> None:
+    """Train one arm and seed. Dynamic sampling has the call budget of the same arm without it."""
+    calls = None
+    if arm.dynamic:
+        equal = read(result_file(output, seed, Arm(**grpo(LEAVES), baseline=arm.baseline)))
+        if equal is None:
+            raise ConfigError(f"{arm.name} trains for the calls of GRPO M = {LEAVES}, which has no result yet.")
+        calls = equal["tool_calls_executed"]
+    result = train(output / f"seed{seed}", arm, seed, steps, calls)
+    write(result_file(output, seed, arm), result | {"planned_steps": steps})

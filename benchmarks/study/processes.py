@@ -1,0 +1,57 @@
+"""Jobs of parts b and c: each in a process of its own, with its output in a log."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+import torch
+
+from . import frozen, tabular, training
+from .files import slug
+
+Jobs = Mapping[str, Callable[[], None]]
+"""Jobs by name, which is also the name of their logs."""
+
+
+def fork_server() -> ForkServerContext:
+    """Starts processes that have already imported the parts, which takes longer than some jobs."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload([part.__name__ for part in (tabular, frozen, training)])
+    return context
+
+
+def run_all(jobs: Jobs, at_a_time: int, logs: Path, errors: list[str], *, threads: int = 1) -> bool:
+    """Run each job with `threads` threads, and return whether all succeed. Adds a message to `errors` for each that
+    fails."""
+    context = fork_server()
+    logs.mkdir(parents=True, exist_ok=True)
+
+    def run(name: str) -> bool:
+        start, log = time.perf_counter(), logs / f"{slug(name)}.log"
+        process = context.Process(target=_run, args=(jobs[name], log, threads))
+        process.start()
+        process.join()
+        if process.exitcode:
+            errors.append(f"{name} failed; see {log}")
+        state = "failed" if process.exitcode else "done"
+        print(f"{time.strftime('%H:%M:%S')} {name}: {state}, {time.perf_counter() - start:.0f} s", flush=True)
+        return not process.exitcode
+
+    with ThreadPoolExecutor(at_a_time) as pool:
+        return all([*pool.map(run, jobs)])  # a list: one failure does not cancel the other jobs
+
+
+def _run(job: Callable[[], None], log: Path, threads: int) -> None:
+    with log.open("w") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())  # so that programs that the job starts write to the log too
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of these programs
+    torch.set_num_threads(threads)
+    job()
