@@ -95,6 +95,9 @@ arms are too small, by about the same factor at one checkpoint.
 
 The column of differences compares the credit and the baseline with the credit "soft" and the mean baseline on the same
 rollouts, over the batches of all checkpoints. The intervals of different samplings overlap.
+
+All policies come from one cold start, and the intervals are for these policies only: those of another cold start have
+other values. The same seed gives another cold start on another CPU, which rounds differently.
 """
 PART_C = f"""## c. Training
 
