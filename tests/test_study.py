@@ -379,6 +379,14 @@ def test_part_b_ends_where_its_cold_start_fails_and_does_not_repeat_it(tmp_path,
     assert run[1:3] == ["reference 0 0", "reference 0 1"]
 
 
+def test_part_b_says_once_which_arms_cannot_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "frozen_arms", lambda: [Arm(rule="best")])
+    errors: list[str] = []
+    command.part_b(SimpleNamespace(output=tmp_path, jobs=2), errors)
+    (error,) = errors
+    assert error.endswith("So these arms cannot run: best N = 2, soft, mean.")
+
+
 @pytest.mark.slow
 def test_each_job_has_its_own_process_threads_and_log_and_may_fail(tmp_path, capfd):
     errors: list[str] = []

@@ -81,12 +81,12 @@ def part_a(options: argparse.Namespace, errors: list[str]) -> None:
 
 
 def part_b(options: argparse.Namespace, errors: list[str]) -> None:
-    output, logs = options.output, options.output / "logs"
-    wanted = [(step, arm) for step in frozen.CHECKPOINTS for arm in available(frozen_arms(), errors)]
+    output, logs, arms = options.output, options.output / "logs", available(frozen_arms(), errors)
+    wanted = [(step, arm) for step in frozen.CHECKPOINTS for arm in arms]
     missing = [(step, arm) for step, arm in wanted if not frozen.result_file(output, step, arm).exists()]
     halves = [(step, half) for step in dict.fromkeys(step for step, _ in missing) for half in (0, 1)]
     halves = [(step, half) for step, half in halves if not frozen.reference_file(output, step, half).exists()]
-    seed, models = output / "seed0", output / "b" / "models"
+    seed, models = output / "seed0", frozen.models_folder(output)
     alone: list[tuple[Path, float, Jobs]] = [
         (seed / "sft", COLD_START_S, {"cold 0": partial(training.cold_start, seed, 0)}),
         (models, CHECKPOINTS_S, {"checkpoints": partial(frozen.make_checkpoints, seed, models)}),
@@ -111,7 +111,7 @@ def part_b(options: argparse.Namespace, errors: list[str]) -> None:
     for step, arm in missing:
         alike[step, arm.sampling].append(arm)
     longest_first = sorted(alike.items(), key=lambda job: -len(job[1]))
-    measured = {f"b {step} {of}": partial(frozen.write_arms, output, step, arms) for (step, of), arms in longest_first}
+    measured = {f"b {step} {of}": partial(frozen.write_arms, output, step, same) for (step, of), same in longest_first}
     run_all(measured, options.jobs, logs, errors)
 
 

@@ -49,9 +49,14 @@ def reference_file(output: Path, step: int, half: int) -> Path:
     return output / "b" / str(step) / f"reference{half}.pt"
 
 
+def models_folder(output: Path) -> Path:
+    """The folder with the models of all checkpoints, in the folder of all runs."""
+    return output / "b" / "models"
+
+
 def _of_checkpoint(output: Path, step: int) -> tuple[Path, Path]:
     """The model of a checkpoint, and its data."""
-    return output / "b" / "models" / str(step), output / "seed0" / "data"
+    return models_folder(output) / str(step), output / "seed0" / "data"
 
 
 @dataclass
