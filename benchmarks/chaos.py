@@ -35,6 +35,7 @@ from arpo_trl.quickstart.stages import (
     N_HELDOUT,
     N_TRAIN,
     RL_CONFIG,
+    SEARCH,
     SFT_CONFIG,
     TOP_K,
     launch,
@@ -46,7 +47,7 @@ from arpo_trl.scripts import train
 from arpo_trl.tools import LocalIndex, python_tool, search_tool
 from arpo_trl.tools.calls import ToolCall
 from arpo_trl.tools.toolbox import ToolBox
-from compare_rules import cold_start
+from study.training import cold_start
 
 TIMEOUT_S = 1.0
 TAUGHT_RATE, TAUGHT_STEPS = 0.3, 480
@@ -235,7 +236,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.output / f"seed{arguments.seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    cold_start(folder, arguments.seed)
+    cold_start(folder, arguments.seed, SEARCH)
     teach_to_call_again(folder, arguments.seed)
     calm = run(folder, arguments.seed, 0.0, steps=arguments.steps, useful=sys.maxsize)
     useful = calm["calls"].get(USEFUL, 0)

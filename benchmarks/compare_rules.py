@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from arpo_trl.quickstart.report import summarise
-from arpo_trl.quickstart.stages import RL_CONFIG, SFT_CONFIG, launch, measure, prepare
+from arpo_trl.quickstart.stages import RL_CONFIG, SEARCH, launch, measure
+from arpo_trl.quickstart.task import read_lines
+from study.files import slug
+from study.processes import run_all
+from study.training import cold_start
 
+RESULTS = "results.jsonl"
 LEAVES = 8
 VARIANTS = {
     "GRPO (N = M)": ("--initial_rollouts", str(LEAVES)),
@@ -45,20 +48,8 @@ COLUMNS = {
 }
 
 
-def cold_start(folder: Path, seed: int) -> None:
-    if (folder / "sft" / "config.json").exists():
-        return
-    prepare(folder / "data", seed)
-    launch(
-        "sft",
-        SFT_CONFIG,
-        *("--model_name_or_path", str(folder / "data/base"), "--dataset", str(folder / "data/demonstrations.jsonl")),
-        *("--output_dir", str(folder / "sft"), "--seed", str(seed)),
-    )
-
-
 def train(folder: Path, seed: int, variant: str, steps: int) -> dict[str, Any]:
-    output = folder / variant.replace(" ", "_").replace("/", "-")
+    output = folder / slug(variant)
     seconds = launch(
         "train",
         RL_CONFIG,
@@ -76,6 +67,12 @@ def train(folder: Path, seed: int, variant: str, steps: int) -> dict[str, Any]:
         **summarise(history),
         "seconds": seconds,
     }
+
+
+def append_result(output: Path, seed: int, variant: str, steps: int) -> None:
+    row = train(output / f"seed{seed}", seed, variant, steps)
+    with (output / RESULTS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def as_table(rows: list[dict[str, Any]], variants: Iterable[str], columns: Mapping[str, str]) -> str:
@@ -97,7 +94,7 @@ def _cell(values: list[float]) -> str:
     return f"{mean(values):,.{digits}f}{spread}"
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=Path("runs/compare"))
@@ -106,36 +103,30 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=16, help="training steps of each run (default: 16)")
     parser.add_argument("--table", action="store_true", help="only print the table of the existing results")
-    parser.add_argument("--one", nargs=2, metavar=("SEED", "VARIANT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     output: Path = arguments.output
-    results = output / "results.jsonl"
-    if arguments.one:  # each run is a separate process, so that runs do not slow each other by the GIL
-        seed, variant = int(arguments.one[0]), arguments.one[1]
-        (output / f"seed{seed}").mkdir(parents=True, exist_ok=True)
-        row = train(output / f"seed{seed}", seed, variant, arguments.steps)
-        with results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        return
+    results, errors = output / RESULTS, list[str]()
 
     def done() -> list[dict[str, Any]]:
-        return [json.loads(line) for line in results.read_text("utf-8").splitlines()] if results.exists() else []
-
-    def run(job: tuple[str, int]) -> None:
-        variant, seed = job
-        command = [sys.executable, __file__, "--output", str(output), "--steps", str(arguments.steps)]
-        command += ["--one", str(seed), variant]
-        status = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False).returncode
-        print(f"{time.strftime('%H:%M:%S')} seed {seed}, {variant}: {'failed' if status else 'done'}", flush=True)
+        return read_lines(results) if results.exists() else []
 
     if not arguments.table:
-        with ThreadPoolExecutor(arguments.jobs) as pool:
-            list(pool.map(lambda seed: cold_start(output / f"seed{seed}", seed), arguments.seeds))
-            finished = {(row["variant"], row["seed"]) for row in done()}
-            jobs = [(variant, seed) for variant in VARIANTS for seed in arguments.seeds]
-            list(pool.map(run, [job for job in jobs if job not in finished]))
+        seeds = {seed: output / f"seed{seed}" for seed in arguments.seeds}
+        cold = {f"cold {seed}": partial(cold_start, folder, seed, SEARCH) for seed, folder in seeds.items()}
+        run_all(cold, arguments.jobs, output / "logs", errors)
+        finished = {(row["variant"], row["seed"]) for row in done()}
+        jobs = {
+            f"{variant}, seed {seed}": partial(append_result, output, seed, variant, arguments.steps)
+            for variant in VARIANTS
+            for seed, folder in seeds.items()
+            if (folder / "sft").exists() and (variant, seed) not in finished
+        }
+        run_all(jobs, arguments.jobs, output / "logs", errors)
     print(as_table(done(), VARIANTS, COLUMNS))
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    return 1 if errors else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

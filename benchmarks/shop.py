@@ -18,10 +18,11 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from arpo_trl.quickstart.report import summarise
-from arpo_trl.quickstart.shop.task import SHOP, measure, prepare
-from arpo_trl.quickstart.stages import SFT_CONFIG, launch
+from arpo_trl.quickstart.shop.task import SHOP, measure
+from arpo_trl.quickstart.stages import launch
 from arpo_trl.quickstart.task import read_lines
 from compare_rules import as_table
+from study.training import cold_start
 
 LEAVES, GROUPS = 8, 8
 VARIANTS = {"GRPO (N = M)": LEAVES, "ARPO N = M/2": LEAVES // 2}
@@ -36,18 +37,6 @@ COLUMNS = {
     "seconds_in_resets": "seconds in resets",
     "seconds_per_step": "seconds per step",
 }
-
-
-def cold_start(folder: Path) -> None:
-    if (folder / "sft" / "config.json").exists():
-        return
-    prepare(folder / "data", seed=0)
-    launch(
-        "sft",
-        SFT_CONFIG,
-        *("--model_name_or_path", str(folder / "data/base"), "--dataset", str(folder / "data/demonstrations.jsonl")),
-        *("--output_dir", str(folder / "sft"), *SHOP.cold_start),
-    )
 
 
 def train(cold: Path, output: Path, seed: int, variant: str, steps: int, reset_seconds: float) -> dict[str, Any]:
@@ -91,7 +80,7 @@ def main() -> None:
     results = output / "results.jsonl"
     done = read_lines(results) if results.exists() else []
     if not arguments.table:
-        cold_start(cold)
+        cold_start(cold, 0, SHOP)
         finished = {(row["variant"], row["seed"]) for row in done}
         for seed in arguments.seeds:
             before = None

@@ -18,9 +18,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from arpo_trl.quickstart.stages import RL_CONFIG, launch, measure
-from compare_rules import cold_start
+from arpo_trl.quickstart.stages import RL_CONFIG, SEARCH, launch, measure
+from arpo_trl.quickstart.task import read_lines
 from serving import running
+from study.training import cold_start
 
 VLLM = ("--use_vllm", "true", "--vllm_max_model_length", "1024")
 ENGINES = ("transformers", "colocate", "server")
@@ -85,10 +86,10 @@ def main() -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     arguments.output.mkdir(parents=True, exist_ok=True)
     results = arguments.output / "results.jsonl"
-    rows = [json.loads(line) for line in results.read_text("utf-8").splitlines()] if results.exists() else []
+    rows = read_lines(results) if results.exists() else []
     for seed in arguments.seeds if not arguments.table else ():
         folder = arguments.output.resolve() / f"seed{seed}"
-        cold_start(folder, seed)
+        cold_start(folder, seed, SEARCH)
         for engine in arguments.engines:
             if any((row["engine"], row["seed"]) == (engine, seed) for row in rows):
                 continue

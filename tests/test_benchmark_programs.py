@@ -15,7 +15,7 @@ import instructions
 import shop
 import vllm_parity
 from arpo_trl.command_line import parse_settings
-from study import training
+from arpo_trl.quickstart import stages
 
 FOLDER = Path("benchmarks")
 PROGRAMS = sorted(file.stem for file in FOLDER.glob("*.py") if "ArgumentParser(" in file.read_text("utf-8"))
@@ -48,27 +48,59 @@ def checked(script: str, config: Path, *flags: str) -> float:
 @pytest.mark.parametrize(
     ("module", "launch"),
     [
-        (compare_rules, lambda to: compare_rules.cold_start(to, 0)),
         *(
             (compare_rules, lambda to, name=name: compare_rules.train(to, 0, name, 1))
             for name in compare_rules.VARIANTS
         ),
         (vllm_parity, lambda to: vllm_parity.train(to, 0, "transformers", 1)),
         (vllm_parity, lambda to: vllm_parity.train(to, 0, "colocate", 1)),
-        (shop, lambda to: shop.cold_start(to)),
         (shop, lambda to: shop.train(to, to / "run", 0, next(iter(shop.VARIANTS)), 1, 0.0)),
         (chaos, lambda to: chaos.run(to, 0, 0.3, steps=1, useful=1)),
-        (training, lambda to: training.cold_start(to, 0)),
+        *(
+            (stages, lambda to, task=task: stages.train_format(task, to, to / "sft", 0))
+            for task in stages.TASKS.values()
+        ),
     ],
 )
 def test_what_a_benchmark_launches_takes_its_settings(module, launch, tmp_path, monkeypatch):
     for name in ("CHAOS_RATE", "CHAOS_SEED", "CHAOS_COUNTS", "CHAOS_USEFUL"):
         monkeypatch.setenv(name, "")  # which is set back afterwards
-    if hasattr(module, "prepare"):
-        monkeypatch.setattr(module, "prepare", lambda *_, **__: None)
     monkeypatch.setattr(module, "launch", checked)
     with pytest.raises(Launched):
         launch(tmp_path)
+
+
+def test_a_comparison_resumes_and_ends_in_failure_where_a_run_fails(tmp_path, monkeypatch, capsys):
+    started, broken = [], {"ranked N = M/4"}
+
+    def cold_start(folder, seed, task):
+        (folder / "sft").mkdir(parents=True, exist_ok=True)
+
+    def train(folder, seed, variant, steps):
+        started.append((variant, seed, steps))
+        if variant in broken:
+            raise SystemExit(1)
+        return {"variant": variant, "seed": seed, **dict.fromkeys(compare_rules.COLUMNS, 0.5)}
+
+    def run_here(jobs, at_a_time, logs, errors):
+        for name, job in jobs.items():
+            try:
+                job()
+            except SystemExit:
+                errors.append(f"{name} failed")
+
+    for name, stand_in in (("cold_start", cold_start), ("train", train), ("run_all", run_here)):
+        monkeypatch.setattr(compare_rules, name, stand_in)
+    monkeypatch.setattr(sys, "argv", ["compare_rules", "--seeds", "3", "--steps", "2", "--output", str(tmp_path)])
+    assert compare_rules.main() == 1
+    assert started == [(variant, 3, 2) for variant in compare_rules.VARIANTS]
+    said = capsys.readouterr()
+    assert said.out.count("| 1 | 0.500 |") == len(compare_rules.VARIANTS) - 1
+    assert said.err == "error: ranked N = M/4, seed 3 failed\n"
+    started.clear()
+    broken.clear()
+    assert compare_rules.main() == 0
+    assert started == [("ranked N = M/4", 3, 2)]
 
 
 def test_training_in_chaos_wraps_the_tools_of_the_program(tmp_path, monkeypatch):

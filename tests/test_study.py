@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from arpo_trl.errors import ConfigError
 from arpo_trl.quickstart import stages
@@ -274,16 +274,12 @@ def test_a_tiny_tabular_study_is_resumed_and_shown(tmp_path, monkeypatch, capsys
 
 @pytest.mark.slow
 def test_a_cold_start_is_trained_once_for_each_seed(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "N_TRAIN", 8)
-    monkeypatch.setattr(training, "N_HELDOUT", 2)
     monkeypatch.setattr(stages, "N_DEMONSTRATIONS", 64)
-    short = tmp_path / "one_step.yaml"
-    settings = yaml.safe_load(training.SFT_CONFIG.read_text("utf-8")) | {"max_steps": 1}
-    short.write_text(yaml.safe_dump(settings), "utf-8")
-    monkeypatch.setattr(training, "SFT_CONFIG", short)
+    small = partial(stages.prepare, hard=True, n_train=8, n_heldout=2)
+    task = replace(training.HARD, prepare=small, cold_start=("--max_steps", "1"))
     for _ in range(2):
-        training.cold_start(tmp_path / "seed0", 0)
-        monkeypatch.setattr(training, "launch", None)  # the second time nothing is run
+        training.cold_start(tmp_path / "seed0", 0, task)
+        monkeypatch.setattr(stages, "launch", None)  # the second time nothing is run
     assert {path.name for path in (tmp_path / "seed0").iterdir()} == {"data", "sft"}
 
 
@@ -292,7 +288,7 @@ def test_one_arm_trains_a_step_from_a_cold_start(tmp_path, monkeypatch):
     """The model is untrained: this is about the files, not about its accuracy."""
     monkeypatch.setattr(training, "PROMPTS", 2)
     folder = tmp_path / "seed0"
-    training.prepare(folder / "data", 0, hard=True, n_train=8, n_heldout=2)
+    stages.prepare(folder / "data", 0, hard=True, n_train=8, n_heldout=2)
     save_cold_start_base(folder / "sft")
     training.train_arm(tmp_path, 0, Arm(), steps=1)
     (row,) = page.trained_rows(tmp_path)[Arm().name].values()
@@ -425,7 +421,7 @@ def test_a_tiny_part_b_makes_its_checkpoints_and_measures_each_arm(tmp_path, mon
 
     def cold_start(folder, seed):
         """Without training."""
-        training.prepare(folder / "data", seed, hard=True, n_train=8, n_heldout=2)
+        stages.prepare(folder / "data", seed, hard=True, n_train=8, n_heldout=2)
         save_cold_start_base(folder / "sft")
 
     monkeypatch.setattr(training, "cold_start", cold_start)

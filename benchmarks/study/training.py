@@ -6,11 +6,11 @@ that no call is saved because it repeats another one.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,7 +23,8 @@ from arpo_trl.common.files import whole_folder
 from arpo_trl.data.loading import load_arpo_dataset
 from arpo_trl.errors import ConfigError
 from arpo_trl.quickstart.report import summarise
-from arpo_trl.quickstart.stages import RL_CONFIG, SFT_CONFIG, launch, measure, prepare
+from arpo_trl.quickstart.stages import RL_CONFIG, SEARCH, measure, prepare, train_format
+from arpo_trl.quickstart.task import Task
 from arpo_trl.rewards import HierarchicalReward
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 
@@ -32,6 +33,7 @@ from .files import read, slug, write
 
 N_TRAIN, N_HELDOUT = 2100, 1000
 PROMPTS, STEPS = 16, 40
+HARD = replace(SEARCH, prepare=partial(prepare, hard=True, n_train=N_TRAIN, n_heldout=N_HELDOUT))
 _OF_FILES = {"model_name_or_path", "dataset", "eval_dataset", "search_index", "search_top_k", "tools"}
 """Keys of the quickstart's configuration that are not settings of `ARPOConfig`."""
 
@@ -41,21 +43,13 @@ def result_file(output: Path, seed: int, arm: Arm) -> Path:
     return output / f"seed{seed}" / "arms" / f"{slug(arm.name)}.json"
 
 
-def cold_start(folder: Path, seed: int) -> None:
-    """Make `folder/data` and `folder/sft`: the harder task and the model that knows its format. Once per seed."""
-    if (folder / "sft" / "config.json").exists():
+def cold_start(folder: Path, seed: int, task: Task = HARD) -> None:
+    """Make `folder/data` and `folder/sft`, unless they exist: a quickstart's inputs and its model after stage 1."""
+    if (folder / "sft").exists():
         return
-    prepare(folder / "data", seed, hard=True, n_train=N_TRAIN, n_heldout=N_HELDOUT)
-    start = time.perf_counter()
-    with whole_folder(folder / "sft") as partial:
-        launch(
-            "sft",
-            SFT_CONFIG,
-            *("--model_name_or_path", str(folder / "data/base")),
-            *("--dataset", str(folder / "data/demonstrations.jsonl")),
-            *("--output_dir", str(partial), "--seed", str(seed)),
-        )
-        (partial / "seconds.json").write_text(json.dumps(time.perf_counter() - start) + "\n", "utf-8")
+    task.prepare(folder / "data", seed)
+    with whole_folder(folder / "sft") as model:
+        train_format(task, folder / "data", model, seed)
 
 
 @contextmanager

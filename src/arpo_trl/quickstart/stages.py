@@ -111,6 +111,25 @@ def launch(script: str, config: Path, *flags: str) -> float:
     return time.perf_counter() - start
 
 
+def train_format(task: Task, data: Path, model: Path, seed: int) -> float:
+    """Run stage 1: train the untrained model in `data` on the demonstrations, into the folder `model`.
+
+    Returns:
+        The duration in seconds.
+
+    Raises:
+        SystemExit: As `launch`.
+    """
+    return launch(
+        "sft",
+        SFT_CONFIG,
+        *("--model_name_or_path", str(data / "base")),
+        *("--dataset", str(data / "demonstrations.jsonl")),
+        *("--output_dir", str(model), "--seed", str(seed)),
+        *task.cold_start,
+    )
+
+
 SEARCH = Task(
     prepare=prepare,
     measure=measure,
@@ -146,14 +165,7 @@ def run(name: str, output: Path, seed: int, *, hard: bool = False, config: Path 
     console.rule("[bold]Stage 1: cold start on noisy demonstrations")
     with console.status("Creating demonstrations …"):
         task.prepare(data, seed)
-    seconds_sft = launch(
-        "sft",
-        SFT_CONFIG,
-        *("--model_name_or_path", str(data / "base")),
-        *("--dataset", str(data / "demonstrations.jsonl")),
-        *("--output_dir", str(sft), "--seed", str(seed)),
-        *task.cold_start,
-    )
+    seconds_sft = train_format(task, data, sft, seed)
     before, greedy_before = measured(sft, 1.0), measured(sft, 0.0)
     places = entropy_places(before.trees, task.tools)
     entropies = ", ".join(f"{entropy:.2f} {place}" for place, entropy in places.items())
