@@ -836,6 +836,36 @@ def test_a_tool_with_a_limit_of_its_own_leaves_the_other_places_to_others(gate: 
     assert gate.most_running == 2
 
 
+@pytest.mark.parametrize(("per_tool", "most"), [(None, 2), ({"wait": 3}, 2), ({"wait": 1}, 1)])
+def test_the_limit_that_a_tool_declares_holds_and_waiting_for_it_is_no_part_of_a_call(
+    gate: Gate, per_tool: dict[str, int] | None, most: int
+) -> None:
+    tool = gate.tool()
+    tool.concurrency = 2  # type: ignore[attr-defined]
+    with ToolBox([tool], per_tool=per_tool, timeout_s=0.5) as box:
+        tickets = [box.submit(ToolCall(name="wait", arguments={"text": str(i)})) for i in range(2 * most)]
+        first = collect(box, most)  # which miss their deadline
+        gate.opened.set()
+        second = collect(box, most)
+    results = [(first | second)[ticket].failure for ticket in tickets]
+    assert results == [ToolFailure.TIMEOUT] * most + [None] * most
+
+
+@pytest.mark.parametrize("limit", [0, 1.5, True, "2"])
+def test_a_declared_limit_that_is_none_is_refused(limit: Any) -> None:
+    def odd(text: str) -> str:
+        """Odd.
+
+        Args:
+            text: Not used.
+        """
+        return text
+
+    odd.concurrency = limit  # type: ignore[attr-defined]
+    with pytest.raises(ToolSpecError, match=rf"attribute concurrency is {limit!r}; expected an integer of at least 1"):
+        ToolBox([odd])
+
+
 @pytest.mark.parametrize(
     ("per_tool", "message"),
     [

@@ -371,6 +371,16 @@ def test_a_credit_that_changes_its_arguments_changes_nothing_else():
     assert (made.tolist(), rewards.tolist(), advantages.tolist()) == ([1.0, -1.0], [1.0, 0.0], [0.5, -0.5])
 
 
+def test_a_credit_that_changes_its_argument_is_checked_like_others():
+    class InPlace(Credit):
+        def __call__(self, trees, rewards, advantages):
+            advantages /= advantages.std()
+            return advantages, None
+
+    with pytest.raises(ConfigError, match=r"returned advantages that are not finite .* such as nan for leaf 0 of 2"):
+        attribute(InPlace(), [tree()], torch.zeros(2), torch.zeros(2), 5)
+
+
 def test_a_credits_result_is_padded_to_the_batch():
     advantages = torch.tensor([1.0, -0.5])
     made, weights = attribute(Once(), [tree()], advantages, advantages, width=8)

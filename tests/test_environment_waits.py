@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from dataclasses import replace
@@ -11,11 +12,12 @@ import pytest
 
 from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.options import RolloutSchedule
-from arpo_trl.rollout.batch import RolloutBatch
+from arpo_trl.rollout.batch import GroupRequest, RolloutBatch
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.rules.ranked import Ranked
+from arpo_trl.tools.calls import ToolCall, ToolFailure
 from arpo_trl.tools.environments.state import Environments
-from arpo_trl.tools.toolbox import ToolBox
+from arpo_trl.tools.toolbox import ToolBox, ToolResult
 from shops import OPENED, ForkingShop, Shop, all_closed, buys, environments_of, forget, run
 from support import ANSWER, Scripted, short_deadline
 
@@ -198,6 +200,65 @@ def test_hanging_environments_that_use_all_slots_are_an_error_and_not_a_hang():
     ):
         environments.begin({1: {"name": "b"}}, toolbox, lambda: None)
     Hanging.release.set()
+    assert all_closed(environments)
+
+
+def test_in_a_stream_they_are_an_error_too():
+    Hanging.release.clear()
+    environments = environments_of(Hanging, timeout_s=0.4, limit=1, keeps=False)
+    made = Scripted(buys, tools=environments.tools, timeout_s=0.4, leaves=1, at_root=1)
+    prompts = [GroupRequest(id=i, prompt_ids=made.protocol.encode_prompt("what is the answer")) for i in range(2)]
+    with made.toolbox, pytest.raises(EngineError, match=r"1 paths wait .* all slots belong to states that hang"):
+        list(made.sampler.stream(prompts, seed=(0,), groups_at_once=2))
+    Hanging.release.set()
+    assert all_closed(environments)
+
+
+def test_a_stream_waits_for_environments_that_its_reader_closes():
+    environments = environments_of(Shop, timeout_s=0.1, limit=1, keeps=True)
+    made = Scripted(buys, tools=environments.tools, timeout_s=20.0, leaves=1, at_root=1)
+    prompts = [GroupRequest(id=i, prompt_ids=made.protocol.encode_prompt("what is the answer")) for i in range(2)]
+    with made.toolbox:
+        for done in made.sampler.stream(prompts, seed=(0,), groups_at_once=2):
+            assert done.error is None
+            closing = threading.Timer(0.5, environments.close_groups, [{done.id}])  # after twice the deadline
+            closing.start()
+    closing.join()
+    assert all_closed(environments)
+
+
+def test_an_async_method_misses_its_deadline_also_where_a_branch_may_start():
+    class Async(ForkingShop):
+        async def put(self, item: str) -> str:  # type: ignore[override]
+            """Put an item.
+
+            Args:
+                item: Which.
+            """
+            self.items.append(item)
+            await asyncio.sleep(60 if item == "slow" else 0)
+            return " ".join(self.items)
+
+    environments = environments_of(Async, timeout_s=1.5)
+    with ToolBox(environments.tools, timeout_s=1.5) as box:
+
+        def done(ticket: int) -> ToolResult:
+            return next(result for _ in range(600) for got, result in box.poll(0.1) if got == ticket)
+
+        states = box.create_states(0)
+        states.start()
+        assert states.admit() and done(box.open(states)).ok
+        at_a_result = states.fork()  # so the next call has the time of two, for the copy of the branch
+        call = ToolCall(name="put", arguments={"item": "slow"})
+        result = done(box.submit(call, states))
+        assert (result.text, result.failure) == ("Error: the put call took longer than 1.5 s.", ToolFailure.TIMEOUT)
+        states.record(call, result.failure)
+        branch = states.fork()
+        assert branch.admit()
+        opened = done(box.open(branch))
+        assert not branch.opened(opened.failure, opened.text)
+        for each in (branch, at_a_result, states):
+            each.close()
     assert all_closed(environments)
 
 

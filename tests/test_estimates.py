@@ -113,10 +113,11 @@ def test_where_width_would_fall_depths_are_pooled_and_branching_gains_nothing():
 
 def test_without_variance_there_is_nothing_to_say():
     empty, equal = DepthEstimates(), estimates([1.0, 1.0], [1.0, 0.0], {0: 0.0, 1: 0.0})
-    for made in (empty, equal):
+    no_pair = estimates([1.0, 1.0], [1.0, 0.0], {})  # no two leaves of a group have a reward
+    for made in (empty, equal, no_pair):
         assert made.gain() is None
         assert made.widths(8, 0.5) is None
-    assert equal.gain_of([2.0, 8.0]) is None
+        assert made.gain_of([2.0, 8.0]) is None
 
 
 @pytest.mark.parametrize(

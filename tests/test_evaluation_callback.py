@@ -65,6 +65,12 @@ def test_a_suite_runs_every_n_steps_and_is_logged_and_in_the_model_card(trainer,
     assert "At step 4:" in card and "| sums | math equality | 0.500 | " in card
 
 
+def test_a_trainer_with_environments_is_refused(trainer, monkeypatch):
+    monkeypatch.setattr(ARPOTrainer, "has_environments", True)
+    with pytest.raises(ConfigError, match=r"the trainer has an environment_factory, .* Evaluate with eval_dataset"):
+        EvaluationCallback(trainer, [questions("0", name="sums")], every_steps=2)
+
+
 def test_the_callback_on_the_page_evaluates(trainer, tmp_path, monkeypatch):
     """The page's benchmark, with its questions in a file. The script is right about 0 and wrong about 5."""
     rows = [{"question": f"what is {gold}", "answer": f"so\n#### {gold}"} for gold in (0, 5)]

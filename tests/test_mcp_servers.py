@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 from datasets import Dataset
+from mcp.types import Tool
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import ConfigError, ToolSpecError
@@ -26,7 +27,7 @@ from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from arpo_trl.rollout.protocols import TagProtocol
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.tools.calls import ToolCall, ToolFailure
-from arpo_trl.tools.mcp import MAX_ANSWER_BYTES, McpServer, McpSession, mcp_tools
+from arpo_trl.tools.mcp import MAX_ANSWER_BYTES, McpServer, McpSession, _tools_per_path, mcp_tools
 from arpo_trl.tools.toolbox import ToolBox, ToolResult
 from loopback import Asked, Loopback, Reply
 from serving import free_port
@@ -416,6 +417,13 @@ def test_per_path_does_not_offer_reserved_names_of_environments() -> None:
         mcp_tools([COMMAND | {"per_path": True}])
     with pytest.raises(ConfigError, match=r"mcp_servers\[0\]: per_path must be true or false, got 1"):
         mcp_tools([COMMAND | {"per_path": 1}])
+
+
+def test_per_path_refuses_two_tools_whose_names_for_the_model_are_equal() -> None:
+    server = McpServer.of(COMMAND | {"per_path": True}, "mcp_servers[0]")
+    tools = [Tool(name=name, description=name, input_schema={"type": "object"}) for name in ("get-page", "get_page")]
+    with pytest.raises(ConfigError, match=r"the tools 'get-page' and 'get_page', .* equal: 'get_page'\. List the"):
+        _tools_per_path(server, 5.0, "mcp_servers[0]", tools)
 
 
 def writes_notes(request: Any, context: str) -> ScriptedTurn:

@@ -55,6 +55,16 @@ def test_the_fault_of_a_call_is_named_and_explained(protocol, text, fault):
     assert bad.text.startswith("Error: ")
 
 
+def test_a_closing_tag_of_a_tool_of_other_prompts_is_text():
+    """The engine stops at the tags of all tools of the run."""
+    protocol = TagProtocol(tokenizer(), {"search": tool_spec(search)})
+    for text in ("I have no </python> here.", "<search>a</python>", "<python>if a < b then 1</python>"):
+        assert protocol.continues_after(text)
+    for text in ("I have no </python> here. <search>iron</search>", "no </search>"):
+        assert not protocol.continues_after(text)
+    assert TagProtocol(tokenizer(), {}).continues_after("<search>iron</search>")
+
+
 @pytest.mark.parametrize("case", cases("tags"), ids=lambda case: case["text"][:40])
 def test_tags_in_code_and_in_prose_are_text(protocol, case):
     (found,) = protocol.parse_turn(case["text"])

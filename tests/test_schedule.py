@@ -1,5 +1,6 @@
 import io
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from arpo_trl.logs.metrics import Tally
 from arpo_trl.options import RolloutSchedule
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.estimates import DepthEstimates
+from arpo_trl.rollout.rules import build_rule
 from arpo_trl.rollout.rules.schedule import Schedule
+from arpo_trl.rollout.tree import RolloutTree, StopReason
 from learning_ranks import trainer
 from ranks import EXACT, launch
 from support import ANSWER, ON_CPU, Scripted, save_tiny_model
@@ -246,6 +249,21 @@ def test_a_small_gain_is_an_alarm(gain, warns):
     messages = [message for _ in range(10) for message in alarms.check(tally)]
     assert len(messages) == warns
     assert all("at most 109% of what independent paths give" in message for message in messages)
+
+
+@pytest.mark.parametrize("values", [{}, {"widths": (1, 2)}])
+def test_a_step_without_rewards_has_metrics(values):
+    tree = RolloutTree([0])
+    for i in range(2):
+        tree.end(tree.add_turn(0, [1], "", [-0.5], []).index, (i,), StopReason.EOS)
+    rule = build_rule("schedule", {}, values)
+    rule.learn([rule.lesson([tree], [math.nan, math.nan])])
+    # (1 − p)² of one token with ln p = −0.5; no gain is known
+    assert rule.metrics() == {
+        "schedule/score_norm_depth_0": pytest.approx((1 - math.exp(-0.5)) ** 2),
+        "schedule/calls_depth_0": 0.0,
+        **{f"schedule/width_depth_{m}": width for m, width in enumerate(values.get("widths", ()))},
+    }
 
 
 def test_estimates_survive_a_checkpoint():

@@ -27,6 +27,7 @@ from arpo_trl.tools.python.local import python_tool
 from arpo_trl.tools.sharing import history_after, sharing_keys
 from arpo_trl.tools.spec import tool_spec
 from arpo_trl.tools.state import PathState
+from shops import Shop, buys, environments_of
 from support import ANSWER, ON_CPU, Scripted, line_tools, search, tiny_model, tokenizer
 
 both_schedules = pytest.mark.parametrize("schedule", list(RolloutSchedule))
@@ -426,6 +427,16 @@ def test_evaluation_shares_nothing():
     made = sharing(paths(*[["<roll>a</roll>"]] * 2), die.tools, leaves=2, at_root=1)
     made.sampler.settings = made.sampler.settings.without_branching(2)
     assert sources(made().trees[0]) == [["executed"], ["executed"]]
+
+
+def test_a_state_that_is_created_with_the_path_is_refused():
+    environments = environments_of(Shop)
+    (put,) = environments.tools
+    put.depends_on_calls_only = True
+    with pytest.raises(
+        ConfigError, match=r"the state of tool 'put' is created with the path, .* Set share_calls: off"
+    ):
+        Scripted(buys, tools=environments.tools, share_calls=ShareCalls.HISTORY)
 
 
 def test_a_declaration_is_a_bool_and_python_is_declared():

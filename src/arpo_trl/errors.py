@@ -11,12 +11,15 @@
     ├── HubError        a push to the Hub failed; the run itself is saved
     └── ToolError       raised *by* a tool: the model reads its message as the result of the call
         ├── ToolUnavailable     a service or budget of the tool is unavailable, for every call
-        └── ToolStopped         a limit or a crash ended the call
+        ├── ToolStopped         a limit or a crash ended the call
+        └── ToolOverdue         the call missed its deadline
 
 Every message names the subject, the actual value, the expected value and the remedy. A mistake of the model is never
 raised: it becomes text that the model reads. Tools raise `ToolError` on purpose. `Interrupted` is not an error, so it
 is not in the hierarchy.
 """
+
+from __future__ import annotations
 
 import signal
 
@@ -77,6 +80,15 @@ class ToolUnavailable(ToolError):
 
 class ToolStopped(ToolError):
     """A limit or a crash ended the call, so its effects are incomplete. The message is the call's result."""
+
+
+class ToolOverdue(ToolError):
+    """A call missed its deadline, and may still be running. Counted as `timeout`."""
+
+    @classmethod
+    def of(cls, name: str, seconds: float) -> ToolOverdue:
+        """The error of a call of the tool `name` that had this time."""
+        return cls(f"Error: the {name} call took longer than {seconds:g} s.")
 
 
 class Interrupted(KeyboardInterrupt):

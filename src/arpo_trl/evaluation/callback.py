@@ -32,7 +32,8 @@ class EvaluationCallback(TrainerCallback):
     contains the last table. Temperature, lengths and tool limits are the trainer's. Evaluation does not branch.
 
     Raises:
-        ConfigError: `every_steps` is less than 1, or two benchmarks have the same name.
+        ConfigError: `every_steps` is less than 1, two benchmarks have the same name, or the trainer has an
+            `environment_factory`: a question of a benchmark is no row from which an environment can start.
     """
 
     def __init__(
@@ -47,6 +48,11 @@ class EvaluationCallback(TrainerCallback):
     ):
         if every_steps < 1:
             raise ConfigError(f"every_steps is {every_steps}; expected at least 1.")
+        if trainer.has_environments:
+            raise ConfigError(
+                "EvaluationCallback asks the questions of benchmarks, but the trainer has an environment_factory, and "
+                "its environments start from rows of a dataset. Evaluate with eval_dataset and eval_strategy instead."
+            )
         if twice := repeated(questions.benchmark.name for questions in benchmarks):
             raise ConfigError(
                 f"Two benchmarks are named {twice[0]!r}, and would be logged under the same names. Give each its own."

@@ -78,10 +78,10 @@ class DepthEstimates:
             self.variance[m] = memory * self.variance.get(m, total / count) + (1 - memory) * total / count
 
     def variance_shares(self) -> list[float]:
-        """a_m. A v without a fork at its depth so far is interpolated from other depths."""
-        if not self.variance:
-            return []
+        """a_m. A v without a fork at its depth so far is interpolated from other depths; 0 if no v is known."""
         ends = len(self.score)
+        if not self.variance:
+            return [0.0] * ends
         known = {m: v for m, v in sorted(self.variance.items()) if m < ends} | {ends: 0.0}
         v = np.interp(range(ends + 1), list(known), list(known.values())).tolist()
         added = [max(0.0, v[m] - v[m + 1]) for m in range(ends)]

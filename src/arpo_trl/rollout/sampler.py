@@ -171,17 +171,13 @@ class _Run:
         with self.engine.session(), self._closing_states():
             sync_s = time.perf_counter() - start
             groups = [self._start(request) for request in requests]
-            while self.writing or self.calling or self.opening or self._will_admit:
+            while not self._is_idle or self._will_admit:
                 for group in self._advance():
                     self._branch(group)
                     if not group.live:
                         self._release(group)
             if self.waiting:
-                raise EngineError(
-                    f"{len(self.waiting)} paths wait for a free slot to open their states, but no running path will "
-                    f"free one: all slots belong to states that hang. Raise environment_concurrency, or lower "
-                    f"tool_timeout_s."
-                )
+                raise self._no_slot()
             closing = time.perf_counter()
         end = time.perf_counter()
         for group in groups:
@@ -220,6 +216,19 @@ class _Run:
                     if group.error is not None or not group.live:
                         live.discard(group.id)
                         yield self._finished(group)
+                if self._is_idle and self.waiting and self.waiting[0].states.is_stuck:
+                    raise self._no_slot()
+
+    @property
+    def _is_idle(self) -> bool:
+        """Whether no path runs."""
+        return not (self.writing or self.calling or self.opening)
+
+    def _no_slot(self) -> EngineError:
+        return EngineError(
+            f"{len(self.waiting)} paths wait for a free slot to open their states, but no running path will free one: "
+            "all slots belong to states that hang. Raise environment_concurrency, or lower tool_timeout_s."
+        )
 
     def _finished(self, group: Group) -> Finished:
         seconds = time.perf_counter() - group.started_s
@@ -345,7 +354,7 @@ class _Run:
         start = time.perf_counter()
         self.between_events()
         self._admit()
-        if self.waiting and not (self.writing or self.calling or self.opening):  # for slots that others use
+        if self.waiting and self._is_idle:  # for slots that others use
             time.sleep(BUSY_POLL_S if self._will_admit else IDLE_POLL_S)
         touched: dict[int, Group] = {}
         if self.writing:

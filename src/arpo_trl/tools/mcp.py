@@ -172,6 +172,7 @@ def _tools_per_path(server: McpServer, timeout_s: float, where: str, tools: Sequ
         def close(self) -> None:
             self.session.close()
 
+    offered: dict[str, str] = {}
     for tool in tools:
         method = _as_method(tool)
         if method.__name__ in NOT_TOOLS or method.__name__.startswith("_"):
@@ -179,6 +180,12 @@ def _tools_per_path(server: McpServer, timeout_s: float, where: str, tools: Sequ
                 f"{where} ({server.shown}) has a tool {tool.name!r}, a name that per_path cannot offer. Exclude it: "
                 "list the tools to offer in `tools`."
             )
+        if method.__name__ in offered:
+            raise ConfigError(
+                f"{where} ({server.shown}) has the tools {offered[method.__name__]!r} and {tool.name!r}, whose names "
+                f"for the model are equal: {method.__name__!r}. List the tools to offer in `tools`."
+            )
+        offered[method.__name__] = tool.name
         setattr(Session, method.__name__, method)
     Session.__name__ = f"session of {server.shown}"
     kind = environment_kind(Session, START_TIMEOUT_S)

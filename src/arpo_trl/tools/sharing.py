@@ -60,9 +60,17 @@ def check_shareable(specs: Mapping[str, ToolSpec]) -> None:
     """Check that the calls of all tools may be shared.
 
     Raises:
-        ConfigError: A tool is declared neither deterministic nor dependent on calls only. Names the tool.
+        ConfigError: A tool is declared neither deterministic nor dependent on calls only, or its state is created
+            with the path. Names the tool.
     """
     for name, spec in specs.items():
+        if getattr(spec.create_state, "at_start", False):
+            raise ConfigError(
+                f"share_calls is 'history', but the state of tool {name!r} is created with the path, such as an "
+                "environment or the session of an MCP server with per_path. A path that reuses the result of another "
+                "path's call still needs a state after the call, and a fork or a replay costs as much as the call. "
+                "Set share_calls: off, or remove the tool."
+            )
         if not (spec.deterministic or spec.depends_on_calls_only):
             raise ConfigError(
                 f"share_calls is 'history', but tool {name!r} has neither of the attributes deterministic and "

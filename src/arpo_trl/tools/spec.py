@@ -8,6 +8,7 @@ A tool can set these attributes on its function:
     tool.run_in = "main"        calls of this sync tool run in the thread that polls, one after the other, in order;
                                 they need no slot and have no deadline, because nothing can stop them there
     tool.create_state = create  its calls act on a state of each path; see `arpo_trl.tools.state`
+    tool.concurrency = 4        at most 4 of its calls run at the same time; others wait, and their deadline, too
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ class ToolSpec:
     """The thread of a sync tool. "thread": each call in a new thread. "main": all calls in the thread that polls."""
     create_state: CreateState | None
     """Creates the state on which a path's calls of the tool act; None for a tool without state."""
+    concurrency: int | None
+    """The maximum number of calls that run at the same time; None: no maximum of its own."""
     single_text_parameter: str | None
     """The only required parameter if it is a string: the text between the tool's tags. Otherwise None."""
 
@@ -103,7 +106,7 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
 
     If the parameters are known only at run time, as for a tool of an MCP server, the function's attribute
     `json_schema` contains the schema in the format of chat templates. This module's docstring explains the attributes
-    `deterministic`, `depends_on_calls_only`, `run_in` and `create_state`.
+    `deterministic`, `depends_on_calls_only`, `run_in`, `create_state` and `concurrency`.
 
     Raises:
         ToolSpecError: The name cannot be a tag; there is a parameter like `*args` or `**kwargs`; the docstring, or a
@@ -143,6 +146,7 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
     }
     run_in: Any = getattr(tool, "run_in", "thread")
     create_state: Any = getattr(tool, "create_state", None)
+    concurrency: Any = getattr(tool, "concurrency", None)
     for attribute, value in declared.items():
         if not isinstance(value, bool):
             raise ToolSpecError(f"tool {name!r}: the attribute {attribute} is {value!r}; expected a bool.")
@@ -151,6 +155,10 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
     if is_async and run_in == "main":
         raise ToolSpecError(
             f"tool {name!r} is async and runs on an event loop, but its run_in is 'main'. Make it a sync function."
+        )
+    if concurrency is not None and (type(concurrency) is not int or concurrency < 1):
+        raise ToolSpecError(
+            f"tool {name!r}: the attribute concurrency is {concurrency!r}; expected an integer of at least 1."
         )
     if create_state is not None and not callable(create_state):
         raise ToolSpecError(
@@ -175,6 +183,7 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
         **declared,
         run_in=run_in,
         create_state=create_state,
+        concurrency=concurrency,
         single_text_parameter=single,
     )
 

@@ -117,6 +117,11 @@ class PathState(ABC):
         """Whether `admit` will return True soon, also if no path ends."""
         return True
 
+    @property
+    def is_stuck(self) -> bool:
+        """Whether `admit` cannot return True even if all other states are closed: what hangs takes their places."""
+        return False
+
     def open(self) -> None:  # noqa: B027
         """Prepare the state before the path's first turn. Runs in a thread of the tools."""
 
@@ -268,6 +273,11 @@ class PathStates:
     def will_be_admitted(self) -> bool:
         with _as_exception("will_be_admitted of a PathState"):
             return all(state.will_be_admitted for state in self._states.values())
+
+    @property
+    def is_stuck(self) -> bool:
+        with _as_exception("is_stuck of a PathState"):
+            return any(state.is_stuck for state in self._states.values())
 
     def open(self) -> None:
         for state in list(self._states.values()):

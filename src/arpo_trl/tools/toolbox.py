@@ -28,7 +28,7 @@ from typing import Any
 
 from arpo_trl.common.queues import drained
 from arpo_trl.common.user_code import text_of
-from arpo_trl.errors import ConfigError, ToolError, ToolStopped, ToolUnavailable
+from arpo_trl.errors import ConfigError, ToolError, ToolOverdue, ToolStopped, ToolUnavailable
 from arpo_trl.net.background import LoopThread
 from arpo_trl.tools.calls import CallSource, ToolCall, ToolFailure
 from arpo_trl.tools.spec import ToolSet
@@ -99,10 +99,6 @@ class _Raised:
     error: BaseException
 
 
-class _Overdue(Exception):
-    """A sync tool returned an awaitable that did not finish in time."""
-
-
 class ToolBox:
     """The tools of a run, and their pending calls.
 
@@ -115,7 +111,7 @@ class ToolBox:
             with `run_in` "main" have no deadline.
         concurrency: The number of slots, which is the maximum number of calls that run at the same time.
         per_tool: By tool name, for some tools: the maximum number of calls that run at the same time. A call that
-            waits for this limit takes no slot.
+            waits for this limit takes no slot. The limit that a tool declares as its `concurrency` also holds.
         cache: Reuse the text of an earlier successful call with the same name and arguments. This treats every tool as
             deterministic.
         max_chars: The maximum length of a text for the model. A longer text keeps its beginning and end, with a mark
@@ -145,6 +141,7 @@ class ToolBox:
             raise ConfigError(f"timeout_s of a ToolBox is {timeout_s}, expected more than 0")
         self._offered = ToolSet(tools, path_state)
         self.specs = self._offered.specs
+        limits = {name: spec.concurrency for name, spec in self.specs.items() if spec.concurrency is not None}
         for name, limit in (per_tool or {}).items():
             if name not in self.specs:
                 raise ConfigError(
@@ -153,6 +150,7 @@ class ToolBox:
                 )
             if not isinstance(limit, int) or limit < 1:
                 raise ConfigError(f"The limit of tool {name!r} is {limit!r}; expected an integer of at least 1.")
+            limits[name] = min(limit, limits.get(name, limit))
         self._timeout_s = timeout_s
         self._max_chars = max_chars
         self._lock = threading.Lock()  # guards all attributes below
@@ -164,7 +162,7 @@ class ToolBox:
         self._done: queue.SimpleQueue[tuple[int, ToolResult]] = queue.SimpleQueue()
         self._scheduler = LoopThread("arpo-tools-scheduler")
         self._slots = asyncio.Semaphore(concurrency)
-        self._tool_slots = {name: asyncio.Semaphore(limit) for name, limit in (per_tool or {}).items()}
+        self._tool_slots = {name: asyncio.Semaphore(limit) for name, limit in limits.items()}
         self._async_tools = LoopThread("arpo-tools-async")
         self._thread_bound: set[str] = set()  # tools for which a warning was logged
         self._not_closed: set[type] = set()  # types of states for which a warning was logged
@@ -348,7 +346,8 @@ class ToolBox:
                 try:
                     text, failure = await asyncio.wait_for(self._start(execution), execution.timeout_s)
                 except TimeoutError:
-                    text, failure = self._overdue(execution.call.name, execution.timeout_s)
+                    overdue = ToolOverdue.of(execution.call.name, execution.timeout_s)
+                    text, failure = self._as_text(execution.call.name, _Raised(overdue))
                 except BaseException as error:  # such as: no thread can start. Without a result the caller waits on
                     if self._closed:
                         raise
@@ -360,7 +359,7 @@ class ToolBox:
         """Run the execution in this thread. A Ctrl-C comes from the user and is not a failure of the tool. Python
         raises it in the main thread only."""
         start = time.perf_counter()
-        value = self._awaited(_returned(execution.tool.run, execution.call.arguments))
+        value = self._awaited(execution.call.name, _returned(execution.tool.run, execution.call.arguments))
         if type(value) is _Raised:
             if isinstance(value.error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
                 raise value.error
@@ -406,7 +405,7 @@ class ToolBox:
                 future.set_result(outcome)
 
         def work() -> None:
-            value = self._awaited(_returned(tool, call.arguments))
+            value = self._awaited(call.name, _returned(tool, call.arguments))
             if type(value) is _Raised:
                 self._notice_bound_to_thread(execution, value.error)
             outcome = self._as_text(call.name, value)
@@ -417,8 +416,9 @@ class ToolBox:
         threading.Thread(target=work, name=f"arpo-tool-{call.name}", daemon=True).start()
         return future
 
-    def _awaited(self, value: Any) -> Any:
-        """Return `value`, the return value of a sync tool. If it is awaitable, await it on the loop of async tools."""
+    def _awaited(self, name: str, value: Any) -> Any:
+        """Return `value`, the return value of the sync tool `name`. If it is awaitable, await it on the loop of async
+        tools."""
         try:
             if not inspect.isawaitable(value):
                 return value
@@ -428,7 +428,7 @@ class ToolBox:
         try:
             return future.result(self._timeout_s)
         except TimeoutError:
-            return _Raised(_Overdue())
+            return _Raised(ToolOverdue.of(name, self._timeout_s))
         except CancelledError as error:  # another coroutine of the loop cancelled it before its start
             return _Raised(error)
         finally:
@@ -467,12 +467,7 @@ class ToolBox:
                 "not logged."
             )
 
-    def _overdue(self, name: str, timeout_s: float) -> _Outcome:
-        return f"Error: the {name} call took longer than {timeout_s:g} s.", ToolFailure.TIMEOUT
-
     def _as_text(self, name: str, value: Any) -> _Outcome:
-        if type(value) is _Raised and type(value.error) is _Overdue:
-            return self._overdue(name, self._timeout_s)
         if type(value) is _Raised:
             return presentable(described(value.error), self._max_chars), _failure_of(value.error)
         try:
@@ -512,4 +507,6 @@ async def _returned_async(tool: Callable[..., Any], arguments: dict[str, Any]) -
 def _failure_of(error: BaseException) -> ToolFailure:
     if isinstance(error, ToolUnavailable):
         return ToolFailure.DEGRADED
+    if isinstance(error, ToolOverdue):
+        return ToolFailure.TIMEOUT
     return ToolFailure.STOPPED if isinstance(error, ToolStopped) else ToolFailure.ERROR

@@ -362,6 +362,11 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
                 return self.rollout_ahead()
             return self.tree_sampler.sample(requests, seed=(self.args.seed, name), settings=settings)
 
+    @property
+    def has_environments(self) -> bool:
+        """Whether each path has an environment, from `environment_factory`."""
+        return self._environments is not None
+
     def _places(self, prompts: list[Any]) -> tuple[int, int]:
         """The number of this rank's first group, counted over all ranks, and the number of rows that form one tree."""
         size = self.num_generations if self.model.training else self.num_generations_eval

@@ -93,16 +93,14 @@ def attribute(
     Raises:
         ConfigError: A result does not have the documented type or shape, or is not finite on a token.
     """
-    given = advantages.clone()  # a credit may change its arguments
-    returned = credit(trees, rewards.clone(), given)
+    returned = credit(trees, rewards.clone(), advantages.clone())  # a credit may change its arguments
     if not (isinstance(returned, tuple) and len(returned) == 2):
         raise ConfigError(
             f"The credit {credit.name!r} returned {type(returned).__name__}; expected a tuple of advantages, and "
             "weights or None."
         )
     made, weights = returned
-    if made is not given:
-        made = _padded(made, trees, advantages, width, f"The credit {credit.name!r} returned advantages", flat=True)
+    made = _padded(made, trees, advantages, width, f"The credit {credit.name!r} returned advantages", flat=True)
     if weights is not None:
         weights = _padded(weights, trees, advantages, width, f"The credit {credit.name!r} returned weights")
         if not credit.weighs:

@@ -83,7 +83,10 @@ class TagProtocol(ToolProtocol):
         return () if call is None else (call,)
 
     def continues_after(self, text: str) -> bool:
-        """Whether `text` ends inside code. Only the code tool's own closing tag ends it."""
+        """Whether `text` ends inside code, which only the code tool's own closing tag ends, or at the closing tag of
+        a tool that is offered to other prompts only, which is plain text here."""
+        if not any(tag.group(1) for tag in self._tool_tag.finditer(text)):
+            return True
         spans = plain_spans(text, self.tools, self._code_tools)
         return bool(spans) and spans[-1][1] == len(text)
 

@@ -27,10 +27,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from arpo_trl.common.user_code import text_of
-from arpo_trl.errors import ArpoError, DataError, ToolError, ToolSpecError
+from arpo_trl.errors import ArpoError, DataError, ToolError, ToolOverdue, ToolSpecError
 from arpo_trl.tools.environments.differences import around_difference
 from arpo_trl.tools.environments.kind import EnvironmentKind, Forking
-from arpo_trl.tools.environments.worker import GRACE_S, Worker, result_of
+from arpo_trl.tools.environments.worker import GRACE_S, NoResult, Worker, result_of
 from arpo_trl.tools.texts import for_models
 from arpo_trl.visible import get_logger
 
@@ -209,6 +209,14 @@ class Instances:
             return self._has_room or self._frees_room
 
     @property
+    def all_hang(self) -> bool:
+        """Whether no slot is free, and each belongs to a creation or closing that hangs."""
+        with self.changed:
+            abandoned = sum(since is not None for since in self._making.values())
+            hanging = abandoned + len(self._closing)
+            return not self._has_room and not self._frees_room and self._live == hanging
+
+    @property
     def _has_room(self) -> bool:
         return self.limit is None or self._live < self.limit
 
@@ -275,7 +283,7 @@ class Instances:
 
     def _new_one(self, start: Start) -> Instance:
         worker, kind = self._worker(), start.kind
-        value = self.finished(worker.run(kind.factory))
+        value = self._finished(worker.run(kind.factory), "environment_factory")
         return self._adopted(value, start, "environment_factory", worker, reusable=not kind.offers("close"))
 
     def _worker(self) -> Worker:
@@ -513,11 +521,19 @@ class Instances:
 
     def _called(self, instance: Instance, method: str, arguments: Mapping[str, Any] | None = None) -> Any:
         """Call a method in the thread of the object, and return its result."""
-        return self.finished(instance.worker.run(lambda: getattr(instance.value, method)(**(arguments or {}))))
+        value = instance.worker.run(lambda: getattr(instance.value, method)(**(arguments or {})))
+        return self._finished(value, method)
 
-    def finished(self, value: Any) -> Any:
-        """Like `result_of`, with the deadline of a call."""
-        return result_of(value, self.timeout_s + GRACE_S)
+    def _finished(self, value: Any, method: str) -> Any:
+        """Like `result_of` for the value that a method returned, with the deadline of a call.
+
+        Raises:
+            ToolOverdue: There was no result in time. The method is cancelled.
+        """
+        try:
+            return result_of(value, self.timeout_s + GRACE_S)
+        except NoResult:
+            raise ToolOverdue.of(method, self.timeout_s) from None
 
     # Points ----------------------------------------------------------------------------------------------------------
 
@@ -597,7 +613,7 @@ class Instances:
                 if held:
                     self._called(instance, "close")
                 else:  # its thread still runs another method
-                    self.finished(instance.value.close())
+                    self._finished(instance.value.close(), "close")
         except BaseException as error:
             self.tell_once(
                 f"close() of the environment {instance.start.kind.name} failed",

@@ -25,6 +25,10 @@ GRACE_S = 1.0
 _Work = tuple["Future[Any]", Callable[[], Any]]
 
 
+class NoResult(Exception):
+    """An async method did not end in time. (A TimeoutError may also be an error of the method.)"""
+
+
 class Worker:
     """A daemon thread that runs functions one after another. It ends when there are no more references to this
     object, and when its running function has returned."""
@@ -60,7 +64,7 @@ def result_of(value: Any, timeout_s: float | None) -> Any:
     """Return `value`, or its result if it is awaitable. All awaitables of environments run on one event loop.
 
     Raises:
-        TimeoutError: There was no result in time. The awaitable is cancelled.
+        NoResult: There was none in time. The awaitable is cancelled.
     """
     if not inspect.isawaitable(value):
         return value
@@ -69,7 +73,7 @@ def result_of(value: Any, timeout_s: float | None) -> Any:
         returned, error = future.result(timeout_s)
     except TimeoutError:
         future.cancel()
-        raise
+        raise NoResult from None
     if error is not None:
         raise error
     return returned

@@ -26,7 +26,9 @@ class Retrieve(Provider):
 
     def read(self, answer: Any) -> list[Hit]:
         found = answer["result"]
-        if not (found and isinstance(found[0], Mapping)):  # else a server for one query, which returns its list
+        if isinstance(found, str):
+            raise TypeError("the result is a text, not a list")
+        if not (found and isinstance(found[0], Mapping | str)):  # else a server for one query, which returns its list
             found = found[0]
         return [_hit(document) for document in found]
 
