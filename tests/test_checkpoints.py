@@ -1,4 +1,5 @@
 import json
+import os
 import resource
 import shutil
 import time
@@ -315,6 +316,22 @@ def test_the_best_checkpoint_is_known_by_its_own_place(model, tmp_path):
     assert best.is_dir()
     said = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text("utf-8"))
     assert said["best_model_checkpoint"] == str(tmp_path / "checkpoint-1")
+    assert trainer.loads == 2  # an engine with a copy of the weights copies them again: at the start, and the best
+
+
+def test_a_checkpoint_is_written_where_the_run_began(model, tmp_path, monkeypatch):
+    """A tool that a rollout ahead runs may change the working folder at any time."""
+
+    class Moves(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            os.chdir(tmp_path / "other")
+
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    trainer = make_trainer(model, Path("run"), max_steps=1, save_steps=1)
+    trainer.add_callback(Moves())
+    trainer.train()
+    assert (tmp_path / "run/checkpoint-1").is_dir() and not list((tmp_path / "other").iterdir())
 
 
 def test_resuming_and_publishing_stand_side_by_side():

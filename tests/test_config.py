@@ -203,6 +203,10 @@ def test_the_papers_symbols_stand_in_the_help(symbol):
             SERVER | {"generation_kwargs": {"min_tokens": 2}},
             "sets min_tokens, which is not passed on to vLLM",
         ),
+        (
+            {"loss_type": "dr_grpo", "max_completion_length": None},
+            "loss_type is 'dr_grpo', which divides .* but max_completion_length is None. Set it to a number of tokens",
+        ),
         ({"reward_weights": 1.0}, r"reward_weights is 1\.0; expected a list of finite numbers"),
         ({"reward_weights": [0.5, float("nan")]}, r"reward_weights is \[0\.5, nan\]; expected a list of finite"),
         ({"reward_weights": ["a"]}, r"reward_weights is \['a'\]; expected"),

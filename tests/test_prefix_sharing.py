@@ -389,6 +389,39 @@ def test_tool_results_get_no_logits(model_path, tmp_path, monkeypatch):
     assert not observed & set(new.labels.flatten().tolist())
 
 
+def test_a_padded_forward_has_logprobs_of_the_same_tokens_as_a_pack(model_path, tmp_path, monkeypatch):
+    """`auto` may pack a rollout and pad its update. Then a token outside of the loss must not differ."""
+    made = trainer(model_path, tmp_path, shared_prefix_forward="on", **EXACT)
+    made.model.train()
+    batch = made._generate_and_score_completions([ROWS[i // 4] for i in range(8)])
+    mask = batch["completion_mask"] * batch["tool_mask"]
+    ids, attention = (torch.cat([batch[f"prompt_{of}"], batch[f"completion_{of}"]], 1) for of in ("ids", "mask"))
+
+    def logprobs() -> torch.Tensor:
+        with torch.no_grad(), made._loss_tokens(mask):
+            return made._get_per_token_logps_and_entropies(made.model, ids, attention, mask.size(1))[0]
+
+    packed = logprobs()
+    monkeypatch.setattr(made, "_packs", lambda *_: [])
+    padded = logprobs()
+    made.toolbox.close()
+    assert (batch["completion_mask"] > mask).any()  # there are results of tools
+    assert (padded[mask == 0] == 0).all() and (padded[mask == 1] != 0).all()
+    torch.testing.assert_close(packed * mask, padded, atol=1e-5, rtol=0)
+
+
+def test_the_time_of_logprobs_is_that_of_rollouts(model_path, tmp_path):
+    made = trainer(model_path, tmp_path, shared_prefix_forward="on", beta=0.1)
+    made.model.train()
+    batch = made._generate_and_score_completions([ROWS[i // 4] for i in range(8)])
+    assert made._metrics["train"]["arpo/time/logprobs_s"][-1] > 0  # of the reference model
+    made.model.eval()
+    with torch.no_grad():  # an evaluation
+        made._compute_loss(made.model, batch)
+    made.toolbox.close()
+    assert made._spans.take("logprobs") == 0.0
+
+
 def completions_of(micro_batch) -> list[tuple[int, ...]]:
     """Without padding."""
     rows = zip(micro_batch["completion_ids"], micro_batch["completion_mask"], strict=True)

@@ -5,7 +5,7 @@ from transformers import PreTrainedTokenizerFast
 
 from arpo_trl.errors import ConfigError, ToolSpecError
 from arpo_trl.rollout.protocols import BadCall, ChatTemplateProtocol, ContentEncoder, TagProtocol
-from arpo_trl.rollout.protocols.base import message_of
+from arpo_trl.rollout.protocols.base import message_of, with_guarded_parser
 from arpo_trl.rollout.tree import RolloutTree, StopReason
 from arpo_trl.tools.calls import ToolCall
 from arpo_trl.tools.spec import tool_spec
@@ -304,6 +304,20 @@ def test_a_call_that_nests_too_deep_is_plain_text_in_the_messages_of_every_proto
     assert message_of(made, ids, [], []) == {"role": "assistant", "content": text}
     if tags:
         assert TagProtocol(made, {}).as_message(ids, []) == {"role": "assistant", "content": text}
+
+
+def test_a_guarded_parser_fails_as_trl_expects():
+    made = with_template("qwen3")
+    assert with_guarded_parser(made) is made
+    made.response_template = qwen3_template
+    guarded = with_guarded_parser(made)
+    call = '<tool_call>\n{"name": "search", "arguments": {"query": %s}}\n</tool_call>'
+    for deep in (call.removesuffix("}}\n</tool_call>") % ("[" * 5000), call % ("[" * 200 + "]" * 200)):
+        with pytest.raises(ValueError, match="the response"):
+            guarded.parse_response(made.encode(deep, add_special_tokens=False), prefix=[], tools=[])
+    ids = made.encode(call % '"iron"', add_special_tokens=False)
+    parsed = guarded.parse_response(ids, prefix=[], tools=[])
+    assert parsed == made.parse_response(ids, prefix=[], tools=[])
 
 
 @pytest.mark.parametrize("depth", [49, 50, 120, 400, 900, 1500, 20_000])

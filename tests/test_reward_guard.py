@@ -1,5 +1,7 @@
 import asyncio
 import math
+import os
+import signal
 from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
@@ -9,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from arpo_trl.errors import RewardError
+from arpo_trl.errors import Interrupted, RewardError
 from arpo_trl.rewards.hierarchical import HierarchicalReward
-from arpo_trl.training.reward_guard import checked_reward, named_apart, total_rewards
+from arpo_trl.runs.interrupts import Interrupts
+from arpo_trl.training.reward_guard import REWARD_POLL_S, checked_reward, named_apart, total_rewards
+from support import until
 
 
 def test_the_total_weights_applicable_rewards_and_is_nan_without_any():
@@ -58,6 +62,19 @@ def test_an_error_before_an_async_function_awaits_names_the_function():
     interrupts = SimpleNamespace(told=None, raising=nullcontext)
     with pytest.raises(RewardError, match="scores"):
         asyncio.run(checked_reward(scores, interrupts)(completions=["x"]))
+
+
+def test_after_an_interrupted_training_an_async_function_is_waited_for():
+    async def scores(completions):
+        await asyncio.sleep(2 * REWARD_POLL_S)
+        return [1.0]
+
+    interrupts = Interrupts()
+    with pytest.raises(Interrupted), interrupts.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        until(lambda: interrupts.told is not None)
+        interrupts.check()
+    assert asyncio.run(checked_reward(scores, interrupts)(completions=["x"])) == [1.0]
 
 
 @pytest.mark.parametrize(

@@ -258,6 +258,16 @@ def test_messages_and_models_reach_rewards_as_in_trl(model_path, tmp_path):
     assert Scored(count=1, rewards=[[1.0]]).replaying([model])[0](log_extra=None, log_metric=None, prompts=[]) == [1.0]
 
 
+def test_a_column_that_only_a_later_round_logs_has_a_value_for_each_completion():
+    first = Scored(count=4, rewards=[[0.0] * 4])
+    again = Scored(count=2, rewards=[[1.0, 0.0]], columns=[("note", ["a", "b"])])
+    assert first.with_new(again, [0, 1]).columns == [("note", ["a", "b", None, None])]
+    earlier = Scored(count=4, rewards=[[0.0] * 4], columns=[("note", list("wxyz"))])
+    assert earlier.with_new(Scored(count=2, rewards=[[1.0, 0.0]]), [0, 1]).columns == [
+        ("note", [None, None, "y", "z"])
+    ]
+
+
 # Staleness -----------------------------------------------------------------------------------------------------------
 
 

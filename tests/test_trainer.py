@@ -22,6 +22,7 @@ from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from arpo_trl.rollout.protocols import TagProtocol
 from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.tools.toolbox import ToolBox
+from arpo_trl.trl_seam import qwen3_template
 from support import (
     EXACT,
     ON_CPU,
@@ -131,6 +132,29 @@ def test_completions_that_are_printed_steer_no_terminal(model_path, tmp_path, ca
     printed = capsys.readouterr().out
     assert not any(hostile in printed for hostile in ("\x1b[2J", "\x1b]", "\x9b", "\u202e", "\x07"))
     assert "␛" in printed and "‹U+202E›" in printed
+
+
+@pytest.mark.parametrize("tools", [[], [search]])
+def test_a_tokenizer_with_a_parser_reads_what_no_parser_can(tmp_path, tools):
+    made_by = with_template("qwen3")
+    made_by.response_template = qwen3_template
+    text = '<tool_call>\n{"name": "search", "arguments": {"query": ' + "[" * 3000
+    eos = (int(made_by.eos_token_id),)
+    model = tiny_model()
+    model.config.max_position_embeddings = 8192
+    made = ARPOTrainer(
+        model,
+        lambda completions, **_: seen.extend(completions) or [0.0] * len(completions),
+        config(tmp_path, max_completion_length=4000),
+        ROWS,
+        processing_class=made_by,
+        tools=tools,
+        engine=ScriptedEngine(made_by, SamplingParams(eos_ids=eos), lambda request, context: text),
+    )
+    seen = []
+    batch_of(made)
+    made.toolbox.close()
+    assert seen == [[{"role": "assistant", "content": text}]] * 8
 
 
 @pytest.mark.parametrize("credit", [("soft", "per_leaf"), ("hard", "once")])

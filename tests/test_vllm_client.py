@@ -378,7 +378,7 @@ def test_logprobs_are_compared_after_each_sync(serve, theirs, message):
     url, _ = serve(v1__completions={"choices": [{"prompt_logprobs": given}]})
     made = client(url)
     facts = check_server(made, tokenizer(), 2)
-    step = 0
+    step = (0, 1)
     weights = ServedWeights(
         [made], [facts], Still(), Accelerator(cpu=True), lambda: step, lambda ids: [-1.0, -2.0], [5, 6, 7], 0.05
     )
@@ -386,9 +386,12 @@ def test_logprobs_are_compared_after_each_sync(serve, theirs, message):
         weights.sync()
         weights.sync()
         assert weights.version.endswith("-1")  # nothing has changed since the first
-        step = 1
+        step = (1, 1)
         weights.sync()
-        assert weights.version.endswith("-2")
+        assert weights.version.endswith("-2") and weights.step == 1
+        step = (1, 2)  # other weights were loaded
+        weights.sync()
+        assert weights.version.endswith("-3") and weights.step == 1
     else:
         with pytest.raises(EngineError, match=f"{url} {message}"):
             weights.sync()
@@ -401,7 +404,16 @@ def moving(url, folder, **settings) -> ServedWeights:
     facts, accelerator = check_server(made, tokenizer(), 2), Accelerator(cpu=True)
     transfer = DiskTransfer(tiny_model(), accelerator, tokenizer(), folder, [facts])
     return ServedWeights(
-        [made], [facts], transfer, accelerator, lambda: 1, lambda ids: [-1.0], [5, 6], 0.05, away_s=60.0, **settings
+        [made],
+        [facts],
+        transfer,
+        accelerator,
+        lambda: (1, 1),
+        lambda ids: [-1.0],
+        [5, 6],
+        0.05,
+        away_s=60.0,
+        **settings,
     )
 
 

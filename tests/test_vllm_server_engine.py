@@ -92,7 +92,7 @@ class Setup:
             facts,
             self.transfer,
             accelerator,
-            lambda: self.step,
+            lambda: (self.step, 0),
             lambda ids: logprobs_of(model, ids),
             PROBE,
             tolerance,

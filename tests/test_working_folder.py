@@ -20,6 +20,16 @@ def test_a_change_of_the_working_folder_is_undone_with_a_warning(is_removed, tmp
     assert f"changed the working folder of the run to {place}. It is {tmp_path} again" in caplog.text
 
 
+def test_a_change_before_the_context_is_undone_too(tmp_path, monkeypatch, caplog):
+    """Such as one by a tool that a rollout ahead ran during the update."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    os.chdir(tmp_path / "other")
+    with kept_working_folder(str(tmp_path)):
+        assert os.getcwd() == str(tmp_path)
+    assert "changed the working folder of the run" in caplog.text
+
+
 def test_a_run_in_a_removed_folder_goes_on(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other").mkdir()

@@ -335,7 +335,8 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     )
     weight_sync_dir: str | None = setting(
         None,
-        "Folder for weight_sync 'disk', at the same path for trainer and servers. None: <output_dir>/served_weights.",
+        "Folder for weight_sync 'disk', at the same path for trainer and servers. Each run has its own folder in it. "
+        "None: <output_dir>/served_weights.",
     )
     weight_sync_tolerance: float = setting(
         0.05,
@@ -541,6 +542,11 @@ class ARPOConfig(ToolLimits, GRPOConfig):
             )
 
     def _check_loss_terms(self) -> None:
+        if self.loss_type == "dr_grpo" and self.max_completion_length is None:
+            raise ConfigError(
+                "loss_type is 'dr_grpo', which divides the loss by max_completion_length, but max_completion_length "
+                "is None. Set it to a number of tokens, or choose another loss_type."
+            )
         level, clipped = self.importance_sampling_level, ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
         if self.clip_keeps_gradient and (self.loss_type not in clipped or level == ImportanceSamplingLevel.SEQUENCE):
             raise ConfigError(

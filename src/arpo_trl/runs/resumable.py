@@ -20,6 +20,7 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl import GRPOTrainer
 
 from arpo_trl.common.full_disk import as_free_space, is_full_disk
+from arpo_trl.common.working_folder import return_to, working_folder
 from arpo_trl.config import ARPOConfig
 from arpo_trl.errors import ArpoError, CheckpointError, ConfigError, Interrupted
 from arpo_trl.runs.checkpoints import (
@@ -51,6 +52,7 @@ class Resumable(GRPOTrainer):
     - `training_step`, `_evaluate`: check for interrupts. A subclass may check at more places.
     - `_save_checkpoint`, `_get_output_dir`, `_push_from_checkpoint`: write a checkpoint to a temporary folder, then
       move it to its final path and push it.
+    - `_load_best_model`: counts, for engines with a copy of the weights.
     - `_issue_warnings_after_load`: a checkpoint has tied weights under one of their names.
     - `_save_rng_state`, `_load_rng_state`: also save and load the trainer's state in memory between two steps.
     - `_run_epoch`: a resumed epoch has the same order of rows, and a finished run takes no further step.
@@ -60,6 +62,11 @@ class Resumable(GRPOTrainer):
     _interrupts: Interrupts
     """Set before `__init__` runs, since functions that are passed to `__init__` use it."""
     _buffered_inputs: list[dict[str, Any]] | None
+    started_in: str | None = None
+    """The working folder at the start of training, on which a relative `output_dir` depends; None outside of training.
+    Rollouts ahead may run functions that change it at any time."""
+    loads = 0
+    """How many times the weights may have changed without a step of training: at its start, or by the best ones."""
     _evaluation_is_owed = False
     _is_restored = True
     _passes = 0
@@ -175,13 +182,20 @@ class Resumable(GRPOTrainer):
         elif self.args.should_save:
             self._begin_logs()
         folder = None if self._resumed is None else str(self._resumed.folder)
-        with self._interrupts.listening():
-            try:
-                output = super().train(folder, *args, **kwargs)
-            except Interrupted as interrupted:
-                Interrupts.stopped = True
-                raise Interrupted(interrupted.signum, self._stop(interrupted)) from None
-        return output
+        self.started_in, self.loads = working_folder(), self.loads + 1
+        try:
+            with self._interrupts.listening():
+                try:
+                    return super().train(folder, *args, **kwargs)
+                except Interrupted as interrupted:
+                    Interrupts.stopped = True
+                    raise Interrupted(interrupted.signum, self._stop(interrupted)) from None
+        finally:
+            self.started_in = None
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self.loads += 1
 
     def _check_resumable(self, state: SavedState) -> None:
         state.check_same_run(self._identity())
@@ -345,6 +359,7 @@ class Resumable(GRPOTrainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         step = self.state.global_step
+        return_to(self.started_in)
         self._writing = True
         try:
             super()._save_checkpoint(model, trial)

@@ -66,7 +66,7 @@ def checked_reward(function: Any, interrupts: Interrupts) -> Any:
             # Not on TRL's loop, which a SystemExit in a task of the function would end.
             running = _loop().start(outcome_of(made))
             while not (await asyncio.wait([asyncio.wrap_future(running)], timeout=REWARD_POLL_S))[0]:
-                if interrupts.told is not None:
+                if interrupts.active and interrupts.told is not None:
                     running.cancel()
                     return [0.0] * len(completions)
             with _told(function, wrapper.__name__):

@@ -40,6 +40,8 @@ class Scored:
         A metric is then the mean over all scored completions, including replaced ones.
         """
         columns, of_new = _joined(self.columns), _joined(new.columns)
+        completions = next((len(old) for old in self.rewards if old is not None), 0)
+        unknown = [None] * completions
         totals: dict[str, tuple[float, int]] = {}
         for part in (self, new):
             for name, values in _joined([(name, [value]) for name, value in part.metrics]).items():
@@ -52,7 +54,7 @@ class Scored:
                 for old, own in zip(self.rewards, new.rewards, strict=True)
             ],
             columns=[
-                (name, _placed(columns.get(name, []), of_new.get(name, []), places))
+                (name, _placed(columns.get(name, unknown), of_new.get(name, []), places))
                 for name in columns.keys() | of_new.keys()
             ],
             metrics=[(name, total / count) for name, (total, count) in totals.items()],

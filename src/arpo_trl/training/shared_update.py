@@ -37,6 +37,8 @@ class SharedPrefixUpdate(GRPOTrainer):
     _shares_prefixes: bool
     """Whether the model accepts packs."""
     _loss_mask: torch.Tensor | None = None
+    _in_loss = False
+    """Whether `_compute_loss` runs."""
 
     @property
     def _may_pad(self) -> bool:
@@ -57,18 +59,22 @@ class SharedPrefixUpdate(GRPOTrainer):
         compute_entropy: bool = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        updates = torch.is_grad_enabled()
-        with nullcontext() if updates else self._spans("logprobs"):
+        with nullcontext() if self._in_loss else self._spans("logprobs"):
             packs = self._packs(input_ids, attention_mask, logits_to_keep, batch_size or len(input_ids))
             if packs:
                 with self.accelerator.autocast():
                     logprobs, entropies = forward_packs(model, packs)
                 result = logprobs, entropies if compute_entropy else None, None
             else:
-                result = super()._get_per_token_logps_and_entropies(
+                logprobs, *others = super()._get_per_token_logps_and_entropies(
                     model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **kwargs
                 )
-        if updates and self._shares_prefixes:
+                if self._shares_prefixes and self._loss_mask is not None:
+                    # As in packs. The loss compares logprobs of packs with padded ones. On a token outside of it, the
+                    # difference may be so large that its exponential is infinite, and the gradient NaN.
+                    logprobs = logprobs.masked_fill(self._loss_mask.to(logprobs.device) == 0, 0.0)
+                result = (logprobs, *others)
+        if torch.is_grad_enabled() and self._shares_prefixes:
             self._metrics["train"]["arpo/update/packed"].append(float(bool(packs)))
             if packs:
                 self._metrics["train"]["arpo/update/sharing_ratio"].append(sharing_ratio(packs))
@@ -91,12 +97,17 @@ class SharedPrefixUpdate(GRPOTrainer):
         )
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        with self._loss_tokens(inputs["completion_mask"] * inputs.get("tool_mask", 1)):
-            return super()._compute_loss(model, inputs)
+        self._in_loss = True
+        try:
+            with self._loss_tokens(inputs["completion_mask"] * inputs.get("tool_mask", 1)):
+                return super()._compute_loss(model, inputs)
+        finally:
+            self._in_loss = False
 
     @contextmanager
     def _loss_tokens(self, mask: torch.Tensor) -> Iterator[None]:
-        """A context in which packs compute logprobs only of the tokens in the loss, where `mask` (B, T) is nonzero."""
+        """A context in which logprobs are computed only of the tokens in the loss, where `mask` (B, T) is nonzero. The
+        others are 0."""
         before, self._loss_mask = self._loss_mask, mask
         try:
             yield

@@ -173,7 +173,7 @@ def served_source(
     model: Any,
     accelerator: Accelerator,
     tokenizer: PreTrainedTokenizerBase,
-    trained: Callable[[], int],
+    trained: Callable[[], tuple[int, int]],
     reference: Callable[[Sequence[int]], list[float]],
     check: Callable[[], None],
 ) -> VLLMServers:

@@ -25,6 +25,7 @@ from arpo_trl.rollout.batch import GroupRequest, RolloutBatch, TreeSettings
 from arpo_trl.rollout.build import EngineSource, build_engine, context_of
 from arpo_trl.rollout.engines.base import Engine, SamplingParams
 from arpo_trl.rollout.engines.compute_dtype import warn_of_emulation
+from arpo_trl.rollout.protocols.base import with_guarded_parser
 from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.runs.interrupts import Interrupts
 from arpo_trl.runs.output_folder import check_names
@@ -223,6 +224,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         warn_of_unread(args)
         check_launch(self.accelerator, gathers=args.ds3_gather_for_generation)
         warn_of_emulation(self.model, self.accelerator)
+        self._tokenizer = with_guarded_parser(self._tokenizer)
         self.use_vllm = args.use_vllm
         self.eos_token_ids: list[int] = list(self.protocol.eos_ids)  # TRL uses them to detect truncated completions
         self._credit = args.make_credit()
@@ -291,7 +293,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
                 may_pad=self._may_pad,
                 evaluates=self.eval_dataset is not None,
             )
-        weights = (self._tokenizer, lambda: self.state.global_step, self._logprobs_of)
+        weights = (self._tokenizer, lambda: (self.state.global_step, self.loads), self._logprobs_of)
         if self.args.vllm_mode == "colocate":
             return colocated_source(self.args, settings, self.model, self.vllm_generation, *weights)
         return served_source(self.args, settings, self.model, self.accelerator, *weights, self._interrupts.check)
@@ -401,7 +403,12 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
             inputs = [dict(row) for row in inputs]  # TRL adds our columns to these rows
             check_unchanged(self, self._sampled_with)
             refuse_taken_columns(inputs[0])  # environments may have rows without a prompt, which are not checked
-            with kept_working_folder(), kept_torch_modes(), self._with_environments(inputs) as inputs, self._scoring:
+            with (
+                kept_working_folder(self.started_in),
+                kept_torch_modes(),
+                self._with_environments(inputs) as inputs,
+                self._scoring,
+            ):
                 self._rows = inputs
                 batch = super()._generate_and_score_completions(inputs)
             self._subtract_baseline(batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.compute_dtype import warn_of_other_dtype
 from arpo_trl.rollout.engines.vllm.client import CANARY_TEXT, ServerClient, check_server
 from arpo_trl.rollout.engines.vllm.colocate import ColocatedWeights
-from arpo_trl.rollout.engines.vllm.weights import DiskTransfer, NcclTransfer, ServedWeights, Transfer
+from arpo_trl.rollout.engines.vllm.weights import DiskTransfer, NcclTransfer, ServedWeights, Transfer, from_main
 from arpo_trl.trl_seam import VLLMGeneration
 from arpo_trl.visible import get_rank_logger
 
@@ -57,7 +58,7 @@ def served_weights(
     model: Any,
     accelerator: Accelerator,
     tokenizer: PreTrainedTokenizerBase,
-    trained: Callable[[], int],
+    trained: Callable[[], tuple[int, int]],
     reference: Callable[[Sequence[int]], list[float]],
     check: Callable[[], None],
 ) -> ServedWeights:
@@ -84,7 +85,9 @@ def served_weights(
             args.vllm_server_timeout,
         )
     else:
-        folder = Path(args.weight_sync_dir or Path(args.output_dir) / "served_weights")
+        folder = Path(args.output_dir) / "served_weights"
+        if args.weight_sync_dir is not None:
+            folder = Path(args.weight_sync_dir) / from_main(accelerator, _name_of_run(args.output_dir))
         transfer = DiskTransfer(model, accelerator, tokenizer, folder, facts)
     weights = ServedWeights(
         clients,
@@ -100,6 +103,13 @@ def served_weights(
     )
     weights.check_model()
     return weights
+
+
+def _name_of_run(output_dir: str) -> str:
+    """A name for the run's own folder in `weight_sync_dir`, which other runs may use too. A resumed run has the same
+    one."""
+    place = Path(output_dir).resolve()
+    return f"{place.name}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"
 
 
 def warn_of_other_distribution(settings: SamplingParams) -> None:

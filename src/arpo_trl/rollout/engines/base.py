@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from arpo_trl.common.user_files import shown
 from arpo_trl.errors import ConfigError, EngineError
@@ -43,6 +43,20 @@ class SamplingParams:
     top_k: int = 0
     min_p: float | None = None
     repetition_penalty: float = 1.0
+
+    @property
+    def for_vllm(self) -> dict[str, Any]:
+        """The distribution with the names of vLLM's requests. All fields are present, since a server reads missing
+        ones from the model's generation_config.json."""
+        return {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p or 0.0,
+            "repetition_penalty": self.repetition_penalty,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

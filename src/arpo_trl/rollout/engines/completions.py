@@ -257,6 +257,7 @@ class CompletionsEngine:
             "top_p": settings.top_p,
         }
         if self.speaks_ids:  # such a server has vLLM's extensions; others may reject unknown fields
+            body |= settings.for_vllm
             body |= {"return_token_ids": True, "skip_special_tokens": False, "stop_token_ids": list(settings.eos_ids)}
         return body
 

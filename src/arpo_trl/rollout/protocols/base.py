@@ -6,6 +6,7 @@ tokens, so any content stays text, even if a page contains `<|im_end|>` or `</re
 
 from __future__ import annotations
 
+import copy
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -71,11 +72,38 @@ _MESSAGE_DEPTH = ARGUMENT_DEPTH + 4
 """That of a message with such a call: in its list of calls, under function and arguments."""
 
 
+def with_guarded_parser(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return the tokenizer, or if it parses responses, a copy that raises a ValueError for each that it cannot parse.
+
+    TRL continues after this error only, but a deep list in a model's text raises a RecursionError.
+    """
+    if not _parses(tokenizer):
+        return tokenizer
+    parse, guarded = tokenizer.parse_response, copy.copy(tokenizer)
+
+    def parse_response(*args: Any, **kwargs: Any) -> Any:
+        try:
+            parsed = parse(*args, **kwargs)
+        except Exception as error:
+            raise ValueError(f"the response cannot be parsed: {type(error).__name__}") from error
+        if is_deeper(parsed, _MESSAGE_DEPTH):
+            raise ValueError("the response has a value that is too deep")
+        return parsed
+
+    guarded.parse_response = parse_response
+    return guarded
+
+
+def _parses(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer can parse responses."""
+    return any(getattr(tokenizer, name, None) is not None for name in ("response_template", "response_schema"))
+
+
 def message_of(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], before: Sequence[int], schemas: Any
 ) -> dict[str, Any]:
     """Return a turn as a message, parsed by the tokenizer's response template if it has one and can read the turn."""
-    if any(getattr(tokenizer, name, None) is not None for name in ("response_template", "response_schema")):
+    if _parses(tokenizer):
         with suppress(Exception):  # the parser is foreign code, and the model may write anything
             message: dict[str, Any] = parse_response(tokenizer, list(ids), prefix=list(before), tools=schemas)
             if not is_deeper(message, _MESSAGE_DEPTH):

@@ -253,5 +253,6 @@ def python_tool(
     def python(code: str) -> str:
         return run(code)
 
-    python.concurrency = workers  # so that a call's deadline starts when it has a worker
-    return offer(python, run, stateful=stateful)
+    offered = offer(python, run, stateful=stateful)
+    offered.concurrency = workers  # so that a call's deadline starts when it has a worker
+    return offered

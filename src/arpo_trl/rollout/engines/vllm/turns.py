@@ -177,17 +177,10 @@ class Draft:
 def sampling_params(settings: SamplingParams) -> dict[str, Any]:
     """The settings with vLLM's names, for vLLM's `SamplingParams` and for a request's body.
 
-    All settings are present, since a server reads missing ones from the model's generation_config.json. Token ids
-    define EOS: `ignore_eos` stops vLLM from adding the EOS ids of the model's configuration.
+    Token ids define EOS: `ignore_eos` stops vLLM from adding the EOS ids of the model's configuration.
     """
     return {
-        "temperature": settings.temperature,
-        "top_p": settings.top_p,
-        "top_k": settings.top_k,
-        "min_p": settings.min_p or 0.0,
-        "repetition_penalty": settings.repetition_penalty,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
+        **settings.for_vllm,
         "stop": list(settings.stop_strings),
         "include_stop_str_in_output": True,
         "stop_token_ids": list(settings.eos_ids),

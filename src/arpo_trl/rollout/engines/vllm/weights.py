@@ -67,7 +67,8 @@ class ServedWeights:
     """The weights of a set of servers.
 
     Args:
-        trained: Returns the trainer's step, a number that changes whenever the weights change.
+        trained: Returns the trainer's step and the number of times that it loaded other weights: one of them changes
+            whenever the weights change.
         reference: Returns the trainer's logprobs of all ids except the first; a collective.
         canary: The ids whose logprobs are compared.
         tolerance: The largest allowed `mean_difference` of logprobs between trainer and server.
@@ -81,7 +82,7 @@ class ServedWeights:
         facts: Sequence[ServerFacts],
         transfer: Transfer,
         accelerator: Accelerator,
-        trained: Callable[[], int],
+        trained: Callable[[], tuple[int, int]],
         reference: Callable[[Sequence[int]], list[float]],
         canary: Sequence[int],
         tolerance: float,
@@ -95,7 +96,7 @@ class ServedWeights:
         self._transfer = transfer
         self._accelerator = accelerator
         self._trained = trained
-        self.step: int | None = None
+        self._synced: tuple[int, int] | None = None
         """The value of `trained` at the last sync; None before the first sync, and during a transfer."""
         self.lock = threading.Lock()
         """The lock of the thread that changes a server's weights: the trainer's thread, or one that restores a
@@ -105,7 +106,7 @@ class ServedWeights:
         self._tolerance = tolerance
         self._away_s = away_s
         self.check = check
-        self._run = _from_main(accelerator, secrets.token_hex(4))
+        self._run = from_main(accelerator, secrets.token_hex(4))
         self._syncs = 0
         self._ours: list[float] = []
         self._last_move: dict[str, tuple[list[float], list[float]]] = {}
@@ -151,14 +152,20 @@ class ServedWeights:
         if self.is_current:
             return
         trained = self._trained()
-        self.step = None  # in case the transfer fails
+        self._synced = None  # in case the transfer fails
         self._move()
-        self.step = trained
+        self._synced = trained
 
     @property
     def is_current(self) -> bool:
         """Whether the servers have the trainer's weights, so that `sync` has nothing to do."""
-        return self._trained() == self.step
+        return self._trained() == self._synced
+
+    @property
+    def step(self) -> int | None:
+        """The step of the trainer whose weights the servers have; None before the first sync, and during a
+        transfer."""
+        return None if self._synced is None else self._synced[0]
 
     def wait_for_ranks(self) -> None:
         """Wait until every rank has reached this point."""
@@ -238,12 +245,12 @@ class ServedWeights:
                 problem = error
             finally:
                 pool.shutdown(wait=False)  # an interrupted request may last as long as vllm_request_timeout_s
-        problem = _from_main(self._accelerator, problem)
+        problem = from_main(self._accelerator, problem)
         if problem is not None:
             raise problem
 
 
-def _from_main(accelerator: Accelerator, value: Any) -> Any:
+def from_main(accelerator: Accelerator, value: Any) -> Any:
     """Broadcast the main process's value to every rank."""
     values = [value]
     if accelerator.num_processes > 1:
@@ -309,7 +316,7 @@ class DiskTransfer:
             problem = self._write(version, lambda folder: write_shards(folder, named, self._dtype))
             for _ in named:  # joins the remaining collectives if this rank does not write, or failed
                 pass
-        problem = _from_main(self._accelerator, problem)
+        problem = from_main(self._accelerator, problem)
         if problem is not None:
             raise EngineError(
                 f"The weights cannot be written to weight_sync_dir {self._folder} ({problem}). Free disk space, or "
