@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import sys
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -38,6 +41,7 @@ from study.arms import (
 from study.processes import run_all
 from study.tabular import Budget, _Run, policy_gradient, scores, train
 from study.task import SCENARIOS, Task, compute, look_up
+from support import has_ended, until
 
 LOOK, ANSWER = 0, 1
 SHOW = "print(__import__('torch').get_num_threads(), __import__('os').environ['OMP_NUM_THREADS'])"
@@ -398,6 +402,21 @@ def test_each_job_has_its_own_process_threads_and_log_and_may_fail(tmp_path, cap
     shown = capfd.readouterr()
     assert sorted(line.split()[1] for line in shown.out.splitlines()) == ["four:", "one:", "three:", "two:"]
     assert run_all({"one": partial(print, "found")}, 2, tmp_path, errors)
+
+
+@pytest.mark.slow
+def test_jobs_and_their_programs_end_with_a_killed_study(tmp_path):
+    program = (
+        "import subprocess, functools, pathlib, study.processes\n"
+        "job = functools.partial(subprocess.run, ['sleep', '1000'])\n"
+        f"study.processes.run_all({{'long': job}}, 1, pathlib.Path({str(tmp_path)!r}), [])"
+    )
+    study = psutil.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": "benchmarks"})
+    until(lambda: any(child.name() == "sleep" for child in study.children(recursive=True)))
+    children = study.children(recursive=True)
+    study.kill()
+    study.wait()
+    until(lambda: all(has_ended(child.pid) for child in children))
 
 
 @pytest.mark.slow

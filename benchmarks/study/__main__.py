@@ -23,7 +23,7 @@ from arpo_trl.errors import ConfigError
 
 from . import files, frozen, page, tabular, training
 from .arms import Arm, frozen_arms, seeds_of, tabular_arms, tabular_seeds_of, trained_arms
-from .processes import Jobs, fork_server, run_all
+from .processes import Jobs, end_with_study, fork_server, run_all
 from .task import SCENARIOS
 
 SEEDS = {"a": 200, "c": 8}
@@ -71,7 +71,7 @@ def part_a(options: argparse.Namespace, errors: list[str]) -> None:
             if missing := {*map(str, range(seeds))} - tabular.finished(path, budget).keys():
                 jobs.append((path, scenario, arm, missing, budget))
     announce("a", len(jobs), sum(len(job[3]) for job in jobs) * TABULAR_RUN_S, options.jobs)
-    with ProcessPoolExecutor(options.jobs, mp_context=fork_server()) as pool:
+    with ProcessPoolExecutor(options.jobs, mp_context=fork_server(), initializer=end_with_study) as pool:
         for (path, *_), future in [(job, pool.submit(tabular.run, *job)) for job in jobs]:
             if (error := future.exception()) is not None:
                 errors.append(f"{path.stem}: {type(error).__name__}: {error}")

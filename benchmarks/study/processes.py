@@ -1,17 +1,20 @@
-"""Jobs of parts b and c: each in a process of its own, with its output in a log."""
+"""Jobs of parts b and c: each in a process of its own, with its output in a log. They end with the study."""
 
 from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import torch
+
+from arpo_trl.runs.interrupts import stop_at_once
 
 from . import frozen, tabular, training
 from .files import slug
@@ -48,7 +51,21 @@ def run_all(jobs: Jobs, at_a_time: int, logs: Path, errors: list[str], *, thread
         return all([*pool.map(run, jobs)])  # a list: one failure does not cancel the other jobs
 
 
+def end_with_study() -> None:
+    """End this process and the programs that it starts when the study ends. Otherwise the jobs of a killed study would
+    run beside those of the resumed one."""
+    study = parent_process()
+    assert study is not None
+
+    def wait() -> None:
+        study.join()
+        stop_at_once(1)
+
+    threading.Thread(target=wait, name="study", daemon=True).start()
+
+
 def _run(job: Callable[[], None], log: Path, threads: int) -> None:
+    end_with_study()
     with log.open("w") as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())  # so that programs that the job starts write to the log too
