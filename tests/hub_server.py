@@ -1,4 +1,4 @@
-"""The part of the Hub's protocol that a push needs, on 127.0.0.1, for the real `huggingface_hub` client.
+"""The part of the Hub's protocol that pushes and downloads need, on 127.0.0.1, for the real `huggingface_hub` client.
 
 Clients create, query and write repositories with a token. Files are uploaded inline or as LFS objects, in one part or
 several; a commit is rejected if one of its LFS objects was not uploaded. The server does not support xet storage:
@@ -38,6 +38,8 @@ class Hub:
 
     user: str = "me"
     repos: dict[tuple[str, str], dict[str, bytes]] = field(default_factory=dict)
+    revisions: dict[tuple[str, str], dict[str, bytes]] = field(default_factory=dict)
+    """(repository of a model, revision other than main) → its files."""
     private: set[str] = field(default_factory=set)
     commits: list[Commit] = field(default_factory=list)
     objects: dict[str, bytes] = field(default_factory=dict)
@@ -74,6 +76,8 @@ class Hub:
             return self._create(asked.json)
         if found := re.fullmatch(r"/(?:(datasets)/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch", asked.path):
             return self._batch(asked, found[1] or "models", found[2])
+        if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", asked.path):
+            return self._file(*found.groups())
         if found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)((?:/.*)?)", asked.path):
             return self._repo(asked, found[1], found[2], found[3])
         return Reply({"error": f"no such endpoint: {asked.method} {asked.path}"}, 404)
@@ -104,7 +108,25 @@ class Hub:
             return Reply({"files": [self._mode(file, held.get(file["path"])) for file in asked.json["files"]]})
         if rest == "/commit/main":
             return self._commit(asked, kind, repo_id)
-        return Reply({"id": repo_id, "sha": "0" * 40, "siblings": [], "private": repo_id in self.private, "tags": []})
+        if found := re.fullmatch("/tree/([^/]+)", rest):
+            files = self._files(repo_id, found[1]).items()
+            return Reply([{"type": "file", "path": name, "size": len(v), "oid": _blob_oid(v)} for name, v in files])
+        if rest.startswith("/tree/"):
+            return Reply({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
+        commit = _commit_of(rest.removeprefix("/revision/") or "main")
+        return Reply({"id": repo_id, "sha": commit, "siblings": [], "private": repo_id in self.private, "tags": []})
+
+    def _files(self, repo_id: str, revision: str) -> dict[str, bytes]:
+        for (repo, name), files in self.revisions.items():
+            if repo == repo_id and revision in (name, _commit_of(name)):
+                return files
+        return self.repos["models", repo_id]
+
+    def _file(self, repo_id: str, revision: str, path: str) -> Reply:
+        content = self._files(repo_id, revision).get(path) if ("models", repo_id) in self.repos else None
+        if content is None:
+            return Reply({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
+        return Reply(content, headers={"ETag": f'"{_blob_oid(content)}"', "X-Repo-Commit": _commit_of(revision)})
 
     def _mode(self, file: dict[str, Any], held: bytes | None) -> dict[str, Any]:
         large = file["path"].endswith((".safetensors", ".bin", ".pt", ".pth", ".png", ".parquet"))
@@ -174,6 +196,11 @@ class Hub:
         if wrong:
             return Reply({"errors": [{"message": f"{name} is no repository"} for name in wrong]}, 400)
         return Reply({"warnings": []})
+
+
+def _commit_of(revision: str) -> str:
+    is_commit = re.fullmatch("[0-9a-f]{40}", revision)
+    return revision if is_commit else hashlib.sha1(revision.encode()).hexdigest()
 
 
 def _blob_oid(content: bytes) -> str:

@@ -65,6 +65,8 @@ class Loopback:
                     self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 try:
+                    if self.command == "HEAD":
+                        return
                     if reply.stream is None:
                         self.wfile.write(content)
                     else:
@@ -73,7 +75,7 @@ class Loopback:
                 except OSError:  # the client hung up, as it should when it has had enough
                     self.close_connection = True
 
-            do_GET = do_POST = do_PUT = handle_one
+            do_GET = do_HEAD = do_POST = do_PUT = handle_one
 
             def log_message(self, *_: Any) -> None:
                 pass

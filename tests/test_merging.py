@@ -1,6 +1,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,6 +77,49 @@ def test_a_merged_run_keeps_its_card(adapter, tmp_path):
     assert "library_name: transformers" in card and "base_model: Qwen/Qwen3-8B" in card
     assert 'AutoModelForCausalLM.from_pretrained("me/whole")' in card
     assert "half are right" in card and "| LoRA rank | 4 |" in card
+
+
+def files_of(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_an_adapter_on_the_hub_keeps_its_card_and_needs_no_tokenizer(hub, base, adapter, tmp_path):
+    (adapter / "training_config.yaml").write_text("use_peft: true\nlora_r: 4\n")
+    (adapter / "evaluation.md").write_text("half are right")
+    files = files_of(adapter)
+    hub.repos["models", "me/adapter"] = files
+    hub.repos["models", "me/bare"] = {name: files[name] for name in files if name.startswith("adapter_")}
+    merge_adapter("me/adapter", tmp_path / "merged")
+    card = (tmp_path / "merged/README.md").read_text()
+    assert "half are right" in card and "| LoRA rank | 4 |" in card
+    assert (tmp_path / "merged/training_config.yaml").read_bytes() == files["training_config.yaml"]
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == "{{ 'mine' }}"
+    merge_adapter("me/bare", tmp_path / "bare")
+    assert not (tmp_path / "bare/README.md").exists()
+    assert AutoTokenizer.from_pretrained(tmp_path / "bare").chat_template == tokenizer().chat_template
+
+
+def test_the_base_is_loaded_in_the_revision_of_the_training(hub, base, adapter, tmp_path):
+    other = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        other.lm_head.weight.zero_()
+    other.save_pretrained(tmp_path / "other")
+    hub.repos["models", "me/base"] = files_of(Path(base)) | files_of(tmp_path / "other")
+    hub.revisions["me/base", "v1"] = files_of(Path(base))
+
+    def is_trained_revision(name: str, **options) -> bool:
+        merge_adapter(str(adapter), tmp_path / name, **options)
+        return bool(AutoModelForCausalLM.from_pretrained(tmp_path / name).lm_head.weight.any())
+
+    settings = adapter / "training_config.yaml"
+    changed_config(adapter, base_model_name_or_path="me/base")
+    settings.write_text("model_name_or_path: me/base\nmodel_revision: v1\n")
+    assert is_trained_revision("by-settings")
+    assert not is_trained_revision("another-base", base="me/base")
+    settings.write_text("model_name_or_path: me/other\nmodel_revision: v1\n")
+    assert not is_trained_revision("of-another-model")
+    changed_config(adapter, revision="v1")
+    assert is_trained_revision("by-adapter")
 
 
 def changed_config(adapter, **changes):

@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from arpo_trl.common.files import whole_folder
 from arpo_trl.common.pretrained import load_pretrained
+from arpo_trl.common.user_files import expect, read_yaml
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.publishing.model_card import ADAPTER_CONFIG_NAME, CONFIG_NAME, EVALUATION_NAME, Card
 from arpo_trl.visible import without_secrets
 
 _CARRIED = (CONFIG_NAME, EVALUATION_NAME, "trainer_state.json")
+_TOKENIZER_NAME = "tokenizer_config.json"
 
 
 def merge_adapter(
@@ -26,14 +29,15 @@ def merge_adapter(
 
     Args:
         adapter: Folder or Hub id.
-        base: The base model. None: the model named in the adapter's configuration.
+        base: The base model. None: the model named in the adapter's configuration, in the revision named there or, by
+            default, in the run's settings.
         dtype: The dtype in which the sum is computed and saved. None: the base model's.
         repo_id: The repository named in the card. None: the name of the folder.
 
     Raises:
         ConfigError: `output` exists, there is no such dtype, or the tokenizer cannot be loaded.
-        DataError: `adapter` is not an adapter, its base model cannot be loaded, it belongs to another base model, or
-            its tokenizer cannot be saved.
+        DataError: `adapter` is not an adapter, its base model cannot be loaded, it belongs to another base model, its
+            tokenizer cannot be saved, or its run's settings cannot be read.
     """
     if output.exists():
         raise ConfigError(f"--output {output} exists. Pass a new folder, or remove this one.")
@@ -41,6 +45,9 @@ def merge_adapter(
         raise ConfigError(f"--dtype is {dtype!r}; expected a dtype such as bfloat16, float16 or float32.")
     try:
         config: Any = PeftConfig.from_pretrained(adapter)
+        folder = Path(adapter)
+        if not folder.is_dir():
+            folder = Path(snapshot_download(adapter, allow_patterns=[*_CARRIED, _TOKENIZER_NAME]))
     except Exception as error:  # peft, transformers and safetensors raise many kinds of errors for broken files
         raise DataError(
             f"{adapter} is not an adapter: it has no readable {ADAPTER_CONFIG_NAME}. Pass the output_dir of a run "
@@ -49,10 +56,11 @@ def merge_adapter(
     name = base or config.base_model_name_or_path
     if not name:
         raise DataError(f"{adapter} does not name its base model. Name it with --base.")
+    revision = "main" if base is not None else config.revision or _trained_revision(folder, name)
     try:
         # Not quantized, even if the model was quantized in training: rounding the sum to 4 bits would lose the trained
         # difference.
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
+        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype or "auto")
     except Exception as error:  # transformers and safetensors raise many kinds of errors, some without a text
         told = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(
@@ -64,9 +72,10 @@ def merge_adapter(
         raise DataError(
             f"{adapter} does not fit its base model {name!r}: {without_secrets(str(error))[:300]}"
         ) from error
-    folder = Path(adapter)
-    has_tokenizer = not folder.is_dir() or (folder / "tokenizer_config.json").is_file()
-    tokenizer = load_pretrained("tokenizer", adapter if has_tokenizer else name, AutoTokenizer.from_pretrained)
+    if (folder / _TOKENIZER_NAME).is_file():
+        tokenizer = load_pretrained("tokenizer", adapter, AutoTokenizer.from_pretrained)
+    else:
+        tokenizer = load_pretrained("tokenizer", name, AutoTokenizer.from_pretrained, revision=revision)
     with whole_folder(output) as partial:
         merged.save_pretrained(partial)
         try:
@@ -79,3 +88,15 @@ def merge_adapter(
         card = Card.of(partial, repo_id or output.name)
         if card is not None:
             card.write(partial)
+
+
+def _trained_revision(folder: Path, base: str) -> str:
+    """The revision of `base` that the settings of the run in `folder` name. TRL does not write it into the adapter.
+
+    Raises:
+        DataError: The settings do not have the format that a run writes.
+    """
+    file = folder / CONFIG_NAME
+    settings = (read_yaml(file) or {}) if file.is_file() else {}
+    expect(settings, {"model_name_or_path?": str | None, "model_revision?": str}, str(file))
+    return settings.get("model_revision", "main") if settings.get("model_name_or_path") == base else "main"
