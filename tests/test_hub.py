@@ -13,6 +13,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+import yaml
 from datasets import Dataset, load_dataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -471,6 +472,16 @@ def test_a_repository_named_after_the_folder_is_private_if_requested(hub, model_
     made = trainer(model_path, tmp_path / "my-run", hub_model_id=None, hub_private_repo=True)
     assert made.hub_model_id == "me/my-run"
     assert hub.private == {"me/my-run"}
+
+
+def test_a_run_writes_its_local_paths_as_paths(model_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model_path, "models/tiny")
+    made = trainer("models/tiny", Path("run"), push_to_hub=False, hub_model_id=None)
+    made.create_model_card(dataset_name=["models/tiny", "me/rows"])
+    settings = yaml.safe_load(Path("run/training_config.yaml").read_text())
+    assert settings["model_name_or_path"] == "./models/tiny"
+    assert settings["dataset"] == ["./models/tiny", "me/rows"]
 
 
 # Secrets -------------------------------------------------------------------------------------------------------------

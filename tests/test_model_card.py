@@ -1,14 +1,18 @@
 import dataclasses
 import json
 
+import pytest
+import torch
 import yaml
 
 from arpo_trl import ARPOConfig, __version__
 from arpo_trl.command_line import parse_settings
+from arpo_trl.publishing import model_card
 from arpo_trl.publishing.model_card import (
     CONFIG_NAME,
     PANELS,
     Card,
+    as_path,
     describe,
     draw_curves,
     is_hub_id,
@@ -114,6 +118,28 @@ def test_paths_of_this_machine_are_no_names_on_the_hub(tmp_path, monkeypatch):
     assert is_hub_id("someone/questions") and not is_hub_id("runs/sft") and not is_hub_id("rows.jsonl")
 
 
+def test_paths_of_the_training_are_no_names_on_the_hub_from_another_folder(tmp_path, monkeypatch):
+    (tmp_path / "runs/sft").mkdir(parents=True)
+    (tmp_path / "data/rows").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    settings = {
+        "model_name_or_path": as_path("runs/sft"),
+        "dataset": as_path(["data/rows", "me/rows", "rows.jsonl", "data/train.jsonl"]),
+    }
+    assert settings["model_name_or_path"] == "./runs/sft"
+    assert settings["dataset"] == ["./data/rows", "me/rows", "rows.jsonl", "data/train.jsonl"]
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / CONFIG_NAME).write_text(yaml.safe_dump(settings))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for adapter in (None, {"base_model_name_or_path": "runs/sft"}):  # peft writes the name as it was given
+        if adapter is not None:
+            (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(adapter))
+        text = Card.of(tmp_path / "adapter", "me/policy").text([])
+        assert "base_model" not in metadata(text) and metadata(text)["datasets"] == ["me/rows"]
+    assert not is_hub_id("../sft") and not is_hub_id("data/train.jsonl")
+
+
 def test_text_in_a_setting_cannot_break_the_card():
     prompt = "Use\n```python\nprint(1)\n```\n| a | b"
     text = card(settings={"system_prompt": prompt, "tools": ["a|b"]}).text([])
@@ -150,6 +176,33 @@ def test_defaults_and_secrets_are_left_out():
     assert describe(Settings(servers=servers)) == {
         "servers": [{"url": "https://host/mcp", "command": "run", "env": ["SOME_KEY"]}]
     }
+
+
+@dataclasses.dataclass
+class Texts:
+    system_prompt: str | None = None
+    chat_template_kwargs: dict | None = None
+
+
+def test_a_text_for_the_model_is_left_out_rather_than_altered(caplog):
+    model_card._say_omitted.cache_clear()
+    address = "Ask https://host/find?q=WORDS and nothing else."
+    for _ in range(2):  # saves
+        assert describe(Texts(address, {"note": [address]})) == {}
+    assert [record.getMessage().partition(" contains")[0] for record in caplog.records] == [
+        "system_prompt",
+        "chat_template_kwargs",
+    ]
+    kept = Texts("Ask https://host/find and nothing else.", {"enable_thinking": False, "levels": (1, 2)})
+    assert describe(kept) == {"system_prompt": kept.system_prompt, "chat_template_kwargs": {
+        "enable_thinking": False, "levels": [1, 2],
+    }}  # fmt: skip
+
+
+@pytest.mark.parametrize("has_accelerator", [False, True])
+def test_the_cpu_is_a_setting_only_where_it_was_a_choice(has_accelerator, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_accelerator)
+    assert ("use_cpu" in describe(ARPOConfig("unused", bf16=False, use_cpu=True))) == has_accelerator
 
 
 def test_settings_of_the_trainer_alone_parse(tmp_path):

@@ -19,7 +19,7 @@ from trl import GRPOTrainer
 from arpo_trl.config import ARPOConfig
 from arpo_trl.data.layouts import shared_system_prompt
 from arpo_trl.errors import HubError
-from arpo_trl.publishing.model_card import Card, describe, write_settings
+from arpo_trl.publishing.model_card import Card, as_path, describe, write_settings
 from arpo_trl.publishing.push import (
     BackgroundPush,
     Snapshot,
@@ -32,6 +32,9 @@ from arpo_trl.trl_seam import get_config_model_id
 from arpo_trl.visible import get_logger, without_credentials
 
 logger = get_logger(__name__)
+
+_PLACES = ("model_name_or_path", "dataset", "eval_dataset")
+"""The settings that name a path or a repository on the Hub."""
 
 
 class Publishing(GRPOTrainer):
@@ -174,7 +177,7 @@ class Publishing(GRPOTrainer):
             settings["tools"] = []
         if (shared := self._shared_system_prompt) is not None:
             settings.setdefault("system_prompt", shared)
-        return settings
+        return settings | {name: as_path(settings[name]) for name in _PLACES if name in settings}
 
     @functools.cached_property
     def _shared_system_prompt(self) -> str | None:
@@ -198,7 +201,7 @@ class Publishing(GRPOTrainer):
             return
         settings = self._settings()
         if dataset_name is not None:
-            settings["dataset"] = dataset_name
+            settings["dataset"] = as_path(dataset_name)
         given = (tags,) if isinstance(tags, str) else tuple(tags or ())
         Card(
             repo_id=self.hub_model_id or Path(self.args.output_dir).absolute().name,

@@ -11,6 +11,7 @@ The card can be rewritten from the folder's files, for another repository or aft
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,8 +25,10 @@ from typing import Any
 from arpo_trl.common.files import whole_file, write_whole
 from arpo_trl.common.user_files import expect, read_json, read_text, read_yaml
 from arpo_trl.common.yaml_values import as_yaml
-from arpo_trl.publishing.trained_settings import CONFIG_NAME, EvaluationSettings
-from arpo_trl.visible import without_credentials
+from arpo_trl.publishing.trained_settings import CONFIG_NAME, SAME_NAME, EvaluationSettings
+from arpo_trl.visible import get_logger, with_texts, without_credentials
+
+logger = get_logger(__name__)
 
 EVALUATION_NAME = "evaluation.md"
 CURVES_FOLDER = "curves"
@@ -79,7 +82,7 @@ PANELS = {
 """Picture → its title, and its logged metrics with their labels."""
 
 _SECRET_NAME = re.compile(r"(^|_)(token|key|secret|password)$", re.IGNORECASE)
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +120,9 @@ class Card:
         if adapter.is_file():
             described = read_json(adapter)
             expect(described, {"base_model_name_or_path?": str | None}, str(adapter))
-            base = described.get("base_model_name_or_path") or base
+            named = described.get("base_model_name_or_path")
+            if named and base != f"./{named}":  # a path by `as_path`, which peft's file does not show
+                base = named
         history = []
         if state.is_file():
             said = read_json(state)
@@ -210,8 +215,11 @@ def describe(*groups: Any) -> dict[str, Any]:
     """The settings in these dataclasses that differ from their defaults, as YAML values without secrets.
 
     Values whose names end in token, key, secret or password are omitted, and so are the arguments of MCP servers. User
-    name, password and query are removed from URLs.
+    name, password and query are removed from URLs. A text for the model that would lose something is omitted, with a
+    warning.
     """
+    from arpo_trl.common.devices import has_accelerator  # slow to import
+
     described: dict[str, Any] = {}
     for group in groups:
         for item in dataclasses.fields(group):
@@ -219,9 +227,24 @@ def describe(*groups: Any) -> dict[str, Any]:
                 continue
             value = getattr(group, item.name)
             default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
-            if value != default and item.name not in _DERIVED and not _SECRET_NAME.search(item.name):
-                described[item.name] = _plain(value)
+            if value == default or item.name in _DERIVED or _SECRET_NAME.search(item.name):
+                continue
+            if item.name == "use_cpu" and not has_accelerator():  # every run on this machine gets this value
+                continue
+            plain = _plain(value)
+            if item.name in SAME_NAME and plain != with_texts(str, value):  # evaluation would use an altered text
+                _say_omitted(item.name)
+                continue
+            described[item.name] = plain
     return described
+
+
+@functools.cache  # once, not at each save
+def _say_omitted(name: str) -> None:
+    logger.warning(
+        f"{name} contains a possible secret, such as an address with a query, so {CONFIG_NAME} does not contain "
+        f"{name}. Set it yourself when you evaluate the model or repeat the run."
+    )
 
 
 _DERIVED = {
@@ -249,7 +272,23 @@ def _plain(value: Any) -> Any:
 
 def is_hub_id(name: str) -> bool:
     """Whether `name` has the form of a repository id, and no such path exists on this machine."""
-    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+    return _has_form_of_id(name) and not Path(name).exists()
+
+
+def as_path(name: Any) -> Any:
+    """`name`, or a list of names, with ./ before each path on this machine that has the form of a repository id.
+
+    So it is no repository id on another machine or in another folder either.
+    """
+    if isinstance(name, (list, tuple)):
+        return [as_path(each) for each in name]
+    return f"./{name}" if isinstance(name, str) and _has_form_of_id(name) and Path(name).exists() else name
+
+
+def _has_form_of_id(name: str) -> bool:
+    from arpo_trl.data.loading import SUFFIXES  # slow to import
+
+    return _HUB_ID.fullmatch(name) is not None and not name.endswith(SUFFIXES)
 
 
 def draw_curves(history: Sequence[Mapping[str, Any]], folder: Path) -> list[str]:
