@@ -2,13 +2,16 @@
 
 import json
 import logging
+import os
 import re
 import shutil
+import subprocess
 import sys
 import threading
 import time
 import traceback
 from pathlib import Path
+from urllib.parse import quote
 
 import huggingface_hub
 import pytest
@@ -21,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from arpo_trl import ARPOConfig, ARPOTrainer, cli
 from arpo_trl.errors import ConfigError, HubError
 from arpo_trl.publishing import push as hub_module
-from arpo_trl.publishing.push import BackgroundPush, Snapshot, prepare_repo, push_snapshot, refuse_secrets
+from arpo_trl.publishing.push import BackgroundPush, Snapshot, prepare_repo, push_run, push_snapshot, refuse_secrets
 from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from arpo_trl.runs.checkpoints import SavedState
@@ -112,10 +115,7 @@ def test_a_run_ends_with_one_commit_of_model_card_and_curves(hub, model_path, tm
     card = commit.files["README.md"].decode()
     assert set(re.findall(r"\]\((curves/\w+\.png)\)", card)) == {name for name in commit.files if "curves" in name}
     assert commit.files["curves/reward.png"].startswith(b"\x89PNG")
-    received = tmp_path / "received"
-    for name, content in commit.files.items():
-        (received / name).parent.mkdir(parents=True, exist_ok=True)
-        (received / name).write_bytes(content)
+    received = written(tmp_path / "received", commit.files)
     loaded = AutoModelForCausalLM.from_pretrained(received)
     for name, value in made.model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
@@ -154,10 +154,7 @@ def test_trajectories_go_up_as_a_dataset_that_loads(hub, model_path, tmp_path):
     (_, commit) = hub.commits
     assert (commit.kind, commit.repo) == ("datasets", "me/trees")
     assert set(commit.files) == {"README.md", "data/train.parquet"}
-    received = tmp_path / "received"
-    (received / "data").mkdir(parents=True)
-    for name, content in commit.files.items():
-        (received / name).write_bytes(content)
+    received = written(tmp_path / "received", commit.files)
     rows = load_dataset(str(received), split="train", cache_dir=str(tmp_path / "cache"))
     assert len(rows) == 8  # 2 steps × 1 prompt × 4 leaves
     assert [row["step"] for row in rows] == [0] * 4 + [1] * 4
@@ -200,6 +197,31 @@ def test_saves_go_up_as_hub_strategy_says(hub, model_path, tmp_path, strategy, p
     assert "model.safetensors" not in hub.commits[-1].files  # step 2 has sent it: unchanged files stay away
     saved = (tmp_path / "run/model.safetensors").read_bytes()
     assert held["model.safetensors"] == saved
+    for place in places[-1:]:
+        received = written(tmp_path / "received", {name: held[name] for name in held if name.startswith(place)})
+        resumed = trainer(model_path, tmp_path / "new", push_to_hub=False, hub_model_id=None, max_steps=3)
+        resumed.train(resume_from_checkpoint=str(received / place))
+        assert [row["step"] for row in resumed.state.log_history if "reward" in row] == [1, 2, 3]
+
+
+def written(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def test_a_snapshot_has_the_state_of_training_only_in_a_checkpoint(tmp_path):
+    model = {"model.safetensors", "pytorch_model.bin", "config.json", "modeling_mine.py", "trainer_state.json"}
+    state = {
+        *("optimizer.bin", "optimizer_1.bin", "pytorch_model_fsdp.bin", "pytorch_model_fsdp_1.bin"),  # of FSDP
+        *("zero_to_fp32.py", "arpo_state.json"),
+    }
+    checkpoint = tmp_path / "checkpoint-1"
+    written(checkpoint, dict.fromkeys({*model, *state, "training_args.bin"}, b"x"))
+    with Snapshot(run=tmp_path, model=checkpoint, checkpoint=(checkpoint, "last-checkpoint")) as folder:
+        assert {path.name for path in folder.iterdir()} == {*model, "last-checkpoint"}
+        assert {path.name for path in (folder / "last-checkpoint").iterdir()} == {*model, *state}
 
 
 @pytest.mark.slow
@@ -274,6 +296,42 @@ def test_a_failed_push_while_training_is_a_warning_and_the_end_makes_up_for_it(h
     hub.fault = lambda asked: None
     made.push_to_hub()
     assert [commit.message for commit in hub.commits] == ["End of training"]
+
+
+def test_a_failed_push_in_the_background_names_the_command_that_works_later(
+    hub, model_path, tmp_path, caplog, monkeypatch
+):
+    waiting = []
+    monkeypatch.setattr(BackgroundPush, "wait_at_exit", lambda push: waiting.append(push))
+    made = trainer(model_path, tmp_path / "run", hub_strategy="end")
+    hub.fault = lambda asked: Reply({"error": "Internal Error"}, 500) if "/commit/" in asked.path else None
+    assert made.push_to_hub(blocking=False) is None
+    made._push.wait()
+    assert waiting == [made._push]
+    (message,) = [record.getMessage() for record in caplog.records if "Pushing to" in record.getMessage()]
+    assert message.endswith(f"push it later with: arpo-trl push {tmp_path / 'run'} --repo me/policy")
+
+
+@pytest.mark.slow
+def test_the_end_of_a_program_waits_for_a_push_in_the_background(hub, model_path, tmp_path):
+    hub.repos["models", "me/policy"] = {}
+    folder = whole_run(tmp_path / "run", model_path)
+    shutil.copyfile(folder / "tokenizer.json", folder / "more.bin")  # two files go up in a pool of threads
+    program = """
+import sys
+from pathlib import Path
+from arpo_trl.publishing.push import BackgroundPush, Snapshot, push_snapshot
+push, run = BackgroundPush(), Path(sys.argv[1])
+push.start(lambda: push_snapshot("me/policy", Snapshot(run=run, model=run), message="late"))
+push.wait_at_exit()
+"""
+    client = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path)}
+    ended = subprocess.run(
+        [sys.executable, "-c", program, str(folder)],
+        **{"env": os.environ | client, "capture_output": True, "text": True, "timeout": 120},
+    )
+    assert ended.returncode == 0 and [commit.message for commit in hub.commits] == ["late"], ended.stderr
+    assert not list(folder.glob(".push-*"))
 
 
 def test_a_tracker_that_fails_before_a_push_does_not_stop_it(hub, model_path, tmp_path, caplog):
@@ -497,6 +555,19 @@ def test_a_file_that_holds_a_secret_of_the_environment_stops_the_push(hub, model
     assert hub.server.asked == []
 
 
+def test_a_secret_is_found_as_json_and_urls_write_it(tmp_path, monkeypatch):
+    secret = 'p"ss\\w/ord+0123'
+    monkeypatch.setenv("SHOP_PASSWORD", secret)
+    for text in (secret, json.dumps({"key": secret}), f"https://host/?p={quote(secret, safe='')}"):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(HubError, match=r"a\.json contains the secret in SHOP_PASSWORD"):
+            refuse_secrets([tmp_path / "a.json"])
+    monkeypatch.setenv("SHOP_PASSWORD", "caf\udce9-geheim")  # a byte that is not UTF-8
+    (tmp_path / "a.json").write_bytes(b"caf\xe9-geheim")
+    with pytest.raises(HubError, match=r"a\.json contains the secret in SHOP_PASSWORD"):
+        refuse_secrets([tmp_path / "a.json"])
+
+
 def test_trajectories_that_hold_a_secret_stay_here(hub, tmp_path, monkeypatch, model_path):
     made = trainer(model_path, tmp_path / "run", hub_strategy="end", hub_trajectories_id="trees", max_steps=1)
     made.train()
@@ -557,6 +628,11 @@ def test_a_push_that_cannot_work_is_one_line(hub, model_path, tmp_path, capsys, 
     assert (status, out) == (2, "")
     assert message.format(folder=tmp_path) in err and err.count("\n") == 1
     assert hub.commits == []
+
+
+def test_an_evaluation_without_a_model_repository_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"--evaluation is given without --repo.* Pass --repo, or omit --evaluation"):
+        push_run(tmp_path, None, "me/trees", evaluation="| a |")
 
 
 @pytest.mark.slow

@@ -114,19 +114,24 @@ def without_secrets(text: str) -> str:
 def with_marks(text: str, marks: Mapping[str, str]) -> str:
     """Return `text` with each of the secrets replaced by its mark.
 
-    A secret is found as it is, and as URLs, JSON and Python write it. Short values are left, and those that ordinary
-    text may contain: words such as Europe/Paris, a number, and the path of a file.
+    A secret is found in each of `forms_of`. Short values are left, and those that ordinary text may contain: words
+    such as Europe/Paris, a number, and the path of a file.
 
     Args:
         marks: Secret → its mark.
     """
     secrets = [secret for secret in marks if len(secret) >= SHORTEST_SECRET and not _is_ordinary(secret)]
     for secret in sorted(secrets, key=len, reverse=True):  # one may contain another
-        quoted = (of(secret, safe="", errors="surrogateescape") for of in (quote, quote_plus))
-        written = (json.dumps(secret, ensure_ascii=is_ascii)[1:-1] for is_ascii in (False, True))
-        for form in {secret, *written, repr(secret)[1:-1], *quoted}:
+        for form in forms_of(secret):
             text = text.replace(form, marks[secret])
     return text
+
+
+def forms_of(secret: str) -> set[str]:
+    """Return the secret as it is, and as URLs, JSON and Python write it."""
+    quoted = (of(secret, safe="", errors="surrogateescape") for of in (quote, quote_plus))
+    written = (json.dumps(secret, ensure_ascii=is_ascii)[1:-1] for is_ascii in (False, True))
+    return {secret, *written, repr(secret)[1:-1], *quoted}
 
 
 def _is_ordinary(secret: str) -> bool:

@@ -97,7 +97,9 @@ class Publishing(GRPOTrainer):
     ) -> Any:
         """Saves the model and its card, then pushes them and, with `hub_trajectories_id`, the trajectories.
 
-        Call it on all ranks; the main process pushes. `card` is passed to `create_model_card`.
+        Call it on all ranks; the main process pushes. `card` is passed to `create_model_card`. With `blocking` it
+        returns the commit. Otherwise it returns None, the push runs in the background, the end of the program waits
+        for it, and a failure is a warning.
 
         Raises:
             HubError: The push failed. Everything is saved, and the message contains the command to push later.
@@ -123,7 +125,11 @@ class Publishing(GRPOTrainer):
                 push_trajectories(self.args.hub_trajectories_id, run, token=token)
             return commit
 
-        return push() if blocking else self._push.start(push)
+        if blocking:
+            return push()
+        self._push.start(push)
+        self._push.wait_at_exit()
+        return None
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         strategy = HubStrategy(self.args.hub_strategy)
@@ -143,7 +149,10 @@ class Publishing(GRPOTrainer):
             logger.warning(f"{error} Training continues.")
             return
         message = f"Step {self.state.global_step}"
-        self._push.start(lambda: push_snapshot(repo_id, snapshot, message=message, revision=self.args.hub_revision))
+        self._push.start(
+            lambda: push_snapshot(repo_id, snapshot, message=message, revision=self.args.hub_revision),
+            after_failure="Training continues, and the next save retries the push.",
+        )
 
     def _say_push_begins(self) -> None:
         try:

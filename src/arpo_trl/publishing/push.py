@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import shlex
 import shutil
 import tempfile
@@ -33,7 +34,7 @@ from arpo_trl.logs.trajectories import FOLDER, log_files
 from arpo_trl.net.http_client import without
 from arpo_trl.publishing.model_card import ADAPTER_CONFIG_NAME, CURVES_FOLDER, EVALUATION_NAME, Card
 from arpo_trl.publishing.trajectory_dataset import dataset_card, export_rows
-from arpo_trl.visible import SHORTEST_SECRET, get_logger, secrets_of_environment, without_secrets
+from arpo_trl.visible import SHORTEST_SECRET, forms_of, get_logger, secrets_of_environment, without_secrets
 
 logger = get_logger(__name__)
 
@@ -46,7 +47,11 @@ ATTEMPTS = 3
 _WAIT_S = 2.0
 _KEPT_SUFFIXES = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".tiktoken", ".md", ".yaml", ".py"}
 _KEPT_FOLDERS = (CURVES_FOLDER, "additional_chat_templates", "runs")  # the last is TensorBoard's
-_DROPPED = {"training_args.bin"}  # a pickle; training_config.yaml has the same settings as text
+_PICKLE = "training_args.bin"  # training_config.yaml has the same settings as text
+_STATE_OF_TRAINING = re.compile(
+    rf"{re.escape(_PICKLE)}|arpo_state\.json|zero_to_fp32\.py|(optimizer|pytorch_model_fsdp).*\.bin"
+)
+"""The files of a checkpoint that have a kept suffix and are not part of the model. FSDP saves the last two kinds."""
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
 
 
@@ -204,14 +209,14 @@ def _top_files(folder: Path) -> list[Path]:
         for path in sorted(folder.iterdir())
         if path.is_file()
         and path.suffix in _KEPT_SUFFIXES
-        and path.name not in _DROPPED
+        and not _STATE_OF_TRAINING.fullmatch(path.name)
         and not path.name.startswith(("_", "."))
     ]
 
 
 def _take_tree(source: Path, target: Path) -> None:
     for path in sorted(source.rglob("*")):
-        if path.is_file() and path.name not in _DROPPED:
+        if path.is_file() and path.name != _PICKLE:
             _take(path, target / path.relative_to(source))
 
 
@@ -227,16 +232,20 @@ def _take(source: Path, target: Path) -> None:
 
 
 def refuse_secrets(paths: Iterable[Path]) -> None:
-    """Checks that none of these files contains the Hub's token or a secret of the environment. Skips weights.
+    """Checks that none of these files contains the Hub's token or a secret of the environment, in any of its forms
+    (`forms_of`). Skips weights.
 
     Raises:
         HubError: A file contains one. Names the file and the source of the secret.
     """
-    secrets = {name: value.encode() for name, value in _secrets().items()}
+    secrets = {
+        name: [form.encode("utf-8", "surrogateescape") for form in forms_of(value)]
+        for name, value in _secrets().items()
+    }
     for path in paths:
         content = b"" if path.suffix in _WEIGHTS or not path.is_file() else path.read_bytes()
-        for name, value in secrets.items():
-            if value in content:
+        for name, forms in secrets.items():
+            if any(form in content for form in forms):
                 raise HubError(
                     f"{path.name} contains the secret in {name}, so nothing was pushed. Remove it from the file, and "
                     "find out how it got there."
@@ -318,11 +327,16 @@ def push_run(
 
     Raises:
         DataError: There is nothing to push, or there is no card for `evaluation`.
-        ConfigError: Neither repository is given, or one is not writable.
+        ConfigError: Neither repository is given, one is not writable, or `evaluation` is given without `repo`.
         HubError: A push failed.
     """
     if repo is None and trajectories is None:
         raise ConfigError("No repository is given. Pass --repo, --trajectories or both.")
+    if evaluation is not None and repo is None:
+        raise ConfigError(
+            "--evaluation is given without --repo, but its table belongs to the card of a model repository. Pass "
+            "--repo, or omit --evaluation."
+        )
     if repo is not None and not any((run / name).is_file() for name in ("config.json", ADAPTER_CONFIG_NAME)):
         raise DataError(f"{run} contains no model and no adapter. Pass the output_dir of a run that has been saved.")
     if trajectories is not None and not log_files(run):
@@ -359,12 +373,14 @@ class BackgroundPush:
     def is_running(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def start(self, push: Callable[[], Any]) -> None:
+    def start(self, push: Callable[[], Any], *, after_failure: str = "") -> None:
+        """Waits for the current push, then starts this one. `after_failure` ends the warning about its failure."""
+
         def run() -> None:
             try:
                 push()
             except Exception as error:  # a failed push must not end training
-                logger.warning(f"{error} Training continues, and the next save retries the push.")
+                logger.warning(f"{error} {after_failure}".rstrip())
 
         self.wait()
         self._thread = threading.Thread(target=run, name="arpo-push", daemon=True)
@@ -375,3 +391,8 @@ class BackgroundPush:
         while self._thread is not None and self.is_running and not stops():
             self._thread.join(_JOIN_S)
         return not self.is_running
+
+    def wait_at_exit(self) -> None:
+        """Makes the end of the program wait for the current push."""
+        # `atexit` is too late: its functions run when thread pools accept no more work, and the client uploads in one.
+        threading._register_atexit(self.wait)  # type: ignore[attr-defined]

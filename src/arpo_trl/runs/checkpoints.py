@@ -43,6 +43,8 @@ VERSIONS = ("arpo-trl", "trl", "transformers", "torch")
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _HASHED_ROWS = 1000
+_MAY_BE_MISSING = "training_args.bin"
+"""A pickle that resuming does not read. Pushes to the Hub omit it."""
 
 _DECIDING_TRAINING_ARGUMENTS = frozenset(
     """learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1
@@ -185,8 +187,10 @@ class SavedState:
         )
 
     def check_files(self) -> None:
-        """Raises CheckpointError if a file is missing, or its size differs from the recorded size."""
+        """Raises CheckpointError if a file is missing that resuming reads, or its size is not the recorded one."""
         for name, size in self.files.items():
+            if Path(name).name == _MAY_BE_MISSING:
+                continue
             try:
                 found = (self.folder / name).stat().st_size
             except OSError as error:
