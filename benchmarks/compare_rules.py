@@ -48,6 +48,10 @@ COLUMNS = {
 }
 
 
+def start(folder: Path, seed: int) -> None:
+    cold_start(folder, seed, SEARCH)
+
+
 def train(folder: Path, seed: int, variant: str, steps: int) -> dict[str, Any]:
     output = folder / slug(variant)
     seconds = launch(
@@ -112,7 +116,7 @@ def main() -> int:
 
     if not arguments.table:
         seeds = {seed: output / f"seed{seed}" for seed in arguments.seeds}
-        cold = {f"cold {seed}": partial(cold_start, folder, seed, SEARCH) for seed, folder in seeds.items()}
+        cold = {f"cold {seed}": partial(start, folder, seed) for seed, folder in seeds.items()}
         run_all(cold, arguments.jobs, output / "logs", errors)
         finished = {(row["variant"], row["seed"]) for row in done()}
         jobs = {
