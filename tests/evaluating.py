@@ -43,8 +43,16 @@ def asked_number(context: str) -> str:
 class Evaluating:
     """An evaluator on a scripted engine. Called with questions, it returns their records in order."""
 
-    def __init__(self, script: Callable[..., Any], *, samples: int = 1, concurrency: int = 4, judge: Any = None):
-        self.scripted = Scripted(script, leaves=1, at_root=1)
+    def __init__(
+        self,
+        script: Callable[..., Any],
+        *,
+        samples: int = 1,
+        concurrency: int = 4,
+        judge: Any = None,
+        **settings: Any,
+    ):
+        self.scripted = Scripted(script, leaves=1, at_root=1, **settings)
         self.evaluator = Evaluator(
             self.scripted.sampler, samples=samples, seed=0, concurrency=concurrency, judge=judge
         )

@@ -11,6 +11,7 @@ from arpo_trl.evaluation.runner import SCORING_THREADS, RunFolder, run_benchmark
 from arpo_trl.evaluation.samples import Records, SampleLog, key_of, repair
 from arpo_trl.rewards.judge import LLMJudge
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
+from arpo_trl.rollout.protocols import ChatTemplateProtocol
 from evaluating import Evaluating, asked_number, boxed, questions, record, write_lines
 from loopback import Loopback, Reply
 
@@ -73,6 +74,17 @@ def test_samples_of_a_question_are_seeded_apart_and_whatever_else_runs():
     elsewhere = Evaluating(sums, samples=3)
     elsewhere(questions("0", "1", name="others"))
     assert not {request.seed for request in elsewhere.scripted.engine.requests} & set(seeds.values())
+
+
+def test_a_tag_in_the_code_of_a_chat_templates_call_is_no_fault():
+    call = {"name": "python", "arguments": {"code": "print('<answer>')"}}
+
+    def script(request, context):
+        return boxed(0) if request.key[-1] else f"<tool_call>\n{json.dumps(call)}\n</tool_call>"
+
+    settings = {"protocol": ChatTemplateProtocol, "template": "qwen3", "max_length": 4000}
+    (one,) = Evaluating(script, **settings)(questions("0"))
+    assert (one["error"], one["fault"], one["scores"]["math"]) == (None, None, 1.0)
 
 
 def test_an_answer_in_a_bad_format_counts_by_the_papers_rule_and_its_fault_is_reported():

@@ -390,7 +390,7 @@ def test_a_reward_with_an_unknown_argument_gets_an_error_with_the_available_colu
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("name", ["turns", "tool_calls", "stop_reason"])
+@pytest.mark.parametrize("name", ["turns", "turns_without_calls", "tool_calls", "stop_reason"])
 def test_a_column_that_rollouts_fill_is_refused_by_its_name(models, tmp_path, name, streamed):
     rows = TEXT.add_column(name, TEXTS)
     case = Case(given=_with(train_dataset=rows.to_iterable_dataset() if streamed else rows))

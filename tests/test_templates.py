@@ -5,6 +5,7 @@ tests/cases/templates.jsonl contains the expected reading of each template, or t
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from arpo_trl.errors import ConfigError
 from arpo_trl.rollout.protocols import BadCall, ChatTemplateProtocol, TagProtocol
 from arpo_trl.tools.calls import ToolCall
 from arpo_trl.tools.spec import tool_spec
-from support import cases, search, tokenizer
+from support import cases, python, search, tokenizer
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 ROWS = cases("templates")
@@ -54,6 +55,22 @@ def exchange(call_name: str, arguments: dict[str, Any], form: Any, result: str) 
     ]
 
 
+def turn_with_call(protocol: ChatTemplateProtocol, row: dict[str, Any], name: str, arguments: dict[str, Any]) -> str:
+    """A turn as the template writes it. Also checks what follows it."""
+    made = protocol.tokenizer
+    form = json.dumps if row["template"] == "deepseekv3" else dict
+    messages = exchange(name, arguments, form, "facts")
+    whole = made.apply_chat_template(messages, tools=protocol._schemas, tokenize=False, add_generation_prompt=True)
+    observation = made.decode(
+        protocol.encode_observation([(name, "facts")], made.convert_tokens_to_ids(row["call_end"]))
+    )
+    assert whole.endswith(row["call_end"] + observation)  # all that follows, each exactly once
+    prompt = made.decode(protocol.encode_prompt(messages[:1]))
+    shared = next(i for i in range(len(whole)) if whole[: i + 1] != prompt[: i + 1])
+    turn = whole[whole.rfind("<", 0, shared + 1) if whole[shared - 1] == "<" else shared :]
+    return turn.removesuffix(row["call_end"] + observation)
+
+
 def test_every_template_that_trl_ships_has_a_row() -> None:
     shipped = {path.stem for path in TEMPLATES.glob("*.jinja")}
     assert set(BY_NAME) == {name for name in shipped if not name.endswith("_training")}
@@ -68,18 +85,28 @@ def test_a_turn_is_read_and_continued_as_the_template_has_it(row: dict[str, Any]
     assert ends[0] == row["call_end"]
     assert set(ends) == {eos, row["call_end"], row["answer_end"]}
 
-    form = json.dumps if row["template"] == "deepseekv3" else dict
-    messages = exchange("search", {"query": "iron ore"}, form, "facts")
-    whole = made.apply_chat_template(messages, tools=protocol._schemas, tokenize=False, add_generation_prompt=True)
+    turn = turn_with_call(protocol, row, "search", {"query": "iron ore"})
     end = made.convert_tokens_to_ids(row["call_end"])
-    observation = made.decode(protocol.encode_observation([("search", "facts")], end))
-    assert whole.endswith(row["call_end"] + observation)  # all that follows, each exactly once
-    prompt = made.decode(protocol.encode_prompt(messages[:1]))
-    shared = next(i for i in range(len(whole)) if whole[: i + 1] != prompt[: i + 1])
-    turn = whole[whole.rfind("<", 0, shared + 1) if whole[shared - 1] == "<" else shared :]
-    turn = turn.removesuffix(row["call_end"] + observation)
     assert protocol.parse_turn(turn, end) == (ToolCall(name="search", arguments={"query": "iron ore"}),)
     assert protocol.parse_turn("It rains.", made.convert_tokens_to_ids(row["answer_end"])) == ()
+
+
+@pytest.mark.parametrize(("row", "eos"), each([row | {"eos": row["eos"][:1]} for row in ROWS if "parser" in row]))
+def test_tags_in_the_code_of_a_call_are_no_tags_of_the_turn(row: dict[str, Any], eos: str) -> None:
+    protocol = ChatTemplateProtocol(family_tokenizer(row, eos), {"python": tool_spec(python)})
+    end = protocol.tokenizer.convert_tokens_to_ids(row["call_end"])
+    code = 'a = "<answer><search> </result>" + "b"'
+    turn = turn_with_call(protocol, row, "python", {"code": code})
+    assert protocol.parse_turn(turn, end) == (ToolCall(name="python", arguments={"code": code}),)
+    cut = turn[: turn.index("</result>")]  # the call is not closed
+    if not row.get("vllm"):  # whose parsers read such a turn as text, so that it is the last one
+        (call,) = protocol.parse_turn(cut, end)
+        assert isinstance(call, BadCall)
+    for written in [turn, cut][: 1 if row.get("vllm") else 2]:
+        said = protocol.without_calls(f"Run <b>it</b>: {written}", end)
+        assert said.startswith("Run <b>it</b>: ")
+        assert not re.search("<answer>|<search>|</result>", said)
+    assert protocol.without_calls("<think>so</think> <answer>", end) == "<think>so</think> <answer>"
 
 
 @pytest.mark.parametrize(("row", "eos"), each([row for row in ROWS if "refused" in row]))

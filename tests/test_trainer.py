@@ -312,11 +312,21 @@ def test_a_chat_templates_own_calls_train_and_reach_the_rewards_as_data(tmp_path
     def script(request, context):
         if request.key[-1]:
             return ScriptedTurn(text=f"<answer>\\boxed{{{len(request.key)}}}</answer>", entropies=[1.0])
-        calls = '{"name": "search", "arguments": {"query": "iron"}}', '{"name": "python", "arguments": {"code": "1"}}'
+        calls = (
+            '{"name": "search", "arguments": {"query": "iron"}}',
+            '{"name": "python", "arguments": {"code": "\'<answer>\'"}}',
+        )
         return ScriptedTurn(text="\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls), entropies=[0.1])
 
-    def reward(completions, tool_calls, turns, **columns):
-        seen.update(completions=completions, tool_calls=tool_calls)
+    def reward(completions, tool_calls, turns, turns_without_calls, **columns):
+        seen.update(completions=completions, tool_calls=tool_calls, turns_without_calls=turns_without_calls)
+        seen["rewards"] = HierarchicalReward()(
+            completions=completions,
+            tool_calls=tool_calls,
+            turns=turns,
+            turns_without_calls=turns_without_calls,
+            **columns,
+        )
         return [float(len(turn[-1])) for turn in turns]
 
     made = trainer(
@@ -331,7 +341,9 @@ def test_a_chat_templates_own_calls_train_and_reach_the_rewards_as_data(tmp_path
     made.train()
     assert [message["role"] for message in seen["completions"][0]] == ["assistant", "tool", "tool", "assistant"]
     assert [message.get("name") for message in seen["completions"][0]] == [None, "search", "python", None]
-    assert [call["text"] for call in seen["tool_calls"][0]] == ["facts about iron", "ran 1"]
+    assert [call["text"] for call in seen["tool_calls"][0]] == ["facts about iron", "ran '<answer>'"]
+    assert seen["turns_without_calls"][0][0].split() == ["<tool_call>", "</tool_call>"] * 2
+    assert -1.0 not in seen["rewards"]  # the tag in the code is no answer
     log = made.state.log_history[0]
     assert log["arpo/tree/branches"] > 0
     assert log["arpo/entropy/after_several"] == 1.0

@@ -45,7 +45,7 @@ _LFS_POINTER = b"version https://git-lfs."
 
 CONVERTED = ("prompt", "answer", "task", "id", "level")
 """The columns of a loaded dataset."""
-ROLLOUT_COLUMNS = ("turns", "tool_calls", "stop_reason")
+ROLLOUT_COLUMNS = ("turns", "turns_without_calls", "tool_calls", "stop_reason")
 """Columns that `ARPOTrainer` passes to reward functions in addition to the dataset's, with one value per
 completion."""
 TRL_COLUMNS = (

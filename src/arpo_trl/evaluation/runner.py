@@ -177,9 +177,9 @@ class Evaluator:
         tree = finished.tree
         assert tree is not None
         (leaf,) = tree.leaves()
-        turns = self.sampler.protocol.whole_turns(tree.root.ids, leaf)
+        turns = self.sampler.protocol.whole_turns(tree.root.ids, leaf, calls=False)  # as in the reward
         prediction = predicted(turns)
-        code_tools = {call.name for call in leaf.calls if CODE_PARAMETER in call.arguments}  # as in the reward
+        code_tools = {call.name for call in leaf.calls if CODE_PARAMETER in call.arguments}
         nodes = [(node.kind, len(node.ids)) for node in leaf.nodes]
         return {
             "task": row["task"],

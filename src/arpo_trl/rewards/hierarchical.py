@@ -90,7 +90,8 @@ def format_fault(
     Tags inside code, and tool tags in prose, count as text, as in `TagProtocol`.
 
     Args:
-        turns: The model's own text, turn by turn, without tool results and without the final EOS.
+        turns: The model's own text, turn by turn, without tool results and without the final EOS. Code in calls of a
+            chat template does not have the tags of `code_tools`, so pass turns without the text of such calls.
         stop_reason: A `StopReason`.
         tool_names: The tools whose tags are checked, in addition to `think` and `answer`.
         code_tools: The tools that take code.
@@ -177,9 +178,10 @@ class _Path:
 class HierarchicalReward:
     """A TRL reward function: the paper's Eq 8, one value in [−1, 1 + bonus] per completion.
 
-    It reads the columns that `ARPOTrainer` adds (`turns`, `tool_calls`, `stop_reason`) and the dataset's `answer` and
-    `task`. It logs the share of each `FormatFault` under `arpo/format/`, the fault of each completion as the column
-    `format`, and the mean accuracy as `arpo/accuracy`. In this mean a bad format counts as wrong.
+    It reads the columns that `ARPOTrainer` adds (`turns_without_calls`, `tool_calls`, `stop_reason`) and the dataset's
+    `answer` and `task`. Without the trainer, `turns` replaces `turns_without_calls`. It logs the share of each
+    `FormatFault` under `arpo/format/`, the fault of each completion as the column `format`, and the mean accuracy as
+    `arpo/accuracy`. In this mean a bad format counts as wrong.
 
     Args:
         accuracy: "task" compares by the row's task, with mathematical equality or token F1. "paper_f1" uses the
@@ -311,6 +313,7 @@ class HierarchicalReward:
         turns: Sequence[Sequence[str]] | None = None,
         tool_calls: Sequence[Sequence[Mapping[str, Any]]] | None = None,
         stop_reason: Sequence[str] | None = None,
+        turns_without_calls: Sequence[Sequence[str]] | None = None,
         prompts: Sequence[Any] | None = None,
         log_metric: Callable[[str, float], None] | None = None,
         log_extra: Callable[[str, list[Any]], None] | None = None,
@@ -319,12 +322,15 @@ class HierarchicalReward:
         """Return the reward of each completion.
 
         Args:
-            completions: Only their number is used. The text is read from `turns`.
+            completions: Only their number is used. The text is read from the turns.
             answer: The accepted answers of each row, a list or one string.
             task: "math" or "qa".
-            turns: The model's own text, turn by turn, without tool results and without the final EOS.
+            turns: The model's own text, turn by turn, without tool results and without the final EOS. It is only used
+                without `turns_without_calls`.
             tool_calls: The calls along the path in order, dicts with at least `name` and `ok`.
             stop_reason: Why the path ended, a `StopReason`.
+            turns_without_calls: `turns` without the text inside calls of a chat template, whose code may contain any
+                tags.
             prompts: The rows' prompts, messages or text. Only a judge needs them.
             log_metric: TRL's logger of scalars.
             log_extra: TRL's logger of columns.
@@ -335,7 +341,7 @@ class HierarchicalReward:
         given: dict[str, Sequence[Any] | None] = {
             "answer": answer,
             "task": task,
-            "turns": turns,
+            "turns": turns if turns_without_calls is None else turns_without_calls,
             "tool_calls": tool_calls,
             "stop_reason": stop_reason,
         }

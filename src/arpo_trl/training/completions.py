@@ -30,6 +30,9 @@ def rollout_output(
         "completion_ids": [leaf.ids for leaf in leaves],
         "logprobs": [leaf.logprobs for leaf in leaves] if logprobs else None,
         "turns": [protocol.whole_turns(before, leaf) for before, leaf in zip(prompt_ids, leaves, strict=True)],
+        "turns_without_calls": [
+            protocol.whole_turns(before, leaf, calls=False) for before, leaf in zip(prompt_ids, leaves, strict=True)
+        ],
         "tool_calls": [[call.as_row() for call in leaf.calls] for leaf in leaves],
         "stop_reason": [leaf.stop.value for leaf in leaves],
     }

@@ -103,8 +103,9 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
     """Agentic Reinforced Policy Optimization (arXiv 2507.19849) as a `GRPOTrainer`.
 
     Takes the arguments of `GRPOTrainer` except `rollout_func` (docs/from-grpo.md). Reward functions receive TRL's
-    arguments, the dataset's columns, and three columns with one value per completion: `turns` (the model's text turn
-    by turn, special tokens included), `tool_calls` (the calls along the path, as dicts) and `stop_reason`.
+    arguments, the dataset's columns, and four columns with one value per completion: `turns` (the model's text turn
+    by turn, special tokens included), `turns_without_calls` (the same without the text inside calls of a chat
+    template), `tool_calls` (the calls along the path, as dicts) and `stop_reason`.
 
     It changes the following parts of `GRPOTrainer`, and no others:
 

@@ -193,14 +193,27 @@ class ToolProtocol(ABC):
         end = len(ids) - (1 if ids and ids[-1] in self.eos_ids else 0)
         return decode_exactly(self.tokenizer, ids[:end])
 
-    def whole_turns(self, prompt_ids: Sequence[int], leaf: Leaf) -> list[str]:
+    def without_calls(self, text: str, end: int | None = None) -> str:
+        """Return the turn without the text inside calls that the chat template marks, which may contain any tags.
+
+        Calls that could not be read are calls too. Calls by tags stay: their tags are part of the format.
+
+        Args:
+            text: The turn, without its last id.
+            end: Its last id, as in `parse_turn`.
+        """
+        return text
+
+    def whole_turns(self, prompt_ids: Sequence[int], leaf: Leaf, *, calls: bool = True) -> list[str]:
         """Return the text of each turn of a path. A turn whose thought was opened before it, by the template's text
-        after a prompt or result, begins with that `<think>`."""
+        after a prompt or result, begins with that `<think>`. Without `calls`, the turns are those of
+        `without_calls`."""
         turns, before = [], prompt_ids
         for node in leaf.nodes:
             if node.kind is NodeKind.TURN:
                 opened = self.tokenizer.decode(before[-_OPENING_TOKENS:]).rstrip().endswith(_THOUGHT)
-                turns.append(_THOUGHT * opened + node.text)
+                text = node.text if calls else self.without_calls(node.text, node.ids[-1] if node.ids else None)
+                turns.append(_THOUGHT * opened + text)
             before = node.ids
         return turns
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from arpo_trl.common.tags import without
 from arpo_trl.common.user_files import is_deeper
 from arpo_trl.errors import ConfigError
 from arpo_trl.rollout.protocols import sample
@@ -123,6 +124,22 @@ class ChatTemplateProtocol(ToolProtocol):
                 ),
             )
         return tuple(map(self._checked, calls))
+
+    def without_calls(self, text: str, end: int | None = None) -> str:
+        if not self.parse_turn(text, end):
+            return text
+        written_end = self._written_end(end)
+        ended = text + written_end
+        try:
+            calls = self.tool_parser.texts(ended, self._opening)
+        except Exception:  # the parser is foreign code, and the model may write anything
+            return text
+        spans: list[tuple[int, int]] = []
+        start = len(ended)
+        for call in reversed(calls):  # from the end, since the text before the calls may quote one
+            if call and (start := ended.rfind(call, 0, start)) >= 0:
+                spans.insert(0, (start, start + len(call)))
+        return without(ended, spans).removesuffix(written_end)
 
     def encode_observation(self, results: Sequence[tuple[str, str]], end: int | None = None) -> list[int]:
         """Return all text that the template writes between the token that ended the turn and the next turn.

@@ -75,16 +75,21 @@ Parse = Callable[[str, str, Sequence[Mapping[str, Any]]], Mapping[str, Any]]
 and, if there are any, `tool_calls`. It is third-party code, and may raise any exception on text that it cannot
 read."""
 
+Texts = Callable[[str, str], Sequence[str]]
+"""(turn with calls and its last token, text that the template puts before a turn) → the text inside its calls, whether
+or not it can be read as arguments. It may raise any exception, as `Parse`."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolParser:
     """A parser and its name. `template` is its response template; None for vLLM's parsers.
 
-    ToolParser(name="hermes", parse=parse, template=qwen3_template)
+    ToolParser(name="hermes", parse=parse, texts=texts, template=qwen3_template)
     """
 
     name: str
     parse: Parse
+    texts: Texts
     template: dict[str, Any] | None = None
 
 
@@ -123,20 +128,19 @@ def _candidates(wanted: str, tokenizer: PreTrainedTokenizerBase, sample: Rendere
     has_vllm = importlib.util.find_spec("vllm") is not None
     if wanted != AUTO:
         if wanted in known:
-            parse = _by_template(tokenizer, known[wanted], sample)
-            yield ToolParser(name=wanted, parse=parse, template=known[wanted])
+            yield _by_template(wanted, tokenizer, known[wanted], sample)
             return
         names = _vllm_names() if has_vllm else []
         if wanted not in names:
             others = names or ["with vLLM installed, any of its parsers"]
             raise ConfigError(f"tool_parser is {wanted!r}; expected {AUTO}, {', '.join([*_names(), *others])}.")
-        yield ToolParser(name=wanted, parse=_by_vllm(wanted, tokenizer, sample))
+        yield _by_vllm(wanted, tokenizer, sample)
         return
     for name, template in known.items():
-        yield ToolParser(name=name, parse=_by_template(tokenizer, template, sample), template=template)
+        yield _by_template(name, tokenizer, template, sample)
     for name, mark in VLLM_FAMILIES.items():
         if has_vllm and mark in sample.turn:
-            yield ToolParser(name=name, parse=_by_vllm(name, tokenizer, sample))
+            yield _by_vllm(name, tokenizer, sample)
 
 
 def _names() -> list[str]:
@@ -153,18 +157,21 @@ def _why_not(parse: Parse, sample: Rendered) -> str | None:
     return None if found == [{"name": NAME, "arguments": arguments_of(0)}] else f"read {found}"
 
 
-def _by_template(tokenizer: PreTrainedTokenizerBase, template: dict[str, Any], sample: Rendered) -> Parse:
+def _by_template(
+    name: str, tokenizer: PreTrainedTokenizerBase, template: dict[str, Any], sample: Rendered
+) -> ToolParser:
     calls = template["fields"].get("tool_calls", {})
     finds_arguments = calls.get("content") == "xml-inline" and calls.get("transform") == _NAME_AND_ARGUMENTS
     settings = calls.get("content_args", {})
-    as_text = {key: value for key, value in calls.items() if key != "content_args"} | {"content": "text"}
+    marks = {key: value for key, value in calls.items() if key not in ("content_args", "transform_each")}
+    as_text = marks | {"content": "text", "transform": "{content}"}
     unread = {**template, "fields": {**template["fields"], "tool_calls": as_text}}
     end = tokenizer.decode(tokenizer.encode(sample.turn, add_special_tokens=False)[-1:])
 
     def texts(turn: str, opening: str) -> list[str]:
-        """Return the text of each call, between its name and its end. The turn may end before the call's end."""
-        read = tokenizer.parse_response(turn, unread, prefix=opening)["tool_calls"]
-        return [call["function"]["arguments"].removesuffix(end) for call in read]
+        """Return the text of each call. The turn may end before the call's end."""
+        read = tokenizer.parse_response(turn, unread, prefix=opening).get("tool_calls") or []
+        return [call.removesuffix(end) for call in ([read] if isinstance(read, str) else read)]
 
     @cache
     def form() -> _ArgumentForm:
@@ -177,7 +184,7 @@ def _by_template(tokenizer: PreTrainedTokenizerBase, template: dict[str, Any], s
                 form().check(call)
         return message
 
-    return parse
+    return ToolParser(name=name, parse=parse, texts=texts, template=template)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,8 +248,14 @@ def _vllm_names() -> list[str]:
     return [name for name in ToolParserManager.list_registered() if name not in RESPONSE_TEMPLATES]
 
 
-def _by_vllm(name: str, tokenizer: PreTrainedTokenizerBase, sample: Rendered) -> Parse:
+def _by_vllm(name: str, tokenizer: PreTrainedTokenizerBase, sample: Rendered) -> ToolParser:
     has_tags = _PARAMETER.search(sample.turn) is not None
+    mark = VLLM_FAMILIES.get(name) or sample.turn.partition(NAME)[0].strip()
+
+    def texts(turn: str, opening: str) -> list[str]:
+        """Return the text from the first call on, since vLLM's parsers do not tell where each call is."""
+        start = turn.find(mark)
+        return [] if start < 0 else [turn[start:]]
 
     def parse(text: str, opening: str, tools: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -259,4 +272,4 @@ def _by_vllm(name: str, tokenizer: PreTrainedTokenizerBase, sample: Rendered) ->
         made = [{"type": "function", "function": function} for function in functions]
         return {"role": "assistant", "content": found.content or "", "tool_calls": made}
 
-    return parse
+    return ToolParser(name=name, parse=parse, texts=texts)
