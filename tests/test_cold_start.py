@@ -147,6 +147,26 @@ def test_a_result_within_an_assistant_message_is_masked():
     assert row == encoded(messages=MESSAGES)
 
 
+def test_a_result_in_code_is_code():
+    mention = "I use <python> for it. "
+    turn = mention + TURNS[0]
+    code = "<python>print('<result>4</result>')</python>"
+    result = f"\n<result>\n<python>{RESULTS[0]}\n</result>\n"  # a page may have any tags
+    row = encoded(prompt="q", text=turn + result + code + "\n<result>\n4\n</result>\n" + TURNS[2])
+    assert runs(row)[1:] == [
+        (True, turn),
+        (False, result),
+        (True, code),
+        (False, "\n<result>\n4\n</result>\n"),
+        (True, TURNS[2] + "<|im_end|>"),
+    ]
+
+
+@pytest.mark.parametrize("empty", [None, []])
+def test_messages_may_have_an_empty_field_of_calls(empty):
+    assert encoded(messages=[{**message, "tool_calls": empty} for message in MESSAGES]) == encoded(messages=MESSAGES)
+
+
 def test_a_prompt_may_be_text():
     row = encoded(prompt="what is the answer", text=TURNS[2])
     assert runs(row) == [(False, "what is the answer"), (True, TURNS[2] + "<|im_end|>")]
@@ -166,6 +186,14 @@ def test_a_system_message_belongs_to_the_prompt():
         ({"messages": MESSAGES[1:]}, "the first message is an assistant message; expected a system or user message"),
         ({"messages": [*MESSAGES, *QUESTION]}, "a 'user' message follows the first assistant message"),
         ({"messages": [*QUESTION, {"role": "assistant", "content": None}]}, "message 1 is .*'content': None"),
+        (
+            {"messages": [*QUESTION, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
+            "message 1 has tool_calls, which would be dropped; .*<search>a query</search>",
+        ),
+        (
+            {"messages": [*QUESTION, {"role": "assistant", "content": TURNS[2], "reasoning_content": "look"}]},
+            "message 1 has reasoning_content, which would be dropped",
+        ),
         ({"messages": "hello"}, "`messages` is not a list of messages"),
         ({"messages": ["hello"]}, "`messages` is not a list of messages"),
         ({"prompt": "hello", "text": 5}, "expected `messages`, or `prompt` and `text`"),

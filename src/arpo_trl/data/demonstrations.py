@@ -21,7 +21,11 @@ from arpo_trl.errors import DataError
 from arpo_trl.rollout.protocols.tags import RESULT, TagProtocol
 
 IGNORED = -100
-_RESULT = re.compile(rf"\s*<{RESULT}>\n?(.*?)\n?</{RESULT}>\s*", re.DOTALL)
+_CODE_OR_RESULT = re.compile(
+    rf"<python>(?:(?!<python>).)*?</python>|\s*<{RESULT}>\n?(?P<result>.*?)\n?</{RESULT}>\s*", re.DOTALL
+)
+_DROPPED = ("tool_calls", "function_call", "reasoning_content", "thinking")
+"""Fields of messages with text of the model that the tag protocol does not write."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,10 +40,12 @@ def encode_trajectory(row: Mapping[str, Any], protocol: TagProtocol) -> dict[str
     """`input_ids` and `labels` (−100 on the prompt and on tool results) of one demonstration.
 
     A row has either `messages` (system and user, then assistant and tool), or `prompt` (messages or text) and `text`,
-    the whole trajectory with its `<result>…</result>`. A `<result>` inside an assistant message is also a tool result.
+    the whole trajectory with its `<result>…</result>`. A `<result>` inside an assistant message is also a tool result,
+    except in the code of `<python>`.
 
     Raises:
-        DataError: The row has neither format, or its trajectory does not end with a turn.
+        DataError: The row has neither format, a message has calls or thoughts outside its content, or the trajectory
+            does not end with a turn.
     """
     prompt, segments = _split(row)
     if not segments or not segments[-1].is_turn:
@@ -95,6 +101,11 @@ def _split(row: Mapping[str, Any]) -> tuple[str | list[Mapping[str, Any]], list[
                 "`messages` is not a list of messages; expected each with a role and a content, both text."
             )
         for position, message in enumerate(messages):
+            if dropped := next((name for name in _DROPPED if message.get(name)), None):
+                raise DataError(
+                    f"message {position} has {dropped}, which would be dropped; expected all text of the model in its "
+                    "content, calls by tags: <think>a thought</think><search>a query</search>. Convert the messages."
+                )
             if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
                 raise DataError(f"message {position} is {dict(message)}; expected role and content, both text.")
             check_role(message["role"], f"message {position}")
@@ -120,6 +131,13 @@ def _split(row: Mapping[str, Any]) -> tuple[str | list[Mapping[str, Any]], list[
 
 def _turns_and_results(text: str) -> Iterator[Segment]:
     """Splits the text at its tool results."""
-    for i, part in enumerate(_RESULT.split(text)):
-        if i % 2 or part.strip():
-            yield Segment(text=part, is_turn=i % 2 == 0)
+    start = 0
+    for part in _CODE_OR_RESULT.finditer(text):
+        if part["result"] is None:
+            continue
+        if (turn := text[start : part.start()]).strip():
+            yield Segment(text=turn, is_turn=True)
+        yield Segment(text=part["result"], is_turn=False)
+        start = part.end()
+    if (turn := text[start:]).strip():
+        yield Segment(text=turn, is_turn=True)
