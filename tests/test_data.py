@@ -621,6 +621,34 @@ def test_numbers_of_a_parquet_file_are_as_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "columns",
+    [
+        {"answer": pyarrow.array([0.1, 3.0], pyarrow.float32())},
+        {"answer": pyarrow.array([0.1, 3.0], pyarrow.float16())},
+        {"answer": pyarrow.array([[0.1], [3.0]], pyarrow.list_(pyarrow.float32()))},
+        {
+            "reward_model": pyarrow.array(
+                [{"ground_truth": {"target": [0.1]}}, {"ground_truth": {"target": [3.0]}}],
+                pyarrow.struct(
+                    {"ground_truth": pyarrow.struct({"target": pyarrow.list_(pyarrow.float32())}), "x": pyarrow.int8()}
+                ),
+            )
+        },
+    ],
+)
+def test_short_numbers_are_as_written_wherever_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: dict[str, Any]
+) -> None:
+    table = pyarrow.table({"question": ["p", "q"], "task": ["math", "math"]} | columns)
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    saved = datasets.Dataset(table)
+    saved.save_to_disk(str(tmp_path / "saved"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: saved)
+    for source in (str(tmp_path / "rows.parquet"), str(tmp_path / "saved"), "someone/rows"):
+        assert load_arpo_dataset(source)["answer"] == [["0.1"], ["3"]]
+
+
+@pytest.mark.parametrize(
     ("system", "setting"),
     [
         (["Think well."] * 3, "Think well."),

@@ -18,6 +18,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
+from arpo_trl.common.short_floats import as_written
 from arpo_trl.common.user_files import is_url, json_lines, not_utf_8, read_json, repeated, shown, user_path
 from arpo_trl.data.golds import NoResultError
 from arpo_trl.data.layouts import (
@@ -347,11 +348,11 @@ def _saved_rows(folder: Path, split: str) -> Iterable[Mapping[str, Any]]:
         raise DataError(
             f"{folder} is not a readable folder of save_to_disk ({type(error).__name__}: {error}). Save it again."
         ) from error
-    if isinstance(saved, datasets.Dataset):
-        return saved
-    if split not in saved:
-        raise DataError(f"The saved dataset {folder} has no split {split!r}; expected one of {list(saved)}.")
-    return saved[split]
+    if isinstance(saved, datasets.DatasetDict):
+        if split not in saved:
+            raise DataError(f"The saved dataset {folder} has no split {split!r}; expected one of {list(saved)}.")
+        saved = saved[split]
+    return as_written(saved, saved.features.arrow_schema)
 
 
 def numbered(source: str | Path, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
@@ -374,7 +375,8 @@ def read_file(path: str | Path, bad: list[str] | None = None) -> Places:
     match path.suffix:
         case ".parquet":
             try:
-                rows = numbered(path, _as_written(pyarrow.parquet.read_table(path)).to_pylist())
+                table = pyarrow.parquet.read_table(path)
+                rows = numbered(path, as_written(table.to_pylist(), table.schema))
             except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
                 raise DataError(f"{path} is not a readable parquet file: {error}") from error
         case ".jsonl":
@@ -426,15 +428,6 @@ def _refuse_pointer(path: Path) -> None:
         raise DataError(f"{path} cannot be read: {error}.") from error
     if start == _LFS_POINTER:
         raise DataError(f"{path} is a pointer of Git LFS, not the data. Fetch the data: git lfs pull.")
-
-
-def _as_written(table: pyarrow.Table) -> pyarrow.Table:
-    """The table with each float32 replaced by the shortest decimal that rounds to it: 0.1, not 0.10000000149011612."""
-    for place, field in enumerate(table.schema):
-        if pyarrow.types.is_float32(field.type):
-            numbers = table.column(place).cast(pyarrow.string()).cast(pyarrow.float64())
-            table = table.set_column(place, field.name, numbers)
-    return table
 
 
 def _rows_of_json(path: Path) -> Iterable[tuple[str, Any]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 
+from arpo_trl.common.short_floats import as_written
 from arpo_trl.errors import DataError
 
 
@@ -23,4 +24,4 @@ def load_from_hub(hub_id: str, split: str, config: str | None = None) -> Iterato
             f"{hub_id!r} is not a local file or folder, and loading its split {split!r} from the Hub failed: "
             f"{type(error).__name__}: {error}. Check the name and the connection, or pass a local path."
         ) from error
-    yield from dataset
+    yield from as_written(dataset, dataset.features.arrow_schema)
