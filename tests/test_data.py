@@ -732,6 +732,17 @@ def test_a_reward_of_ones_own_may_have_tasks_of_its_own(tmp_path: Path) -> None:
     assert "task" not in silent.column_names  # half of the answers are numbers, which determines no task
 
 
+def test_a_reward_of_ones_own_reads_id_level_and_task_as_they_stand(tmp_path: Path) -> None:
+    rows = [{"question": "?", "id": 0, "level": [1, 2], "task": 7}, {"question": "?", "id": 1, "level": [], "task": 8}]
+    assert [{name: row[name] for name in rows[0]} for row in load_own(tmp_path, *rows)] == rows
+    numbered = load_own(tmp_path, {"question": "?", "id": 5, "task": "Math"}, {"question": "?"})
+    assert (numbered["id"][:], numbered["task"][:]) == (["5", "1"], ["math", None])  # converted, so text
+    (mapped,) = load_own(
+        tmp_path, {"question": "?", "level": 1, "meta": {"level": 2}}, columns={"level": "meta.level"}
+    )
+    assert mapped["level"] == "2"
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -82,6 +82,23 @@ def test_an_integer_with_more_digits_than_python_writes_is_an_error() -> None:
         convert({"row": {"question": "q", "answer": 10**10_000}})
 
 
+def test_a_blank_field_that_a_column_map_names_is_not_replaced_by_another() -> None:
+    row = {"body": " ", "problem": "What is 5 + 5?", "messages": [{"role": "user", "content": "?"}], "answer": "3"}
+    for name in ("question", "prompt"):
+        with pytest.raises(DataError, match="expected some text"):
+            convert_row(row, 0, None, columns={name: "body"})
+    given = {"question": "?", "answer": "3", "choices": ["2", "3"], "ability": "math", "uuid": "u", "Level": 4}
+    columns = {name: f"my_{name}" for name in ("choices", "task", "id", "level")}
+    blank = convert_row(given | dict.fromkeys(columns.values(), ""), 8, "", columns=columns)
+    assert blank == {
+        "prompt": [{"role": "user", "content": "?"}],
+        "answer": ["3"],
+        "task": None,
+        "id": "8",
+        "level": None,
+    }
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [

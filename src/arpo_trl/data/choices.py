@@ -12,7 +12,7 @@ from arpo_trl.common.user_files import repeated, shown
 from arpo_trl.data.fields import decoded, first, is_blank, text_of
 from arpo_trl.errors import DataError
 
-_CHOICE_FIELDS = ("choices", "options")
+CHOICE_FIELDS = ("choices", "options")
 _TEXT_KEYS, _LABEL_KEYS = ("text", "content", "value"), ("label", "key")
 _RIGHT, _WRONG = "Correct Answer", "Incorrect Answer "  # GPQA
 _NAMED_CHOICE = re.compile(r"\(?\s*(?P<label>\w)\s*(?:[).:]\s*(?P<text>.*))?", re.DOTALL)
@@ -28,7 +28,7 @@ def find_choices(row: Mapping[str, Any], golds: Sequence[str]) -> dict[str, str]
     Raises:
         DataError: The choices cannot be read.
     """
-    value = decoded(first(row, _CHOICE_FIELDS))
+    value = decoded(first(row, CHOICE_FIELDS))
     if value is None:
         return _of_columns(row, golds)
     given, texts = _labels_and_texts(value)

@@ -28,7 +28,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
 from arpo_trl.common.user_files import shown
-from arpo_trl.data.choices import chosen, find_choices
+from arpo_trl.data.choices import CHOICE_FIELDS, chosen, find_choices
 from arpo_trl.data.fields import at, decoded, first, is_blank, named, text_of
 from arpo_trl.data.golds import accepted, aliases, find_answer
 from arpo_trl.data.prompts import SYSTEM_PROMPTS
@@ -49,6 +49,15 @@ _ID_FIELDS = (
     "Record ID",
 )
 _LEVEL_FIELDS = ("level", "Level")
+_REPLACED = {
+    "prompt": (*QUESTION_FIELDS, "messages"),
+    "question": (*QUESTION_FIELDS, "messages", *_STORY_FIELDS.values()),  # the mapped text is the whole question
+    "choices": CHOICE_FIELDS,
+    "task": ("task", "ability"),
+    "id": _ID_FIELDS,
+    "level": _LEVEL_FIELDS,
+}
+"""Key of a column map → the fields that are not read then. `golds` does this for the answer."""
 _ABILITIES: dict[str, Task] = {
     "math": "math",
     "mathematics": "math",
@@ -115,7 +124,7 @@ def convert_row(
         "answer": list(dict.fromkeys(golds)) if has_answer else None,
         "task": task or (_own_task(row) if own_reward else _stated_task(row)),
         "id": text_of(_identity(row, number), "id"),
-        "level": text_of(level, "level") if _is_plain(level) else None,
+        "level": text_of(level, "level") if is_plain(level) else None,
     }
 
 
@@ -237,15 +246,13 @@ def _renamed(raw: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, An
                 f"the row has no field {field!r}, to which the column map maps {name}; it has {sorted(map(str, raw))}."
             )
         row[name] = value
-    if "question" in columns:  # the map overrides the row's own prompt, and its text is the whole question
-        for story in _STORY_FIELDS.values():
-            row.pop(story, None)
-        if "prompt" not in columns:
-            row.pop("prompt", None)
+    for name in columns:  # a mapped field that is blank must not fall back to another one
+        for other in {*_REPLACED.get(name, ())}.difference(columns):
+            row.pop(other, None)
     return row
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
     """Whether a value can be an id or a level: text or a finite number."""
     if isinstance(value, float):
         return math.isfinite(value)
@@ -256,7 +263,7 @@ def _identity(row: Mapping[str, Any], number: int) -> Any:
     extra = decoded(row.get("extra_info"))
     index = extra.get("index") if isinstance(extra, Mapping) else None
     known = (*(row.get(field) for field in _ID_FIELDS), index)
-    return next((value for value in known if _is_plain(value) and not is_blank(value)), number)
+    return next((value for value in known if is_plain(value) and not is_blank(value)), number)
 
 
 def _has_answer(row: Mapping[str, Any], mapped: Mapping[str, str]) -> bool:
@@ -273,7 +280,7 @@ def _own_task(row: Mapping[str, Any]) -> str | None:
     try:
         return _stated_task(row)
     except DataError:
-        return text_of(row["task"], "task") if _is_plain(row.get("task")) else None
+        return text_of(row["task"], "task") if is_plain(row.get("task")) else None
 
 
 def _stated_task(row: Mapping[str, Any]) -> Task | None:

@@ -20,12 +20,14 @@ import pyarrow.parquet
 
 from arpo_trl.common.short_floats import as_written
 from arpo_trl.common.user_files import is_url, json_lines, not_utf_8, read_json, repeated, shown, user_path
+from arpo_trl.data.fields import text_of
 from arpo_trl.data.golds import NoResultError
 from arpo_trl.data.layouts import (
     QUESTION_FIELDS,
     TASKS,
     check_prompt,
     convert_row,
+    is_plain,
     read_columns,
     system_prompt_text,
 )
@@ -537,9 +539,10 @@ def _without_blanks(loaded: list[_Loaded]) -> tuple[list[_Loaded], list[str]]:
 
 
 def _with_other_fields(dataset: datasets.Dataset, loaded: Sequence[_Loaded]) -> datasets.Dataset:
-    """The dataset with the fields of the rows as read, except those that conversion creates, as further columns."""
-    parts = [dataset]
-    for name in dict.fromkeys(name for each in loaded for name in each.raw if name not in CONVERTED):
+    """The dataset with the fields of the rows as read, except those that conversion changes, as further columns."""
+    names = dict.fromkeys(name for each in loaded for name in each.raw if not _is_changed(name, loaded))
+    parts = [dataset.remove_columns([name for name in dataset.column_names if name in names])]
+    for name in names:
         values = [each.raw.get(name) for each in loaded]
         made = _column(name, values)
         if isinstance(made, Exception):
@@ -552,6 +555,17 @@ def _with_other_fields(dataset: datasets.Dataset, loaded: Sequence[_Loaded]) -> 
             ) from made
         parts.append(made)
     return datasets.concatenate_datasets(parts, axis=1)
+
+
+def _is_changed(name: str, loaded: Sequence[_Loaded]) -> bool:
+    """Whether conversion does more to a field than to write its values as text, or to drop them."""
+    if name in ("task", "id", "level"):
+        return any(
+            (made := each.row[name]) is not None
+            and not (is_plain(value := each.raw.get(name)) and text_of(value, name) == made)
+            for each in loaded
+        )
+    return name in CONVERTED
 
 
 def _column(name: str, values: list[Any]) -> datasets.Dataset | Exception:
