@@ -137,6 +137,15 @@ def test_only_rows_without_a_file_of_gaia_are_used_and_the_others_are_counted_in
     ]
 
 
+def test_an_answer_that_gaia_does_not_publish_is_no_gold(tmp_path):
+    file = write(
+        tmp_path / "gaia.jsonl", {"Question": "?", "Final answer": "?"}, {"Question": "!", "Final answer": "x"}
+    )
+    with pytest.raises(DataError, match=r"line 1: the answer is blank or not published; .* --skip-bad"):
+        load_questions(BENCHMARKS["gaia"], file)
+    assert [row["answer"] for row in load_questions(BENCHMARKS["gaia"], file, skip_bad=True).rows] == [["x"]]
+
+
 def test_nothing_is_logged_if_no_row_needs_more_than_text(tmp_path, caplog):
     file = write(tmp_path / "hle.jsonl", {"question": "?", "answer": "1", "image": ""})
     assert len(load_questions(BENCHMARKS["hle"], file).rows) == 1

@@ -1,3 +1,4 @@
+import shutil
 import threading
 from pathlib import Path
 
@@ -143,6 +144,16 @@ def test_verdicts_outlive_the_process_in_their_file(tmp_path: Path) -> None:
         assert len(server.asked) == 3
         LLMJudge(server.url, "another", cache=file).verdicts([of("Oslo")])  # another judge may think otherwise
         assert len(server.asked) == 4
+
+
+def test_a_cache_that_is_gone_is_warned_of_and_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "runs" / "verdicts.jsonl"
+    with Loopback(paris) as server:
+        judge = LLMJudge(server.url, "wise", cache=file)
+        shutil.rmtree(file.parent)
+        assert judge.verdicts([of("Paris"), of("Rome")]) == judge.verdicts([of("Paris"), of("Rome")]) == [True, False]
+        assert len(server.asked) == 2
+    assert caplog.text.count(f"judge_cache {file} cannot be written") == 1
 
 
 def test_a_file_with_other_content_is_refused(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ _DICT_KEYS = ("value", "target", "text", "answer", "answers")
 _KIND_FIELDS = ("question_type", "problem_type")
 _NO_ANSWERS = ("proof", "notfound", "n/a")
 """NuminaMath 1.5 and OpenMathReasoning write these instead of an answer."""
-_HIDDEN_ANSWER = ("Final answer", "?")
+HIDDEN_ANSWER = ("Final answer", "?")
 """The answer field of GAIA and its value in the test split."""
 
 _WORKED_SOLUTION = re.compile(r"(?:\A|\n)####\s*([^\n]+?)\s*\Z")  # GSM8K's last line
@@ -72,7 +72,7 @@ def find_answer(row: Mapping[str, Any], mapped: Mapping[str, str]) -> tuple[Any,
         return None if isinstance(gold, str) and not gold.strip() else (gold, "reward_model.ground_truth")
     if field is not None and has_answer:
         has_none = row[field] in _NO_ANSWERS and any(kind in row for kind in _KIND_FIELDS)
-        return None if has_none or (field, row[field]) == _HIDDEN_ANSWER else (row[field], field)
+        return None if has_none or (field, row[field]) == HIDDEN_ANSWER else (row[field], field)
     if (solution := first(row, _SOLUTION_FIELDS)) is not None:
         return _result_of(solution), "solution"
     field = named(row, ANSWER_FIELDS, "answer")

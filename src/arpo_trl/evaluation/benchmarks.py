@@ -15,6 +15,7 @@ from typing import Any
 
 from arpo_trl.common.user_files import user_path
 from arpo_trl.data.fields import is_blank
+from arpo_trl.data.golds import HIDDEN_ANSWER
 from arpo_trl.data.layouts import Task, convert_row, system_prompt_text
 from arpo_trl.data.loading import SUFFIXES, Places, load_arpo_dataset, numbered, read_file
 from arpo_trl.errors import ConfigError, DataError
@@ -358,7 +359,7 @@ def load_questions(
             columns = {"question": "question", "answer": "answer"} if benchmark.hub_id is None else None
             row = convert_row(_mapped(raw, benchmark), number, system_text, task=task, columns=columns)
             if row is None:
-                raise DataError("the answer is blank; expected a gold.")
+                raise DataError("the answer is blank or not published; expected a gold.")
         except DataError as error:
             problem = f"{where}: {error}"
             if not skip_bad:
@@ -460,6 +461,8 @@ def _mapped(raw: Mapping[str, Any], benchmark: Benchmark) -> Mapping[str, Any]:
         if theirs is None:
             continue
         value = row.get(theirs)
+        if (theirs, value) == HIDDEN_ANSWER and benchmark.hub_id is not None:
+            continue  # `convert_row` knows it by its field
         if value is not None and not (ours == "question" and is_blank(value)):
             row[ours] = value
         elif benchmark.hub_id is None and ours != "level":

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arpo_trl.common.full_disk import naming
 from arpo_trl.common.user_files import expect, parse_json, user_path
 from arpo_trl.errors import DataError
 from arpo_trl.net.chat_model import ChatModel
@@ -94,7 +93,7 @@ class LLMJudge:
         url: The server, for example http://127.0.0.1:8001/v1.
         model: The model on the server, for example Qwen/Qwen2.5-72B-Instruct.
         cache: JSONL file of verdicts. The judge reads it at the start and appends to it. Several processes may share
-            it. None: verdicts are cached only in this process.
+            it. None: verdicts are cached only in this process, as after an error of writing the file.
         timeout_s: Timeout of one judgement in seconds, retries included.
         concurrency: The maximum number of judgements that run at the same time.
         breaker: Stops requests for a while after repeated failures; by default a new `CircuitBreaker`.
@@ -174,10 +173,18 @@ class LLMJudge:
     def _remember(self, key: str, verdict: bool) -> None:
         with self._lock:
             self._known[key] = verdict
-            if self._cache is not None:
-                # Short lines stay complete even if other processes append.
-                with naming(self._cache), self._cache.open("a", encoding="utf-8") as file:
+            if self._cache is None:
+                return
+            try:
+                with self._cache.open("a", encoding="utf-8") as file:
+                    # Short lines stay complete even if other processes append.
                     file.write(json.dumps({"key": key, "correct": verdict}) + "\n")
+            except OSError as error:
+                logger.warning(
+                    "judge_cache %s cannot be written (%s). From now on verdicts are only kept in memory.",
+                    *(self._cache, error),
+                )
+                self._cache = None
 
 
 def _read_cache(path: Path) -> dict[str, bool]:
