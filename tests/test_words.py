@@ -74,3 +74,8 @@ def test_the_judge_is_called_if_the_rule_does_not_decide(prediction: str, gold: 
         )
         assert reward[0].accuracy == float(not asked)
         assert len(server.asked) == asked  # a verdict is remembered
+
+
+@pytest.mark.parametrize("text", ["1-1-" + "1" * 200_000 + ".1", "(" + "1," * 100_000 + "x)", "[1" * 60_000])
+def test_a_flood_of_digits_is_read_in_one_pass(text: str) -> None:
+    assert token_f1(text, ["a"]) == 0.0

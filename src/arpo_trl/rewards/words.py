@@ -41,7 +41,8 @@ _PROSE = re.compile(rf"(?<![A-Za-z\\])(?!{_FUNCTION})[A-Za-z]{{3,}}")
 _SPACED_MINUS = _keep(rf"{_LEFT}\s*-\s*(?={_RIGHT})")  # not in prose, where it is a dash: 1633 - 16 September 1701
 
 _PERCENT = re.compile(r"(?<=[\d)\]}])\s*(?:\\?([%‰])|per ?cent\b)", re.IGNORECASE)
-_BOUND = r"[-+]?(?:\d[\d.,/^]*|∞|\\infty|infinity|inf|oo)"
+_BOUND = r"[-+]?(?:\d[\d.,/^]{0,40}|∞|\\infty|infinity|inf|oo)"
+# The limit of a bound's length keeps the time linear in the length of a list, whose commas all may end the bound.
 _INTERVAL = re.compile(rf"([\[(])\s*({_BOUND})\s*,\s*({_BOUND})\s*([\])])", re.IGNORECASE)
 _QUOTED = re.compile(r"(?<!\w)['\"‘“]")
 
@@ -73,7 +74,7 @@ def _brackets(text: str) -> str:
     return _INTERVAL.sub(kept, text)
 
 
-_DATE = re.compile(r"(?<![\d.])(\d+)([-/.])(\d+)\2(\d+)(?![\d.]*\d)")
+_DATE = re.compile(r"(?<![\d.])(\d+)([-/.])(\d+)\2(\d++)(?![\d.]*\d)")
 
 _MARKS: tuple[Callable[[str], str], ...] = (
     lambda text: re.sub(rf"(?:(?<=[=(,<>^{{])\s*|\A)-\s+(?={_RIGHT})", "-", text),
