@@ -85,6 +85,12 @@ def _same(p: Value, g: Value) -> bool:
         return _same(g, p)
     if isinstance(p, Quantity) and isinstance(g, Based):
         return p.value.is_Integer and not p.unit and not p.digits and str(p.value) == g.numeral
+    if isinstance(p, Relation) and isinstance(g, Residue):  # x ≡ 3 (mod 7) and 3 (mod 7)
+        return (
+            p.ops == ("≡",) and _is_variable(p.sides[0]) and isinstance(p.sides[1], Residue) and _same(p.sides[1], g)
+        )
+    if isinstance(p, Residue) and isinstance(g, Relation):
+        return _same(g, p)
     if isinstance(p, Residue) and isinstance(g, Quantity):
         return _same(g, p)
     if isinstance(p, Quantity) and isinstance(g, Residue):
@@ -118,6 +124,10 @@ def _letter_name(value: Expr) -> str | None:
     if value in (S.Exp1, S.ImaginaryUnit):
         return "e" if value == S.Exp1 else "i"
     return value.name if isinstance(value, Symbol) and len(value.name) == 1 else None
+
+
+def _is_variable(side: Value | None) -> bool:
+    return isinstance(side, Quantity) and isinstance(side.value, Symbol)
 
 
 def _is_letter(value: Value, letter: str) -> bool:
