@@ -181,6 +181,14 @@ def test_a_batch_is_rewarded_row_by_row() -> None:
     assert HierarchicalReward()(**empty) == []
 
 
+def test_the_format_is_that_of_the_turns_without_calls() -> None:
+    call_of_a_template = '<tool_call>\n{"name": "python", "arguments": {"code": "\'<answer>\'"}}\n</tool_call>'
+    row = columns(turns=[[call_of_a_template, ANSWER]] * 3, tool_calls=[[]] * 3)
+    assert HierarchicalReward()(**row) == [-1.0] * 3
+    without_calls = [["<tool_call>\n</tool_call>", ANSWER]] * 3
+    assert HierarchicalReward()(**row, turns_without_calls=without_calls) == [1.0, 0.0, 1.0]
+
+
 def test_the_share_of_every_fault_is_logged_zeros_included() -> None:
     metrics: dict[str, list[float]] = defaultdict(list)
     extra: dict[str, list[Any]] = {}
