@@ -68,15 +68,6 @@ def test_a_path_in_place_of_a_text_becomes_its_text():
     assert json.loads(json.dumps(settings.identity()))["data"] == "rows.jsonl"
 
 
-def test_a_date_for_a_chat_template_is_text():
-    given = {"date_string": date(2024, 7, 26), "known": [{"since": date(2024, 7, 26)}]}
-    settings = EvalSettings(model="m", chat_template_kwargs=given)
-    assert json.loads(json.dumps(settings.identity()))["chat_template_kwargs"] == {
-        "date_string": "2024-07-26",
-        "known": [{"since": "2024-07-26"}],
-    }
-
-
 @pytest.mark.parametrize(
     "settings",
     [

@@ -210,7 +210,7 @@ def test_aliases_cannot_turn_a_short_yaml_file_into_billions_of_values(tmp_path)
         read_yaml(path)
 
 
-@pytest.mark.parametrize("text", ["a: 2025-13-45", "a: [", "? [a]\n: b", "a: !!python/object:os.system x", "\x07"])
+@pytest.mark.parametrize("text", ["a: [", "? [a]\n: b", "a: !!python/object:os.system x", "\x07"])
 def test_invalid_yaml_names_the_file(tmp_path, text):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(DataError, match=r"a\.yaml is not valid YAML"):
@@ -239,7 +239,14 @@ def test_an_exponent_makes_a_number_with_or_without_a_point(tmp_path):
     assert read_yaml(tmp_path / "a.yaml") == [1e-6, 1.5e-6, -2000.0, 5.0, 1000.0, 0, 0, 16, 1000, "1e5x"]
 
 
-@pytest.mark.parametrize("value", ["1e-6", "010", "1:30", "on", "x: y", "null", 1e-6, math.inf, 10, None, [1, "2"]])
+def test_dates_in_yaml_are_texts_as_in_json(tmp_path):
+    (tmp_path / "a.yaml").write_text("[2024-07-26, 2024-02-30, 2024-07-26 10:00:00]")
+    assert read_yaml(tmp_path / "a.yaml") == ["2024-07-26", "2024-02-30", "2024-07-26 10:00:00"]
+
+
+@pytest.mark.parametrize(
+    "value", ["2024-07-26", "1e-6", "010", "1:30", "on", "x: y", "null", 1e-6, math.inf, 10, None, [1, "2"]]
+)
 def test_what_is_written_as_yaml_is_read_as_it_was(tmp_path, value):
     (tmp_path / "a.yaml").write_text(as_yaml({"b": value, "a": 1}))
     assert list(read_yaml(tmp_path / "a.yaml").items()) == [("b", value), ("a", 1)]

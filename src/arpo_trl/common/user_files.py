@@ -112,7 +112,7 @@ def read_yaml(path: Path) -> Any:
     text = read_text(path)
     try:
         value = parse_yaml(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number with more digits than Python reads
         raise DataError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     except RecursionError as error:
         raise _too_deep(str(path)) from error

@@ -1,9 +1,10 @@
-"""YAML whose numbers mean what YAML 1.2, JSON and Python say.
+"""YAML whose numbers and dates mean what YAML 1.2 and JSON say.
 
-    text     YAML 1.1           here
-    1e-6     the text "1e-6"    0.000001
-    010      8                  an error
-    1:30     90                 an error
+    text          YAML 1.1           here
+    1e-6          the text "1e-6"    0.000001
+    010           8                  an error
+    1:30          90                 an error
+    2024-07-26    a date             the text "2024-07-26"
 
 PyYAML implements YAML 1.1.
 """
@@ -44,6 +45,10 @@ class _Dumper(yaml.SafeDumper):
     """Quotes texts that `_Loader` would read as numbers."""
 
 
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
 for _tag in ("tag:yaml.org,2002:int", _FLOAT):
     _Loader.add_constructor(_tag, _Loader.construct_number)
 for _kind in (_Loader, _Dumper):
@@ -55,7 +60,7 @@ def parse_yaml(text: str) -> Any:
 
     Raises:
         yaml.YAMLError: The text is not valid, sets a key twice, or has a number of YAML 1.1.
-        ValueError: It has a date that does not exist.
+        ValueError: It has a number with more digits than Python reads.
         RecursionError: It is nested too deep.
     """
     return yaml.load(text, _Loader)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 from dataclasses import dataclass
 from enum import StrEnum
@@ -133,9 +132,9 @@ class EvalSettings(ToolLimits, JudgeArguments):
         self.call_limits()
 
     def template_arguments(self) -> dict[str, Any] | None:
-        """Return `chat_template_kwargs`, which a flag gives as JSON text, as a dict. YAML's dates become text."""
+        """Return `chat_template_kwargs`, which a flag gives as JSON text, as a dict."""
         if not isinstance(self.chat_template_kwargs, str):
-            return _with_texts_for_dates(self.chat_template_kwargs)
+            return self.chat_template_kwargs
         try:
             read = json.loads(self.chat_template_kwargs)
         except (ValueError, RecursionError) as error:
@@ -164,15 +163,3 @@ class EvalSettings(ToolLimits, JudgeArguments):
             "self_check", "list_benchmarks",
         }  # fmt: skip
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in incidental}
-
-
-def _with_texts_for_dates(value: Any) -> Any:
-    """The value with dates as the text that a template writes for them, since the run's description is JSON."""
-    match value:
-        case dict():
-            return {key: _with_texts_for_dates(item) for key, item in value.items()}
-        case list():
-            return [_with_texts_for_dates(item) for item in value]
-        case datetime.date():
-            return str(value)
-    return value
