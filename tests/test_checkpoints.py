@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import resource
@@ -8,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -22,12 +24,20 @@ from arpo_trl.publishing.merging import merge_adapter
 from arpo_trl.publishing.mixin import Publishing
 from arpo_trl.publishing.model_card import Card
 from arpo_trl.publishing.trained_settings import EvaluationSettings
+from arpo_trl.rewards import HierarchicalReward
 from arpo_trl.runs import checkpoints, resumable
-from arpo_trl.runs.checkpoints import STATE_FILE, Checkpoints, RunIdentity, SavedState, dataset_identity
+from arpo_trl.runs.checkpoints import (
+    STATE_FILE,
+    Checkpoints,
+    RunIdentity,
+    SavedState,
+    dataset_identity,
+    frozen_weights,
+)
 from arpo_trl.tools.spec import ToolSet
 from arpo_trl.training.trainer import ARPOTrainer
 from resuming import ROWS, make_trainer, outcome, save_calling_model
-from support import python, save_tiny_model, search
+from support import python, save_tiny_model, search, tiny_model, tokenizer
 
 STEPS = 7  # two of ten prompts a step: an epoch has five
 RUNS = {
@@ -444,6 +454,64 @@ def test_a_checkpoint_without_the_parameters_of_tools_is_compared_by_their_names
         saved_by(old).check_same_run(identity_with(python))
 
 
+def of_this_run(**values: Any) -> RunIdentity:
+    return dataclasses.replace(identity_with(), **values)
+
+
+def test_a_reward_with_other_settings_is_another_reward():
+    (task, paper) = ({"hierarchical": {"accuracy": accuracy}} for accuracy in ("task", "paper_f1"))
+    state = saved_by(of_this_run(reward_settings=task).as_dict())
+    state.check_same_run(of_this_run(reward_settings=task))
+    expected = r'reward_settings.hierarchical.accuracy is "task" there and "paper_f1" here'
+    with pytest.raises(ConfigError, match=expected):
+        state.check_same_run(of_this_run(reward_settings=paper))
+
+
+def test_frozen_weights_are_compared_where_both_runs_have_read_them():
+    state = saved_by(of_this_run(frozen_weights="a").as_dict())
+    state.check_same_run(of_this_run(frozen_weights="a"))
+    state.check_same_run(of_this_run())
+    saved_by(of_this_run().as_dict()).check_same_run(of_this_run(frozen_weights="b"))
+    with pytest.raises(ConfigError, match='frozen_weights is "a" there and "b" here'):
+        state.check_same_run(of_this_run(frozen_weights="b"))
+
+
+def test_a_checkpoint_of_an_earlier_version_has_neither():
+    old = {
+        name: value
+        for name, value in identity_with().as_dict().items()
+        if name not in ("frozen_weights", "reward_settings")
+    }
+    saved_by(old).check_same_run(of_this_run(frozen_weights="a", reward_settings={"hierarchical": {}}))
+
+
+def adapted(seed: int = 0, **settings: Any) -> PeftModel:
+    """A new adapter on a model of that seed. The adapter is never the same."""
+    model = tiny_model(seed)
+    torch.manual_seed(time.time_ns())
+    return get_peft_model(model, LoraConfig(**{"r": 2, "target_modules": ["q_proj", "v_proj"], **settings}))
+
+
+def test_frozen_weights_are_those_under_an_adapter_or_of_a_reference_model():
+    assert frozen_weights(adapted()) == frozen_weights(adapted(r=4)) != frozen_weights(adapted(1))
+    assert frozen_weights(tiny_model()) == frozen_weights(tiny_model()) != frozen_weights(tiny_model(1))
+    with_ref = adapted()
+    with_ref.add_adapter("ref", with_ref.peft_config["default"])
+    assert frozen_weights(with_ref) == frozen_weights(adapted())
+
+
+def test_what_a_start_computes_anew_is_not_read():
+    trained = adapted(modules_to_save=["embed_tokens"])
+    digest = frozen_weights(trained)
+    with torch.no_grad():
+        trained.get_input_embeddings().original_module.weight += 1  # replaced by the trained copy
+    assert frozen_weights(trained) == digest
+    assert frozen_weights(adapted(init_lora_weights="pissa")) is None
+    quantized = torch.nn.Module()
+    quantized.weight = torch.nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
+    assert frozen_weights(quantized) is None
+
+
 OTHER_ROWS = Dataset.from_list([*ROWS.select(range(9)), {**ROWS[9], "answer": ["10"]}])
 
 
@@ -475,6 +543,41 @@ def test_a_run_with_different_results_is_rejected(model, whole, change, told):
     assert "checkpoint-7 was written by another run: " in str(error.value)
     assert told in str(error.value)
     assert "model_name_or_path" in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_has_the_weights_that_no_checkpoint_contains(model, whole, tmp_path, caplog):
+    other = tmp_path / "other"
+    tiny_model(1).save_pretrained(other)
+    tokenizer().save_pretrained(other)
+    folder = tmp_path / "lora"
+    shutil.copytree(whole("lora"), folder)
+    with pytest.raises(ConfigError, match=r'frozen_weights is "\w+" there and "\w+" here'):
+        train(str(other), folder, True, **RUNS["lora"])
+    # A checkpoint of an earlier version knows the model by its name only.
+    state = folder / "checkpoint-7" / STATE_FILE
+    values = json.loads(state.read_text("utf-8"))
+    del values["identity"]["frozen_weights"]
+    state.write_text(json.dumps(values), "utf-8")
+    train(str(other), folder, True, **RUNS["lora"])
+    assert f"was trained on {model}, and this run puts it on {other}" in caplog.text
+    train(model, tmp_path / "ref", max_steps=1, beta=0.1)
+    with pytest.raises(ConfigError, match=r'frozen_weights is "\w+" there and "\w+" here'):
+        train(str(other), tmp_path / "ref", True, max_steps=2, beta=0.1)
+    train(model, tmp_path / "ref", True, max_steps=2, beta=0.1)
+    # Without an adapter and a reference model the checkpoint contains every weight.
+    shutil.copytree(whole("plain"), tmp_path / "plain")
+    assert train(str(other), tmp_path / "plain", True).state.global_step == STEPS
+
+
+@pytest.mark.slow
+def test_a_resumed_run_compares_answers_in_the_same_way(model, tmp_path):
+    train(model, tmp_path, max_steps=1, reward_funcs=HierarchicalReward())
+    with pytest.raises(
+        ConfigError, match=r'reward_settings.hierarchical.accuracy is "task" there and "paper_f1" here'
+    ):
+        train(model, tmp_path, True, reward_funcs=HierarchicalReward("paper_f1"))
+    train(model, tmp_path, True, max_steps=2, reward_funcs=HierarchicalReward())
 
 
 @pytest.mark.slow

@@ -29,7 +29,10 @@ def test_the_total_weights_applicable_rewards_and_is_nan_without_any():
 def test_a_wrapped_function_has_the_file_and_the_name_by_which_a_checkpoint_knows_it():
     interrupts = SimpleNamespace(told=None)
     assert checked_reward(total_rewards, interrupts).origin == "reward_guard.py:total_rewards"
-    assert checked_reward(HierarchicalReward(), interrupts).origin == "hierarchical.py:hierarchical"
+    hierarchical = checked_reward(HierarchicalReward("paper_f1", bonus_tools=["lookup"]), interrupts)
+    assert hierarchical.origin == "hierarchical.py:hierarchical"
+    settings = {"accuracy": "paper_f1", "multi_tool_bonus": 0.1, "bonus_tools": ["lookup"], "judge_model": None}
+    assert hierarchical.reward_settings == settings
     assert checked_reward(eval("lambda completions: 0"), interrupts).origin == "<lambda>"
 
 

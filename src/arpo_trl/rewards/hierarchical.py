@@ -224,6 +224,16 @@ class HierarchicalReward:
         self.multi_tool_bonus = multi_tool_bonus
         self.bonus_tools = tuple(bonus_tools)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that affect the rewards, as JSON values. The judge's server may change, its model may not."""
+        return {
+            "accuracy": self.accuracy,
+            "multi_tool_bonus": self.multi_tool_bonus,
+            "bonus_tools": list(self.bonus_tools),
+            "judge_model": getattr(self.judge, "model", None),
+        }
+
     def check_dataset(self, dataset: Dataset) -> None:
         """Check that every row has the gold answers and the task that this reward needs, before the model is loaded.
 

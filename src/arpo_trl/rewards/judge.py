@@ -122,6 +122,11 @@ class LLMJudge:
         self._cache = None if cache is None else user_path(cache, "judge_cache")
         self._known = _read_cache(self._cache) if self._cache is not None else {}
 
+    @property
+    def model(self) -> str:
+        """The model on the server."""
+        return self._model.model
+
     def verdicts(self, judgements: Sequence[Judgement]) -> list[bool | None]:
         """Whether each prediction is correct; None without a clear verdict. Equal judgements share one request."""
         missing = [one for one in dict.fromkeys(judgements) if self._key(one) not in self._known]

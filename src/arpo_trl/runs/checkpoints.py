@@ -19,12 +19,14 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import TrainingArguments
 
@@ -45,6 +47,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 _HASHED_ROWS = 1000
 _MAY_BE_MISSING = "training_args.bin"
 """A pickle that resuming does not read. Pushes to the Hub omit it."""
+_HASHED_VALUES = 64
 
 _DECIDING_TRAINING_ARGUMENTS = frozenset(
     """learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1
@@ -69,14 +72,14 @@ _BATCH_SETTINGS = frozenset({"per_device_train_batch_size", "gradient_accumulati
 
 def deciding_settings(args: ARPOConfig) -> dict[str, Any]:
     """The settings that affect the results of a step, as JSON values."""
-    of_transformers = {field.name for field in fields(TrainingArguments)}
+    of_transformers = {each.name for each in fields(TrainingArguments)}
     all_values = args.to_dict()
     return _plain(
         {
-            field.name: all_values.get(field.name)
-            for field in fields(args)
-            if field.name in _DECIDING_TRAINING_ARGUMENTS
-            or (field.name not in of_transformers and field.name not in _FREE_SETTINGS)
+            each.name: all_values.get(each.name)
+            for each in fields(args)
+            if each.name in _DECIDING_TRAINING_ARGUMENTS
+            or (each.name not in of_transformers and each.name not in _FREE_SETTINGS)
         }
     )
 
@@ -108,6 +111,28 @@ def model_identity(model: Any) -> dict[str, Any]:
     return {"type": type(model).__name__, "parameters": count, "shapes": digest.hexdigest()[:16]}
 
 
+def frozen_weights(model: Any) -> str | None:
+    """A digest of a reference model, or of the model under an adapter: a run uses these weights, and no checkpoint
+    contains them. Reads the first values of each weight, except of quantized and sharded ones.
+
+    None if it read none, or if the adapter changes the weights under it when it is created, as PiSSA does.
+    """
+    adapters = model.peft_config.values() if is_peft_model(model) else ()
+    if any(isinstance(getattr(adapter, "init_lora_weights", None), str) for adapter in adapters):
+        return None
+    digest, is_empty = hashlib.sha256(), True
+    for name, weight in model.named_parameters():
+        is_whole = (
+            type(weight) is torch.nn.Parameter and weight.is_floating_point() and not hasattr(weight, "ds_shape")
+        )
+        # Not what is trained, TRL's copy of the adapter, and what a trained copy of a module replaces.
+        of_adapter = adapters and (weight.requires_grad or ".ref." in name or ".original_module." in name)
+        if is_whole and not of_adapter:
+            digest.update(weight.detach().flatten()[:_HASHED_VALUES].float().cpu().numpy().tobytes())
+            is_empty = False
+    return None if is_empty else digest.hexdigest()[:16]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunIdentity:
     """The properties that must be equal in a run and a checkpoint for the run to resume from it.
@@ -129,9 +154,13 @@ class RunIdentity:
 
     Only the same number of processes can load the files of a sharded optimizer.
     """
+    frozen_weights: str | None = None
+    """The digest `frozen_weights`. Compared only if both sides have one."""
+    reward_settings: dict[str, Any] = field(default_factory=dict)
+    """Name of a reward → the settings that affect its values, for rewards that have such settings."""
 
     def as_dict(self) -> dict[str, Any]:
-        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+        return {each.name: _plain(getattr(self, each.name)) for each in fields(self)}
 
 
 _STATE = {
@@ -202,6 +231,9 @@ class SavedState:
         """Raises ConfigError if another run wrote the checkpoint; names the differences."""
         then = dict(self.identity)
         here = {name: value for name, value in now.as_dict().items() if name in then}  # older checkpoints have fewer
+        if None in (then.get("frozen_weights"), here.get("frozen_weights")):
+            for identity in (then, here):
+                identity.pop("frozen_weights", None)
         if then["processes"] != here["processes"]:
             self._check_can_spread(then, here)
             then["processes"] = here["processes"]

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import is_peft_model
 from datasets import IterableDataset
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -20,6 +21,7 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl import GRPOTrainer
 
 from arpo_trl.common.full_disk import as_free_space, is_full_disk
+from arpo_trl.common.user_files import read_json
 from arpo_trl.common.working_folder import return_to, working_folder
 from arpo_trl.config import ARPOConfig
 from arpo_trl.errors import ArpoError, CheckpointError, ConfigError, Interrupted
@@ -30,6 +32,7 @@ from arpo_trl.runs.checkpoints import (
     changed_versions,
     dataset_identity,
     deciding_settings,
+    frozen_weights,
     model_identity,
 )
 from arpo_trl.runs.interrupts import Interrupts
@@ -85,6 +88,9 @@ class Resumable(GRPOTrainer):
         self._resumed: SavedState | None = None
         self._model_identity = model_identity(self.model)
         """Computed before the model is prepared for training: FSDP2 changes its class and perhaps its dtype."""
+        frozen = self.model if is_peft_model(self.model) else self.ref_model
+        # Under FSDP a rank may have no weights yet.
+        self._frozen_weights = None if frozen is None or self.is_fsdp_enabled else frozen_weights(frozen)
         self._dataset_identity: dict[str, Any] | None = None
         """Computed at most once per training, at first use, since it reads every row."""
         self._moment: dict[str, Any] | None = None
@@ -213,9 +219,24 @@ class Resumable(GRPOTrainer):
                 f"{state.folder} contains only the model (save_only_model), so a run cannot resume from it. Start a "
                 f"new run from its weights: model_name_or_path {state.folder}."
             )
+        if None in (state.identity.get("frozen_weights"), self._frozen_weights):
+            self._warn_of_another_base(state.folder)
         if changes := changed_versions(state.versions):
             logger.warning(
                 f"{state.folder} was written with other versions ({', '.join(changes)}): results may differ."
+            )
+
+    def _warn_of_another_base(self, folder: Path) -> None:
+        config = folder / "adapter_config.json"
+        if not is_peft_model(self.model) or not config.exists():
+            return
+        then = read_json(config).get("base_model_name_or_path")
+        now = self.model.active_peft_config.base_model_name_or_path
+        if then != now:
+            logger.warning(
+                f"The adapter in {folder} was trained on {then}, and this run puts it on {now}. If their weights "
+                "differ, restore the old model_name_or_path.",
+                main_process_only=True,
             )
 
     def _identity(self) -> RunIdentity:
@@ -232,6 +253,12 @@ class Resumable(GRPOTrainer):
             rewards=[getattr(function, "origin", get_callable_name(function)) for function in self.reward_funcs],
             processes=self.accelerator.num_processes,
             sharding="FSDP" if self.is_fsdp_enabled else sharding,
+            frozen_weights=self._frozen_weights,
+            reward_settings={
+                function.__name__: settings
+                for function in self.reward_funcs
+                if (settings := getattr(function, "reward_settings", None)) is not None
+            },
         )
 
     def _run_epoch(self, **loop: Any) -> None:

@@ -21,6 +21,7 @@ from arpo_trl.common.per_process import one_per_process
 from arpo_trl.common.user_code import outcome_of, text_of
 from arpo_trl.errors import ArpoError, Interrupted, RewardError
 from arpo_trl.net.background import LoopThread
+from arpo_trl.rewards.hierarchical import HierarchicalReward
 from arpo_trl.runs.interrupts import Interrupts
 from arpo_trl.trl_seam import get_callable_name, is_async_callable
 
@@ -41,7 +42,8 @@ def checked_reward(function: Any, interrupts: Interrupts) -> Any:
     - The wrapper checks the rewards. TRL would silently treat NaN as "not applicable".
     - On an interrupt the wrapper returns zeros, so that this rank still reaches the point where all ranks stop.
 
-    The wrapper's `origin` is the file and the name of the function. Errors name the function by the wrapper's
+    The wrapper's `origin` is the file and the name of the function, and its `reward_settings` are those of a
+    `HierarchicalReward`, else None: a run resumes only with the same. Errors name the function by the wrapper's
     `__name__`, which `named_apart` may change.
 
     Raises:
@@ -93,6 +95,7 @@ def checked_reward(function: Any, interrupts: Interrupts) -> Any:
         wrapper = checked
     wrapper.__name__ = name
     wrapper.origin = _origin(function, name)
+    wrapper.reward_settings = function.settings if isinstance(function, HierarchicalReward) else None
     return wrapper
 
 
