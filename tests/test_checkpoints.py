@@ -300,17 +300,21 @@ def test_a_clock_that_was_set_back_costs_no_checkpoint(model, tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_the_patience_of_early_stopping_is_part_of_a_checkpoint(model, tmp_path):
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_patience_of_early_stopping_is_part_of_a_checkpoint(model, tmp_path, count):
     evaluated = {**RUNS["evaluated"], "eval_steps": 1, "load_best_model_at_end": True, "save_total_limit": None}
     made = make_trainer(model, tmp_path, **evaluated, max_steps=3, metric_for_best_model="eval_reward")
-    made.add_callback(EarlyStoppingCallback(9, early_stopping_threshold=100.0))
+    for _ in range(count):
+        made.add_callback(EarlyStoppingCallback(9, early_stopping_threshold=100.0))
     made.train()
     again = make_trainer(model, tmp_path, **evaluated, max_steps=4, metric_for_best_model="eval_reward")
-    patience = EarlyStoppingCallback(9, early_stopping_threshold=100.0)
-    again.add_callback(patience)
+    patience = [EarlyStoppingCallback(9, early_stopping_threshold=100.0) for _ in range(count)]
+    for callback in patience:
+        again.add_callback(callback)
     again.train(resume_from_checkpoint=True)
-    assert patience.early_stopping_patience_counter == 3  # the first of four evaluations is the best
-    assert patience in again.callback_handler.callbacks
+    # the first of four evaluations is the best
+    assert [callback.early_stopping_patience_counter for callback in patience] == [3] * count
+    assert set(patience) <= set(again.callback_handler.callbacks)
 
 
 @pytest.mark.slow

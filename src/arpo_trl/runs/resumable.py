@@ -300,13 +300,16 @@ class Resumable(GRPOTrainer):
     def _load_callback_state(self) -> None:
         """Restores the state of callbacks that export it, such as the patience of early stopping. transformers does so
         only on request, and then replaces the callbacks."""
-        left = {
-            name: list(saved) if isinstance(saved, list) else [saved]
-            for name, saved in self.state.stateful_callbacks.items()
-        }
+        by_class: dict[str, list[ExportableState]] = defaultdict(list)
         for callback in self.callback_handler.callbacks:
-            if isinstance(callback, ExportableState) and left.get(type(callback).__name__):
-                for attribute, value in left[type(callback).__name__].pop(0).get("attributes", {}).items():
+            if isinstance(callback, ExportableState):
+                by_class[type(callback).__name__].append(callback)
+        for name, callbacks in by_class.items():
+            saved = self.state.stateful_callbacks.get(name, [])
+            states = saved if isinstance(saved, list) else [saved]
+            # Each save appends the states of several callbacks of a class to those of earlier saves.
+            for callback, state in zip(callbacks, states[-len(callbacks) :], strict=False):
+                for attribute, value in state.get("attributes", {}).items():
                     setattr(callback, attribute, value)
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
