@@ -1,12 +1,14 @@
 """The cases of tests/test_qlora.py, for a process that finds bitsandbytes."""
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
 from shipped import check, replaced, run
-from support import save_sharp_model
+from support import ANSWER, save_sharp_model, save_tiny_model
 from test_shipped import QUANTIZED, data, models  # noqa: F401
 from test_trainer import quantized
 
@@ -21,6 +23,21 @@ def without_packing(monkeypatch) -> None:
 def test_the_settings_for_qlora_train(models, data, tmp_path):  # noqa: F811
     run(QUANTIZED, *replaced(QUANTIZED, models, data, tmp_path))
     check(QUANTIZED, tmp_path)
+
+
+def test_a_cold_start_trains_an_adapter_on_quantized_weights(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("arpo_trl.scripts.sft.show_compactly", seen.append)
+    demonstration = [{"role": "user", "content": "what is iron"}, {"role": "assistant", "content": ANSWER}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": demonstration}) + "\n", "utf-8")
+    model = save_tiny_model(tmp_path / "model")
+    quantized = ["--load_in_4bit", "true", "--use_peft", "true", "--lora_target_modules", "all-linear"]
+    paths = ["--dataset", str(tmp_path / "rows.jsonl"), "--model_name_or_path", model]
+    words = [*paths, *quantized, "--output_dir", str(tmp_path / "sft"), "--max_steps", "1"]
+    run("quickstart_sft.yaml", *words, name="sft")
+    (trainer,) = seen
+    assert "Linear4bit" in {type(module).__name__ for module in trainer.model.modules()}
+    assert (tmp_path / "sft" / "adapter_model.safetensors").exists()
 
 
 def test_qlora_trains_the_adapter_on_quantized_weights(tmp_path):

@@ -48,6 +48,13 @@ def test_a_mistake_at_the_start_leaves_the_run_that_would_be_overwritten(
     assert all(file.exists() for file in files)
 
 
+def test_a_cold_start_of_a_quantized_model_without_an_adapter_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        flags = ["--output_dir", str(tmp_path / "out"), "--model_name_or_path", "model", "--load_in_4bit", "true"]
+        run("quickstart_sft.yaml", *flags, name="sft")
+    assert "there is no adapter to train. Set use_peft: true" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("name", "config"), [("train", "quickstart.yaml"), ("sft", "quickstart_sft.yaml")])
 def test_a_second_run_does_not_remove_the_files_of_the_first_while_it_runs(
     tmp_path, monkeypatch, capsys, name, config

@@ -18,7 +18,7 @@ from typing import Any
 from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
-from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from arpo_trl.command_line import parse_settings, report_errors
 from arpo_trl.common.build_locks import remove_left_build_locks
@@ -48,6 +48,7 @@ from arpo_trl.scripts.start import (
     start_errors,
     until_first_step,
 )
+from arpo_trl.training.preflight import check_quantized_training
 from arpo_trl.visible import get_logger
 
 logger = get_logger(__name__)
@@ -171,6 +172,9 @@ def _train(arguments: ColdStartArguments, config: ColdStartConfig, model_config:
         model=model_config.model_name_or_path,
     )
     name = required_model(model_config)
+    quantization, adapter = get_quantization_config(model_config), get_peft_config(model_config)
+    if quantization is not None:
+        check_quantized_training(adapter)
     tokenizer = load_pretrained("tokenizer", name, AutoTokenizer.from_pretrained, revision=model_config.model_revision)
     protocol = TagProtocol(tokenizer, {}, max_result_tokens=arguments.max_tool_result_tokens)
     rows = load_rows(arguments.dataset, arguments.dataset_split)
@@ -188,7 +192,8 @@ def _train(arguments: ColdStartArguments, config: ColdStartConfig, model_config:
             args=config,
             train_dataset=dataset,
             processing_class=tokenizer,
-            peft_config=get_peft_config(model_config),
+            quantization_config=quantization,
+            peft_config=adapter,
         )
     if arguments.overwrite_output_dir:
         overwrite(config)
