@@ -12,7 +12,7 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 
 from arpo_trl.commands import doctor, new
-from arpo_trl.commands.launch import LAUNCH_FLAGS, split_words
+from arpo_trl.commands.launch import LAUNCH_FLAGS, launch, split_words
 from arpo_trl.commands.project import my_rewards, my_tools
 from arpo_trl.commands.training_help import HELP_FILE, as_json, collect, print_help
 from arpo_trl.common.imports import is_import_path, load_callable
@@ -70,6 +70,15 @@ def test_a_flag_is_accelerates_or_a_setting_but_not_both() -> None:
 def test_a_configuration_that_is_not_there_is_an_error_before_the_launch(words, message) -> None:
     with pytest.raises(ConfigError, match=message):
         split_words(words)
+
+
+@pytest.mark.parametrize("flag", ["--num_processes", "--num_machines"])
+def test_several_processes_need_a_configuration_that_starts_them(tmp_path, flag) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text((ROOT / "accelerate_configs/single.yaml").read_text("utf-8"), "utf-8")
+    for configuration in (["--accelerate", "single"], ["--config_file", str(own)]):
+        with pytest.raises(ConfigError, match=rf"{flag} is 4, but .* starts one process .* --accelerate ddp"):
+            launch("arpo_trl.scripts.train", [*configuration, flag, "4"])
 
 
 def test_every_configuration_of_the_checkout_has_a_name(tmp_path, monkeypatch) -> None:

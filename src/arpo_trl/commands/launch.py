@@ -84,12 +84,14 @@ def launch(program: str, words: Sequence[str]) -> int:
     and the shipped "single" otherwise.
 
     Raises:
-        ConfigError: See `split_words`.
+        ConfigError: See `split_words`. Or the configuration starts one process, and --num_processes or --num_machines
+            is more than 1, which accelerate would ignore.
     """
     for_accelerate, for_program = split_words(words)
     say_loading(f"arpo-trl {program.rpartition('.')[2]}")
-    from accelerate.commands.config.config_args import default_config_file
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from accelerate.utils import DistributedType
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     if "--config_file" not in for_accelerate and not os.path.isfile(default_config_file):
@@ -97,6 +99,13 @@ def launch(program: str, words: Sequence[str]) -> int:
         # By default accelerate gives a process one thread.
         os.environ.setdefault("OMP_NUM_THREADS", str(min(MOST_THREADS, os.cpu_count() or 1)))
     arguments = launch_command_parser().parse_args([*for_accelerate, "--module", program, *for_program])
+    for name in ("num_processes", "num_machines"):
+        number = getattr(arguments, name) or 1
+        if number > 1 and load_config_from_file(arguments.config_file).distributed_type == DistributedType.NO:
+            raise ConfigError(
+                f"--{name} is {number}, but the configuration {arguments.config_file or default_config_file} starts "
+                "one process (distributed_type: NO). Choose one for several processes, such as --accelerate ddp."
+            )
     _leave_interrupts_to_the_program()
     try:
         launch_command(arguments)
