@@ -28,7 +28,7 @@ from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.rollout.tree import BranchDecision, ExecutedCall, RolloutTree, StopReason
 from arpo_trl.tools.calls import CallSource, ToolFailure
 from arpo_trl.viewing.curves import PANELS, curves, history_of_trees, whole_history
-from arpo_trl.viewing.page import as_json, newest, page, summary, tree_data
+from arpo_trl.viewing.page import as_json, changes, newest, page, summary, tree_data
 from arpo_trl.viewing.run import LogFile, RunReader, log_history
 from arpo_trl.viewing.server import ViewServer
 from browser import Tab
@@ -169,6 +169,11 @@ def test_the_history_is_the_runs_or_else_that_of_its_newest_checkpoint(tmp_path:
     assert log_history(tmp_path) == [{"step": 10}]
     (tmp_path / "trainer_state.json").write_text('{"log_history": [{"step": 12}, {"train_loss": 1}]}')
     assert log_history(tmp_path) == log_history(tmp_path / "trajectories") == [{"step": 12}]
+    (tmp_path / "checkpoint-13").mkdir()  # the run is continued
+    (tmp_path / "checkpoint-13/trainer_state.json").write_text('{"log_history": [{"step": 13}]}')
+    assert log_history(tmp_path) == [{"step": 13}]
+    (tmp_path / "trainer_state.json").write_text('{"log_history": [{"step": 13}, {"step": 13, "train_loss": 1}]}')
+    assert log_history(tmp_path) == [{"step": 13}, {"step": 13, "train_loss": 1}]
     (tmp_path / "trainer_state.json").write_text("[]")
     with pytest.raises(DataError, match=r"trainer_state\.json"):
         log_history(tmp_path)
@@ -344,6 +349,15 @@ def test_the_server_returns_changes_since_a_revision(run: Path, server: ViewServ
     assert second["groups"][0]["tree"]["prompt"] == "question 0: 1538 degrees"
 
 
+def test_a_page_gets_every_tree_from_a_server_that_was_started_again(run: Path) -> None:
+    before = read(run)
+    save(run, logged(5), name="step-000005")
+    again = read(run)
+    for asked in (before.revision, again.revision + 40):
+        change = changes(again, asked, 20_000)
+        assert (change["revision"], len(change["groups"])) == (again.revision, 4)
+
+
 def test_the_curves_of_a_revision_are_computed_once(
     run: Path, server: ViewServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,12 +368,13 @@ def test_the_curves_of_a_revision_are_computed_once(
         return whole_history(*arguments)
 
     monkeypatch.setattr("arpo_trl.viewing.page.whole_history", counting)
-    for revision in (1, 2):
-        if revision == 2:
+    first = server.reader.revision + 1
+    for revision in (first, first + 1):
+        if revision > first:
             save(run, logged(5), name="step-000005")
         for after in (0, revision - 1, revision):
             assert ask(server, f"changes?after={after}")["revision"] == revision
-        assert len(computed) == revision
+        assert len(computed) == revision - first + 1
 
 
 def test_a_page_that_is_closed_before_its_answer_leaves_no_traceback(
@@ -479,6 +494,16 @@ def test_each_filter_and_each_order_changes_the_list(tmp_path: Path, tab: Tab) -
     assert listed(search="ONERROR") == "c"  # also what is markup, in any case
     assert listed(search='print("x")') == listed(search="[12,34]") == "a"  # values of arguments
     assert listed(search="entropies") == listed(search="query") == ""  # names of fields and arguments are not text
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_a_long_run_has_its_curves(run: Path, tab: Tab) -> None:
+    rows = [{"step": step, "reward": step % 7} for step in range(1, 150_001)]
+    (run / "trainer_state.json").write_text(json.dumps({"log_history": rows}))
+    open_page(tab, run)
+    assert tab.run("document.querySelectorAll('polyline').length") == 1
+    assert tab.run("document.body.dataset.ready") == "true"
 
 
 @pytest.mark.slow

@@ -64,13 +64,14 @@ function ticks(low, high) {
 }
 function chart(panel) {
   const lines = Object.entries(panel.lines), points = lines.flatMap(([, line]) => line);
-  let low = Math.min(...points.map((p) => p[1])), high = Math.max(...points.map((p) => p[1]));
+  const spread = (values) => values.reduce(([low, high], value) => [Math.min(low, value), Math.max(high, value)], [Infinity, -Infinity]);
+  let [low, high] = spread(points.map((p) => p[1]));
   if (low > 0 && low < high * 0.7) low = 0;
   if (high - low < 1e-9) { high += 0.5; low -= low > 0.5 || low < 0 ? 0.5 : 0; }
   const by = tickStep(low, high);
   low = Math.floor(low / by + 1e-9) * by;
   high = Math.ceil(high / by - 1e-9) * by;
-  const first = Math.min(...points.map((p) => p[0])), last = Math.max(...points.map((p) => p[0]));
+  const [first, last] = spread(points.map((p) => p[0]));
   const x = (step) => LEFT + (W - LEFT - RIGHT) * (step - first) / (last - first || 1);
   const y = (value) => H - BOTTOM - (H - TOP - BOTTOM) * (value - low) / (high - low);
   const picture = svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": panel.title });

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +38,25 @@ def listed(numbers: Sequence[int]) -> str:
 
 
 def state_file(run: Path) -> Path | None:
-    """The file with the run's log history: from its end or, if it has not ended, its newest checkpoint; None if there
-    is none."""
+    """The file with the run's log history: that of its newest checkpoint or, if it has ended after that step, of its
+    end; None if there is none."""
     run = run.parent if run.name == FOLDER else run
-    checkpoints = [path for path in run.glob(f"checkpoint-*/{_STATE}") if path.parent.name[11:].isdecimal()]
-    states = [run / _STATE, *sorted(checkpoints, key=lambda path: -int(path.parent.name[11:]))]
-    return next((path for path in states if path.exists()), None)
+    steps = [path.parent.name[11:] for path in run.glob(f"checkpoint-*/{_STATE}")]
+    newest = max((int(step) for step in steps if step.isdecimal()), default=None)
+    ended, mark = run / _STATE, _mark(run / _STATE)
+    if newest is not None and (mark is None or _step_of(ended, mark) < newest):  # a finished run may be continued
+        return run / f"checkpoint-{newest}" / _STATE
+    return None if mark is None else ended
+
+
+@lru_cache(maxsize=16)  # pages of a live run ask every two seconds
+def _step_of(state: Path, mark: tuple[int, int]) -> float:
+    """The last step in the log history of `state`, which last changed at `mark`; infinity if it cannot be read."""
+    try:
+        rows = read_json(state)["log_history"]
+        return max((row["step"] for row in rows if "step" in row), default=0)
+    except (DataError, LookupError, TypeError):
+        return math.inf  # so that its reader names the fault
 
 
 def log_history(run: Path) -> list[dict[str, Any]]:
@@ -75,8 +91,8 @@ def trees_of(file: LogFile) -> list[LoggedTree] | None:
 class RunReader:
     """Reads the log files of a run, and rereads changed files.
 
-    `revision` grows with every change. `files` contains, for each file, the revision at which it was read and its
-    trees. `history` contains the logged metrics.
+    `revision` grows with every change, also from one reader of a run to the next. `files` contains, for each file, the
+    revision at which it was read and its trees. `history` contains the logged metrics.
 
         reader = RunReader(Path("runs/my"))
         reader.refresh()
@@ -84,7 +100,7 @@ class RunReader:
 
     def __init__(self, run: Path):
         self.run = run
-        self.revision = 0
+        self.revision = time.time_ns() // 1000  # an open page may still ask for the changes since an earlier reader's
         self.files: dict[LogFile, tuple[int, list[LoggedTree]]] = {}
         self.history: list[dict[str, Any]] = []
         self._seen: dict[Path, tuple[int, int]] = {}
