@@ -41,12 +41,16 @@ def state_file(run: Path) -> Path | None:
     """The file with the run's log history: that of its newest checkpoint or, if it has ended after that step, of its
     end; None if there is none."""
     run = run.parent if run.name == FOLDER else run
-    steps = [path.parent.name[11:] for path in run.glob(f"checkpoint-*/{_STATE}")]
-    newest = max((int(step) for step in steps if step.isdecimal()), default=None)
-    ended, mark = run / _STATE, _mark(run / _STATE)
-    if newest is not None and (mark is None or _step_of(ended, mark) < newest):  # a finished run may be continued
-        return run / f"checkpoint-{newest}" / _STATE
-    return None if mark is None else ended
+    checkpoints = {
+        int(path.parent.name[11:]): path
+        for path in run.glob(f"checkpoint-*/{_STATE}")
+        if path.parent.name[11:].isdecimal()
+    }
+    ended, newest = run / _STATE, max(checkpoints, default=0)
+    mark = _mark(ended) if ended.is_file() else None
+    if mark is None or _step_of(ended, mark) < newest:  # a finished run may have been continued
+        return checkpoints.get(newest)
+    return ended
 
 
 @lru_cache(maxsize=16)  # pages of a live run ask every two seconds
