@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from arpo_trl.errors import ConfigError
+from arpo_trl.quickstart.__main__ import _arguments
 from arpo_trl.quickstart.corpus import ALIASES, TOPICS, Quantity, passages
 from arpo_trl.quickstart.demonstrations import NO_NOISE, Failures, NoiseRates, make_demonstrations
 from arpo_trl.quickstart.heldout import HeldOut
@@ -347,6 +348,17 @@ def test_held_out_accuracy_counts_a_bad_format_as_wrong_and_other_answers_by_the
 
 
 # --- report ---
+
+
+@pytest.mark.parametrize(
+    ("words", "overwrites"), [([], False), ([""], True), (["true"], True), (["True"], True), (["false"], False)]
+)
+def test_an_earlier_quickstart_is_overwritten_with_or_without_the_word_true(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], overwrites: bool
+) -> None:
+    flag = ["--overwrite_output_dir", *filter(None, words)] if words else []
+    monkeypatch.setattr("sys.argv", ["arpo-trl quickstart", *flag, "--seed", "1"])
+    assert _arguments().overwrite_output_dir is overwrites
 
 
 def test_each_set_of_questions_has_a_line_of_its_own() -> None:

@@ -82,8 +82,18 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="default: runs/quickstart, or runs/quickstart_shop")
     parser.add_argument("--hard", action="store_true", help="search only: queries have many forms, which is harder")
     parser.add_argument("--config", help="name or file of stage 2's settings; default: the task's")
-    parser.add_argument("--overwrite_output_dir", action="store_true", help="remove an earlier quickstart in --output")
-    return parser.parse_args()
+    parser.add_argument(
+        "--overwrite_output_dir",
+        nargs="?",  # train and sft take the word, too
+        type=str.lower,
+        choices=["true", "false"],
+        const="true",
+        default="false",
+        help="remove an earlier quickstart in --output",
+    )
+    arguments = parser.parse_args()
+    arguments.overwrite_output_dir = arguments.overwrite_output_dir == "true"
+    return arguments
 
 
 if __name__ == "__main__":
