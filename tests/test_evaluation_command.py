@@ -361,10 +361,10 @@ def test_the_self_check_needs_no_model_and_lists_golds_that_cannot_be(monkeypatc
     status, out, _ = run(monkeypatch, capsys, "eval", "--self-check", "--data", here)
     assert status == 0 and "| gsm8k | math equality | 3 | 1.0000 | 0.0000 |" in out
     with path.open("a") as file:
-        file.write(json.dumps({"question": "?", "answer": "}{"}) + "\n")
+        file.write(json.dumps({"question": "?", "answer": "}:x:{"}) + "\n")
     status, out, _ = run(monkeypatch, capsys, "eval", "--self-check", "--data", here)
-    assert status == 1 and "gsm8k, question 3: '}{' does not score 1 by math equality, exact match" in out
-    assert "gsm8k, question 3: only equal text matches '}{'" in out
+    assert status == 1 and "gsm8k, question 3: '}:x:{' does not score 1 by math equality, exact match" in out
+    assert "gsm8k, question 3: only equal text matches '}:x:{'" in out
     assert not (here / "runs").exists()
 
 

@@ -100,6 +100,12 @@ def test_the_lines_of_several_runs_name_their_run(tmp_path: Path) -> None:
     assert "<!-- a: calls per leaf -->" in text and "<!-- b: calls per leaf -->" in text
 
 
+def test_runs_whose_folders_have_the_same_name_are_told_apart() -> None:
+    runs = {Path(f"runs/seed{i}/rl"): {"reward": [(1, 0.5)]} for i in (0, 1)}
+    (legend,) = picture(PANELS[0], runs).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["seed0/rl: reward", "seed1/rl: reward"]
+
+
 def test_a_run_without_such_metrics_and_an_unknown_format_are_refused(tmp_path: Path) -> None:
     run = run_with(tmp_path / "a", {"step": 1, "reward": 0.5})
     with pytest.raises(DataError, match=r"has no logged phases. Pass the output_dir"):

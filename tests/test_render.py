@@ -77,8 +77,10 @@ def test_no_reward_is_not_zero():
     assert "reward 0.00" in shown(tree(), (None, 0.0))[7]
 
 
-@pytest.mark.parametrize("text", ["[bold]not markup[/bold]", "[/]", "\\[x] ends with a backslash\\"])
-def test_brackets_in_text_are_no_markup(text):
+@pytest.mark.parametrize(
+    "text", ["[bold]not markup[/bold]", "[/]", "\\[x] ends with a backslash\\", "ratio a:b:c and :x:"]
+)
+def test_brackets_in_text_are_no_markup_and_words_between_colons_no_emoji(text):
     lines = shown(tree(text), prompt=text)
     assert text in lines[0]
     assert text in lines[5]

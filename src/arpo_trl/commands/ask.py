@@ -34,7 +34,7 @@ def main(words: Sequence[str]) -> int:
     say_loading("arpo-trl ask")
     settings, tool_arguments = parse_evaluation(["--model", arguments.run, *options])
     from rich.console import Console
-    from rich.markup import escape
+    from rich.text import Text
 
     from arpo_trl.data.layouts import convert_row, system_prompt_text
     from arpo_trl.data.prompts import default_system_prompt
@@ -72,7 +72,7 @@ def main(words: Sequence[str]) -> int:
     (leaf,) = tree.leaves()
     console = Console()
     path = LoggedTree(step=0, group=0, prompt=arguments.question, tree=tree, rewards=[None], advantages=[0.0])
-    console.print(render_tree(path, title=escape(visible(arguments.run))))
+    console.print(render_tree(path, title=visible(arguments.run)))
     answer = predicted(sampler.protocol.whole_turns(tree.root.ids, leaf))
-    console.print(f"Answer: {visible(answer)}" if answer is not None else "No answer in <answer>.", markup=False)
+    console.print(Text(f"Answer: {visible(answer)}" if answer is not None else "No answer in <answer>."))
     return 0

@@ -8,8 +8,9 @@ A file may be truncated, have another encoding, or come from another program.
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from types import UnionType
@@ -55,6 +56,15 @@ def user_path(name: str | Path, setting: str) -> Path:
             f"{setting} is {shown(str(name))}, which the system refuses: {reason}. Check the path."
         ) from error
     return path
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """The last parts of the paths, as many as it takes to tell the paths apart: rl and sft, but seed0/rl and
+    seed1/rl."""
+    parts = [Path(os.path.abspath(path)).parts for path in paths]
+    lengths = range(1, max(map(len, parts), default=0) + 1)
+    length = next((n for n in lengths if len({each[-n:] for each in parts}) == len({*parts})), 0)
+    return [str(Path(*each[-length:])) for each in parts]
 
 
 def read_text(path: Path) -> str:

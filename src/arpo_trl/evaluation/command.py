@@ -13,12 +13,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from arpo_trl.common.files import write_whole
-from arpo_trl.common.user_files import check_picture, repeated, user_path
+from arpo_trl.common.user_files import check_picture, repeated, short_names, user_path
 from arpo_trl.data.loading import SUFFIXES
 from arpo_trl.data.prompts import default_system_prompt
 from arpo_trl.errors import ConfigError, EngineError
@@ -255,7 +255,7 @@ def compare_runs(a: Path, b: Path, picture: Path | None) -> int:
     if unpaired := sum(one.unpaired for one in comparisons):
         _print(console, f"{unpaired} question(s) are in only one of the runs and are excluded.")
     picture = picture or b / f"against-{a.resolve().name}.png"
-    draw(comparisons, (a.name or str(a), b.name or str(b)), picture)
+    draw(comparisons, short_names([a, b]), picture)
     _print(console, "", str(picture))
     return DONE
 
@@ -263,7 +263,7 @@ def compare_runs(a: Path, b: Path, picture: Path | None) -> int:
 def _run_all(evaluator: Evaluator, chosen: Sequence[Questions], folder: RunFolder) -> str | None:
     """Run the benchmarks one after the other. Return why they stopped early, or None."""
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         TextColumn("{task.fields[score]}"),
     )  # fmt: skip
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -271,7 +271,7 @@ def _run_all(evaluator: Evaluator, chosen: Sequence[Questions], folder: RunFolde
             for questions in chosen:
                 keys = evaluator.keys(questions)
                 done = sum(key in folder.done for key in keys)
-                title = escape(visible(questions.benchmark.title))
+                title = visible(questions.benchmark.title)
                 task = progress.add_task(title, total=len(keys), completed=done, score="")
                 run_benchmark(evaluator, questions, folder, _ProgressBar(progress, task, questions.benchmark).add)
         except EngineError as error:
@@ -338,7 +338,7 @@ def _registry_table() -> Table:
     for b in BENCHMARKS.values():
         what = f"{b.title}: {b.size} questions, scored by {b.scorer}" + (f", suite {b.suite}" if b.suite else "")
         where = " ".join(part for part in (b.hub_id, b.config, b.split) if part)
-        table.add_row(b.name, escape("\n".join(part for part in (what, where, b.note) if part)))
+        table.add_row(b.name, Text("\n".join(part for part in (what, where, b.note) if part)))
     return table
 
 
@@ -370,4 +370,4 @@ def _self_check(chosen: Sequence[Questions], settings: EvalSettings, console: Co
 def _print(console: Console, *lines: str) -> None:
     """Print lines without interpreting markup and without wrapping, with hidden characters as symbols."""
     for line in lines:
-        console.print(visible(line), markup=False, highlight=False, soft_wrap=True)
+        console.print(Text(visible(line)), soft_wrap=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ def compare(a: str | Path, b: str | Path, *, seed: int = 0) -> list[Comparison]:
     return compared
 
 
-def draw(comparisons: list[Comparison], names: tuple[str, str], path: Path) -> None:
+def draw(comparisons: list[Comparison], names: Sequence[str], path: Path) -> None:
     """Save a plot of each benchmark's difference B − A with its interval."""
     from matplotlib.figure import Figure
 

@@ -6,7 +6,6 @@ columns.
 
 from __future__ import annotations
 
-from rich.markup import escape
 from rich.text import Text
 from rich.tree import Tree
 
@@ -29,10 +28,8 @@ def render_tree(logged: LoggedTree, *, full: bool = False, title: str = "") -> T
 
     `full` shows whole texts instead of the first `MAX_CHARS` characters. `title` replaces "step …, group …".
     """
-    picture = Tree(
-        f"[bold]{title or f'step {logged.step}, group {logged.group}'}[/]  {escape(_shown(logged.prompt, full))}",
-        guide_style="dim",
-    )
+    heading = Text(title or f"step {logged.step}, group {logged.group}", style="bold")
+    picture = Tree(Text.assemble(heading, "  ", _shown(logged.prompt, full)), guide_style="dim")
     leaves = logged.tree.leaves()
     results = {
         leaf.nodes[-1].index: (reward, advantage)

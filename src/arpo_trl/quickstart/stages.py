@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -212,7 +213,7 @@ def _show(console: Console, output: Path, rl: Path, summary: Mapping[str, Any]) 
         "Training rewards sampled answers, so watch the sampled accuracy: the model learns to make fewer mistakes "
         "when it samples. The greedy accuracy starts high and may not change."
     )
-    console.print(f"Picture: {output / 'quickstart.png'}   Numbers: {output / 'summary.json'}   Model: {rl}")
+    console.print(Text(f"Picture: {output / 'quickstart.png'}   Numbers: {output / 'summary.json'}   Model: {rl}"))
 
 
 def _tree_to_show(folder: Path) -> LoggedTree | None:

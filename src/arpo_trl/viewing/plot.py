@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arpo_trl.common.files import whole_file
-from arpo_trl.common.user_files import check_picture
+from arpo_trl.common.user_files import check_picture, short_names
 from arpo_trl.errors import DataError
 from arpo_trl.viewing.curves import PANELS, Panel, Points, curves
 from arpo_trl.viewing.run import log_history
@@ -79,17 +79,18 @@ def picture(panel: Panel, lines: Mapping[Path, Mapping[str, Points]]) -> Figure:
     """
     from matplotlib.figure import Figure
 
+    names = short_names(list(lines))
     labels = list(dict.fromkeys(label for of_run in lines.values() for label in of_run))
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
-    for i, (run, of_run) in enumerate(lines.items()):
+    for i, of_run in enumerate(lines.values()):
         for label, points in of_run.items():
             j = labels.index(label)
             colour, style = (i, j + len(labels) * (i // len(COLOURS))) if len(lines) > 1 else (j, j // len(COLOURS))
             axes.plot(
                 *zip(*points, strict=True),
                 **look(colour, style, len(points)),
-                label=f"{run.name}: {label}" if len(lines) > 1 else label,
+                label=f"{names[i]}: {label}" if len(lines) > 1 else label,
             )
     axes.set(title=panel.title, xlabel="step", ylabel=panel.unit)
     axes.grid(alpha=0.3)
