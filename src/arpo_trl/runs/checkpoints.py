@@ -4,8 +4,9 @@ A checkpoint is written to `<output_dir>/.unfinished`. When all ranks have finis
 sizes in `arpo_state.json`, flushes everything to disk and renames the folder to its final name. So a folder named
 `checkpoint-…` was complete when it got that name. If a file is lost or truncated later, the sizes reveal it.
 
-`arpo_state.json` also identifies the run: the settings that affect the results of a step, the model's shape, the
-dataset's content, the tools and rewards. A run that differs in one of them cannot resume from the checkpoint.
+`arpo_state.json` also identifies the run: the settings that affect the results of a step, the model's shape and frozen
+weights, the dataset's content, the tools and rewards. A run that differs in one of them cannot resume from the
+checkpoint.
 """
 
 from __future__ import annotations
