@@ -227,6 +227,19 @@ def test_siblings_are_compared_without_the_turn_itself():
     assert credited("siblings", decay=0.5) == [[1.5, -3], [0.75, 1.5, -4], [0.75, 1.5, 4], [0]]
 
 
+def test_branches_count_alike_however_many_leaves_they_have():
+    made = RolloutTree([9])
+    seen = made.add_observation(made.add_turn(0, [1], "", [-0.5], []).index, [2], [], "").index
+    one, several, other = (made.add_turn(seen, [3], "", [-0.5], []).index for _ in range(3))
+    below = made.add_observation(several, [2], [], "").index
+    leaves = [(one, (0,)), *((made.add_turn(below, [3], "", [-0.5], []).index, (0, 1, 0, i)) for i in range(3))]
+    for node, address in [*leaves, (other, (0, 1, 1))]:
+        made.end(node, address, StopReason.EOS)
+    rewards = torch.tensor([1.0, 2.0, 3.0, 4.0, 9.0])
+    values, _ = CREDITS.get("siblings")()([made], rewards, rewards)
+    assert values[0, 2] == 1 - (3 + 9) / 2  # the branch with the leaves 2, 3 and 4 counts once
+
+
 def test_gigpo_adds_the_z_score_among_the_leaves_of_an_observation():
     # γ 1: under node 2 rewards 1, 2, 6 with mean 3 and deviation √((4 + 1 + 9) / 2) = 2.64575; under node 5 2 and 6
     # with mean 4 and deviation 2.82843

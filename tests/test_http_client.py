@@ -134,6 +134,14 @@ def test_an_answer_in_too_many_pieces_is_an_error(coding: str, start: bytes, pie
         fetch(httpx.Request("GET", server.url), timeout_s=60)
 
 
+def test_an_encoding_that_takes_minutes_is_not_used() -> None:
+    body = b'{"a": "' + b"x" * 200_000 + b'-9"}'
+    for stated in ("punycode", "idna", "no-such", "rot13"):
+        headers = {"Content-Type": f"application/json; charset={stated}"}
+        with Loopback(lambda asked, headers=headers: Reply(body, headers=headers)) as server:
+            assert len(fetch_json(httpx.Request("GET", server.url), timeout_s=60)["a"]) == 200_002
+
+
 def test_an_answer_in_gzip_is_read() -> None:
     body = gzip.compress(b"iron " * 10_000)
     with Loopback(lambda asked: Reply(body, headers={"Content-Encoding": "gzip"})) as server:
@@ -143,7 +151,13 @@ def test_an_answer_in_gzip_is_read() -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [gzip.compress(b"iron " * 9)[:-9], gzip.compress(b"a") + gzip.compress(b"b")], ids=["cut", "two"]
+    "body",
+    [
+        gzip.compress(b"iron " * 9)[:-9],
+        gzip.compress(b"a") + gzip.compress(b"b"),
+        gzip.compress(b"a") + bytes(1 << 20),
+    ],
+    ids=["cut", "two", "zeros after it"],
 )
 def test_an_answer_in_gzip_of_which_a_part_would_be_lost_is_an_error(body: bytes) -> None:
     reply = Reply(body, headers={"Content-Encoding": "gzip"})

@@ -1,6 +1,7 @@
 import contextlib
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -151,6 +152,12 @@ def test_an_async_reward_is_not_waited_for(model, tmp_path):
     trainer = make_trainer(model, tmp_path, reward_funcs=slow, max_steps=3)
     with pytest.raises(Interrupted, match="Step 1 is saved"):
         trainer.train()
+
+
+def test_an_interrupt_can_be_sent_to_other_ranks():
+    for sent in (Interrupted(signal.SIGTERM), Interrupted(signal.SIGINT, "Step 2 is saved.")):
+        got = pickle.loads(pickle.dumps(sent))
+        assert (type(got), got.signum, str(got)) == (Interrupted, sent.signum, str(sent))
 
 
 def test_the_handlers_of_before_are_back_afterwards(model, tmp_path):

@@ -116,7 +116,7 @@ def test_a_slow_call_misses_its_deadline_and_delays_no_other(server: dict[str, A
 
         def quick_is_not_delayed() -> bool:
             slow, quick = results(box, ("slow", {"text": "x"}), ("echo", {"text": "y"}))
-            assert (slow.text, slow.failure) == ("Error: the slow call took longer than 1 s.", ToolFailure.ERROR)
+            assert (slow.text, slow.failure) == ("Error: the slow call took longer than 1 s.", ToolFailure.TIMEOUT)
             return quick.text == "y" and quick.seconds < 1
 
         assert any(quick_is_not_delayed() for _ in range(10))  # a busy machine may need a second for it
@@ -221,6 +221,22 @@ def test_an_older_server_without_the_session_gets_a_new_one() -> None:
         older.restart()
         assert results(box, ("echo", {"text": "b"}))[0].failure is ToolFailure.DEGRADED
         assert results(box, ("echo", {"text": "c"}))[0].text == "c"
+
+
+def test_a_pattern_of_a_server_that_takes_hours_is_not_searched_for() -> None:
+    older = OlderServer()
+
+    def answer(asked: Asked) -> Reply:
+        reply = older(asked)
+        if asked.method == "POST" and asked.json["method"] == "tools/list":
+            (tool,) = reply.body["result"]["tools"]
+            tool["outputSchema"] = {"type": "object", "properties": {"a": {"type": "string", "pattern": "^(a+)+$"}}}
+        if asked.method == "POST" and asked.json["method"] == "tools/call":
+            reply.body["result"]["structuredContent"] = {"a": "a" * 60 + "!"}
+        return reply
+
+    with Loopback(answer) as server, ToolBox(mcp_tools([{"url": server.url}], timeout_s=60.0), timeout_s=60.0) as box:
+        assert results(box, ("echo", {"text": "a"}))[0].text == "a"
 
 
 def test_an_endless_or_compressed_answer_is_an_error(caplog: pytest.LogCaptureFixture) -> None:

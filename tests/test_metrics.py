@@ -354,6 +354,13 @@ def test_a_persistent_alarm_is_logged_once_and_again_after_a_while():
     assert [i for i, now in enumerate(said) if now] == [0, REPEAT_EVERY, 2 * REPEAT_EVERY]
 
 
+def test_an_alarm_that_returns_is_logged_at_once():
+    alarms = Alarms(Threshold())
+    outage, fine = heard(1.0), heard(0.0)
+    said = [bool(alarms.check(rollout)) for rollout in [outage, *[fine] * REPEAT_EVERY, outage, fine, outage]]
+    assert [i for i, now in enumerate(said) if now] == [0, REPEAT_EVERY + 1]
+
+
 @pytest.mark.parametrize(("share", "said"), [(1.0, "fire the branch rule, so"), (0.0, "Only 0% of the tool results")])
 def test_an_extreme_fire_rate_is_reported_once_per_run_after_enough_decisions(share, said):
     alarms = Alarms(Threshold())

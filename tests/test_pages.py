@@ -76,6 +76,34 @@ def visit(server: Loopback) -> Any:
     return visit_tool(allowed_hosts=[f"127.0.0.1:{server.port}"], timeout_s=60)
 
 
+CAFE = "Le café à Málaga coûte 2 EUR, près de l'hôtel."
+TOKYO = "東京タワーの高さは333メートルです。"
+
+
+@pytest.mark.parametrize(
+    ("text", "written", "stated"),
+    [
+        (CAFE, "latin-1", "iso-8859-1"),
+        (TOKYO, "shift_jis", "shift_jis"),
+        (TOKYO, "iso2022_jp", "iso-2022-jp"),
+        (CAFE, "utf-16", "utf-16"),
+        ("333 m", "utf-16-le", "utf-16le"),
+        (CAFE, "utf-8-sig", "utf-8"),
+        (CAFE, "utf-8", "iso-8859-1"),  # a default of the server, which is wrong
+        (CAFE, "utf-8", "no-such"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["plain", "html"])
+def test_a_page_is_read_in_the_encoding_that_its_server_states(
+    text: str, written: str, stated: str, kind: str
+) -> None:
+    body = text if kind == "plain" else f"<html><body><article><p>{text}</p></article></body></html>"
+    page = Reply(body.encode(written), headers={"Content-Type": f"text/{kind}; charset={stated}"})
+    with Loopback(lambda asked: page) as server:
+        visit = visit_tool(allowed_hosts=[f"127.0.0.1:{server.port}"], timeout_s=60)
+        assert visit(f"http://127.0.0.1:{server.port}/") == text
+
+
 # Addresses
 
 

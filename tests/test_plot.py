@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +21,7 @@ from arpo_trl.options import RolloutSchedule
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.viewing.command import KINDS_OF_PLOTS
-from arpo_trl.viewing.curves import PANELS, Panel
+from arpo_trl.viewing.curves import PANELS, Panel, curves
 from arpo_trl.viewing.plot import COLOURS, draw_plot, picture
 from arpo_trl.viewing.timeline import tree_events, write_timeline
 from support import ANSWER, Scripted
@@ -42,6 +43,13 @@ def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 
 def test_the_kinds_of_pictures_are_the_panels() -> None:
     assert tuple(panel.name for panel in PANELS) == KINDS_OF_PLOTS
+
+
+def test_numbers_that_no_picture_can_show_are_left_out() -> None:
+    values = [10**400, -(10**400), math.inf, math.nan, None, "1", 2]
+    history = [{"step": step, "reward": value} for step, value in enumerate(values)]
+    (panel,) = [panel for panel in PANELS if "reward" in panel.lines]
+    assert list(curves(panel, history).values()) == [[(6, 2.0)]]
 
 
 OF_TOOLS = {

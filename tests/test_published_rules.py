@@ -11,6 +11,7 @@ import pytest
 
 from arpo_trl.config import ARPOConfig
 from arpo_trl.errors import ConfigError
+from arpo_trl.logs.metrics import Tally, tally_trees
 from arpo_trl.options import RolloutSchedule
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.rules import (
@@ -388,6 +389,11 @@ def test_aepo_splits_the_leaves_by_the_entropies_of_the_first_path(rule, weight,
     first = [node for node in tree.observations() if node.decision and node.parent == 1]
     assert [node.decision.granted for node in first] == [0]  # the first path does not branch
     assert first[0].decision.reason == "a first path, which is only measured"
+    assert first[0].decision.fires is None
+    if rule is AEPO:  # α = 1
+        tally = Tally()
+        tally_trees([tree], tally)
+        assert tally.values().get("tree/fire_rate", 1.0) == 1.0  # of the decisions that it made
     if rule is AEPO:  # α = 1 fires everywhere, so that branches take all that is left
         assert len(tree.root.children) == max(2, m)
         assert rollout.topups == [max(1, m - 1)]

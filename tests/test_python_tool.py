@@ -436,6 +436,28 @@ def test_files_that_a_call_leaves_are_limited_in_number_and_in_bytes(worker: Wor
         assert run(worker, "import os\nos.listdir()") == "[]\n"
 
 
+@pytest.mark.parametrize("tier", [Tier.SANDLOCK, Tier.UNSAFE])
+def test_removed_files_count_that_are_written_through_mappings(tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The temporary folder may be in memory. Then such files take memory that the kernel does not count as written."""
+    monkeypatch.setattr("tempfile.tempdir", "/dev/shm")
+    code = """
+        import mmap, os, time
+        for i in range(20):  # of the 32 files that may be open
+            fd = os.open('f', os.O_CREAT | os.O_RDWR)
+            os.unlink('f')
+            os.ftruncate(fd, 1 << 20)
+            with mmap.mmap(fd, 1 << 20) as memory: memory[:] = bytes([1]) * (1 << 20)
+        time.sleep(50)
+        """
+    with worker_of(tier, replace(LIMITS, disk_mb=16)) as worker:
+        assert worker.run(textwrap.dedent(code)).ending is Ending.DISK
+
+
+def test_what_earlier_cells_write_is_hidden_whatever_they_write_to(worker: Worker) -> None:
+    earlier = "import os, sys\nfor fd in (1, 2): os.write(fd, b'old')\nprint('old', file=sys.stderr)"
+    assert worker.run("print('new')\nos.write(2, b'newer');", [earlier]).output == "new\nnewer"
+
+
 def test_bytes_written_to_files_that_are_removed_count(worker: Worker) -> None:
     code = """
         import os, time

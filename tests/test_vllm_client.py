@@ -420,6 +420,27 @@ def moving(url, folder, **settings) -> ServedWeights:
 AGREES = {"choices": [{"prompt_logprobs": [None, {"6": {"logprob": -1.0}}]}]}
 
 
+@pytest.mark.parametrize("comes", [True, False])
+def test_a_server_that_another_rank_restores_at_the_same_time_refuses_nothing_that_matters(
+    serve, tmp_path, comes, monkeypatch
+):
+    monkeypatch.setattr("arpo_trl.rollout.engines.vllm.weights.RESTORED_S", 1.0)
+    served = ["default"]
+    url, _ = serve(
+        collective_rpc=lambda number: {} if number == 0 else (400, {"message": "has already been loaded"}),
+        weight_info=lambda number: {"weight_version": served.pop(0) if len(served) > 1 else served[0]},
+        v1__completions=AGREES,
+    )
+    weights = moving(url, tmp_path)
+    weights.sync()
+    served[:] = ["default", "default", weights.version if comes else "default"]
+    if comes:
+        weights.restore(weights.clients[0])
+    else:
+        with pytest.raises(EngineError, match="already been loaded"):
+            weights.restore(weights.clients[0])
+
+
 def test_a_server_that_is_killed_while_it_loads_weights_is_waited_for_and_gets_them(serve, tmp_path):
     url, seen = serve(
         collective_rpc=lambda number: None if number == 0 else {},

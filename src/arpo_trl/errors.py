@@ -22,6 +22,7 @@ is not in the hierarchy.
 from __future__ import annotations
 
 import signal
+from typing import Any
 
 from arpo_trl.visible import for_people
 
@@ -97,6 +98,9 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, signum: int, message: str = ""):
         super().__init__(message or f"Interrupted by {signal.Signals(signum).name}.")
         self.signum = signum
+
+    def __reduce__(self) -> Any:  # it is sent to other ranks
+        return type(self), (self.signum, str(self))
 
     @property
     def exit_status(self) -> int:

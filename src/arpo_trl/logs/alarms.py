@@ -71,17 +71,18 @@ class Alarms:
         self._alarms = (*of_all, *rule.alarms, *map(failure_alarm, tools))
         self._counted = {alarm: [0.0, 0.0] for alarm in self._alarms}
         """Sum and count of each alarm's metric since its last check."""
-        self._raised = dict.fromkeys(self._alarms, 0)
+        self._told = dict.fromkeys(self._alarms, 0)
+        """The number of checks from each alarm's last message on, that one included; 0: there was none."""
 
     def state_dict(self) -> list[list[float]]:
-        """For each alarm: sum and count since its last check, and how often it was raised."""
-        return [[*self._counted[alarm], self._raised[alarm]] for alarm in self._alarms]
+        """For each alarm: sum and count since its last check, and the checks from its last message on."""
+        return [[*self._counted[alarm], self._told[alarm]] for alarm in self._alarms]
 
     def load_state_dict(self, state: Sequence[Sequence[float]]) -> None:
         """The inverse of `state_dict`."""
         # Not strict: earlier versions had fewer alarms.
-        for alarm, (total, count, raised) in zip(self._alarms, state, strict=False):
-            self._counted[alarm], self._raised[alarm] = [total, count], int(raised)
+        for alarm, (total, count, told) in zip(self._alarms, state, strict=False):
+            self._counted[alarm], self._told[alarm] = [total, count], int(told)
 
     def check(self, tally: Tally) -> list[str]:
         """The messages to log after this rollout."""
@@ -94,8 +95,10 @@ class Alarms:
                 continue
             share = counted[0] / counted[1]
             self._counted[alarm] = [0.0, 0.0]
-            if share <= alarm.limit if alarm.below else share >= alarm.limit:
-                if self._raised[alarm] == 0 or (alarm.again and self._raised[alarm] % REPEAT_EVERY == 0):
-                    messages.append(f"arpo/{alarm.metric}: {alarm.advice.replace('{share}', f'{share:.0%}')}")
-                self._raised[alarm] += 1
+            is_due = self._told[alarm] == 0 or (alarm.again and self._told[alarm] >= REPEAT_EVERY)
+            if is_due and (share <= alarm.limit if alarm.below else share >= alarm.limit):
+                messages.append(f"arpo/{alarm.metric}: {alarm.advice.replace('{share}', f'{share:.0%}')}")
+                self._told[alarm] = 1
+            elif self._told[alarm]:
+                self._told[alarm] += 1
         return messages

@@ -136,10 +136,11 @@ def _tally_shape(tree: RolloutTree, tally: Tally) -> None:
     for node in tree.observations():
         if node.decision is None or not node.calls:
             continue
-        depth = sum(step.kind is NodeKind.OBSERVATION for step in tree.path(node.index))
-        tally.add(f"tree/forks_depth_{depth}", float(node.decision.granted > 0))
-        tally.add("tree/fire_rate", float(node.decision.fires))
-        tally.add(f"tree/fire_rate_{node.tool}", float(node.decision.fires))
+        if node.decision.fires is not None:
+            depth = sum(step.kind is NodeKind.OBSERVATION for step in tree.path(node.index))
+            tally.add(f"tree/forks_depth_{depth}", float(node.decision.granted > 0))
+            tally.add("tree/fire_rate", float(node.decision.fires))
+            tally.add(f"tree/fire_rate_{node.tool}", float(node.decision.fires))
         if node.decision.delta is not None:
             tally.add("entropy/delta", node.decision.delta)
 

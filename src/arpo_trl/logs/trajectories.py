@@ -263,7 +263,8 @@ _CALL = {
 }  # fmt: skip
 _KNOWN = float | None
 _DECISION = {
-    "entropy_nats?": _KNOWN, "delta?": _KNOWN, "probability?": _KNOWN, "fires": bool, "granted": int, "reason?": str,
+    "entropy_nats?": _KNOWN, "delta?": _KNOWN, "probability?": _KNOWN, "fires": bool | None, "granted": int,
+    "reason?": str,
 }  # fmt: skip
 _NODE = {
     "kind": str, "parent": int, "ids": [int], "text": str, "entropies?": [float], "stop?": str, "calls?": [_CALL],

@@ -1,7 +1,8 @@
 """HTTP requests to servers that may be slow or hostile: one deadline for the whole exchange, and limits on its size.
 
-Errors do not quote a request or an answer, because both can contain keys. Two limits bound the cost of an answer: its
-bytes after decompression, and its number of pieces, since each piece costs about 30 µs and may contain a single byte.
+Errors do not quote a request or an answer, because both can contain keys. Limits bound the cost of an answer: its
+bytes after decompression and those that follow compressed data, and its number of pieces, since each piece costs about
+30 µs and may contain a single byte.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ MAX_BYTES = 8 << 20
 MAX_JSON_BYTES = 2 << 20
 MAX_PIECES = 1 << 14
 """Half a second of work. 8 MiB arrive in 6,000 pieces if each piece is one network packet."""
+_MAX_AFTER_GZIP_BYTES = 1 << 16
+_SLOW_ENCODINGS = ("punycode", "idna")
+"""Their time grows with the square of the length: minutes for an answer."""
 _CODINGS = ("", "identity", "gzip", "x-gzip")
 _HEADERS = {"User-Agent": "arpo-trl", "Accept-Encoding": "gzip"}
 _GRACE_S = 1.0
@@ -82,6 +86,16 @@ class Answer:
     headers: httpx.Headers
     body: bytes
 
+    @property
+    def encoding(self) -> str | None:
+        """Python's name of the encoding that the server states; None if it states none that is known."""
+        stated = httpx.Response(200, headers=self.headers).charset_encoding
+        try:
+            name = None if stated is None else codecs.lookup(stated).name
+        except (LookupError, ValueError):
+            return None
+        return None if name in _SLOW_ENCODINGS else name
+
 
 def fetch(request: httpx.Request, *, timeout_s: float, max_bytes: int = MAX_BYTES, pooled: bool = True) -> Answer:
     """Return the server's answer to `request`, without following redirects. Blocks; thread-safe.
@@ -134,10 +148,9 @@ def fetch_json(request: httpx.Request, *, timeout_s: float, sent: str = "") -> A
 
 def _text(answer: Answer) -> str:
     """Return the text of an answer, in the encoding that it states or, as JSON is, in UTF-8, UTF-16 or UTF-32."""
-    stated = httpx.Response(200, headers=answer.headers).charset_encoding
-    with contextlib.suppress(LookupError, UnicodeError):  # an encoding that is unknown, or not that of the text
-        if stated is not None and answer.body[:3] != codecs.BOM_UTF8:
-            return answer.body.decode(stated)
+    with contextlib.suppress(LookupError, UnicodeError):  # not an encoding of text, or not that of the body
+        if answer.encoding is not None and answer.body[:3] != codecs.BOM_UTF8:
+            return answer.body.decode(answer.encoding)
     return answer.body.decode(json.detect_encoding(answer.body), "replace")
 
 
@@ -216,6 +229,8 @@ async def _body(response: httpx.Response, max_bytes: int) -> bytes:
             raise RequestFailed("answered with broken gzip", status=status) from None
         if len(body) > max_bytes:
             raise RequestFailed(f"answered with more than {max_bytes:,} bytes", status=status)
+        if inflater and len(inflater.unused_data) > _MAX_AFTER_GZIP_BYTES:
+            raise RequestFailed("answered with broken gzip", status=status)
         if pieces > MAX_PIECES:
             raise RequestFailed(f"answered in more than {MAX_PIECES:,} pieces", status=status)
     if inflater and pieces and (inflater.unused_data.strip(b"\0") or not inflater.eof):

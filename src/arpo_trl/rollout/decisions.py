@@ -105,20 +105,20 @@ def _plain(decision: BranchDecision, rule: BranchRule) -> BranchDecision:
         return None if value is None or not math.isfinite(value) else float(value)
 
     try:
-        if decision.fires not in (True, False) or not isinstance(decision.reason, str):
+        if decision.fires not in (True, False, None) or not isinstance(decision.reason, str):
             raise TypeError
         return replace(
             decision,
             entropy_nats=number(decision.entropy_nats),
             delta=number(decision.delta),
             probability=number(decision.probability),
-            fires=bool(decision.fires),
+            fires=None if decision.fires is None else bool(decision.fires),
             granted=operator.index(decision.granted),
         )
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ConfigError(
-            f"The branch rule {rule.name!r} decided {decision!r}; expected a BranchDecision with `fires` True or "
-            "False, a whole number `granted`, numbers or None, and a text as `reason`."
+            f"The branch rule {rule.name!r} decided {decision!r}; expected a BranchDecision with `fires` True, "
+            "False or None, a whole number `granted`, numbers or None, and a text as `reason`."
         ) from error
 
 

@@ -685,7 +685,7 @@ class _Run:
             node = group.tree.nodes[path.parent]
             before = node.decision.granted if node.decision is not None else 0
             after = before + decision.granted
-            node.decision = replace(decision, fires=decision.fires or before > 0, granted=after)
+            node.decision = replace(decision, fires=before > 0 or decision.fires, granted=after)
             waited = group.longest_chain - path.depth if rule.moment.waits else path.waited
             path = replace(path, decides=False, waited=waited)
             for j in range(before, after):

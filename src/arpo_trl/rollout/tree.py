@@ -101,7 +101,8 @@ class ExecutedCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BranchDecision:
-    """A branch rule's decision on one observation. If it fires and `granted` < Z, the budget ran out.
+    """A branch rule's decision on one observation. If it fires and `granted` < Z, the budget ran out. `fires` is None
+    if the rule could not choose, because no branch may start there.
 
     `entropy_nats`, `delta` (ΔH) and `probability` (P) are None under a rule that does not compute them. `reason`
     names what else the decision depends on, as text for users: a draw, a score, a planned width.
@@ -112,7 +113,7 @@ class BranchDecision:
     entropy_nats: float | None = None
     delta: float | None = None
     probability: float | None = None
-    fires: bool = False
+    fires: bool | None = False
     granted: int = 0
     reason: str = ""
 

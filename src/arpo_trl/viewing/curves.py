@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,7 +93,7 @@ def curves(panel: Panel, history: Iterable[Mapping[str, Any]]) -> dict[str, Poin
         label: [
             (row["step"], float(row[key]))
             for row in rows
-            if isinstance(row.get(key), int | float) and math.isfinite(row[key])
+            if isinstance(row.get(key), int | float) and abs(row[key]) <= sys.float_info.max
         ]
         for key, label in labels.items()
     }

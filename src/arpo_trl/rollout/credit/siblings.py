@@ -1,7 +1,7 @@
 """A turn is compared with the other turns under the same observation (BPO, arXiv 2607.14171).
 
 A turn under an observation that branches, and the turns after it up to the next such observation, get the mean
-advantage of their leaves minus that of the other branches' leaves (leave-one-out). Turns at the root keep the mean
+advantage of their leaves minus the mean of the other branches' means (leave-one-out). Turns at the root keep the mean
 advantage of their leaves, which the group's baseline has already centred. The advantage of a turn with d forks after
 it on its path is multiplied by `decay`**d.
 

@@ -74,12 +74,14 @@ def run_cells(cells: list[str]) -> int:
     if earlier:
         shown = os.dup(1)
         null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
+        for hidden in (1, 2):
+            os.dup2(null, hidden)
         os.close(null)
         for number, cell in enumerate(earlier, 1):
             _run(cell, main, f"{SHOWN_NAME[:-1]} {number}>")
         _flush()
-        os.dup2(shown, 1)
+        for hidden in (1, 2):
+            os.dup2(shown, hidden)
         os.close(shown)
     status = _run(last, main, SHOWN_NAME)
     _flush()

@@ -65,6 +65,7 @@ import os
 import resource
 import select
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -350,9 +351,8 @@ class Worker:
             if with_files and self.tier is not Tier.NAMESPACES:
                 accounts = dict(line.split(": ") for line in (call / "io").read_text().splitlines())
                 size = self._limits.disk_mb << 20
-                if max(int(accounts["wchar"]), int(accounts["write_bytes"])) > size or python_folder.holds_more(
-                    self._folder, files=self._limits.files, size=size
-                ):
+                written = max(int(accounts["wchar"]), int(accounts["write_bytes"]), _bytes_of_deleted(call / "fd"))
+                if written > size or python_folder.holds_more(self._folder, files=self._limits.files, size=size):
                     return Ending.DISK
         return None
 
@@ -403,6 +403,22 @@ def _poll(timeout_ms: float, *fds: int) -> set[int]:
 
 def _children_of(pid: int) -> Path:
     return Path(f"/proc/{pid}/task/{pid}/children")
+
+
+def _bytes_of_deleted(files: Path) -> int:
+    """Return the size on disk of deleted files that a process has open. What it wrote through a mapping to one on a
+    tmpfs is in no other count.
+
+    Args:
+        files: The folder /proc/PID/fd of the process.
+    """
+    size = 0
+    for file in files.iterdir():
+        with contextlib.suppress(OSError):  # it has just been closed
+            status = file.stat()
+            if stat.S_ISREG(status.st_mode) and status.st_nlink == 0:
+                size += status.st_blocks * 512
+    return size
 
 
 def _only_child(pid: int) -> int:

@@ -111,9 +111,9 @@ def visit_tool(
         address, _, rest = url.strip().partition(" ")
         goal = (goal or rest).strip()
         deadline = time.monotonic() + timeout_s
-        kind, page = _fetched(address, guard, deadline, max_bytes)
+        kind, encoding, page = _fetched(address, guard, deadline, max_bytes)
         sizes = (max_chars, _SUMMARY_CHARS) if summariser is not None and goal else (max_chars,)
-        text, *longer = _excerpts(page, kind, goal, sizes, deadline - time.monotonic())
+        text, *longer = _excerpts(page, kind, encoding, goal, sizes, deadline - time.monotonic())
         if not text:
             raise ToolError("Error: the page has no text.")
         if summariser is not None and longer:
@@ -192,8 +192,9 @@ def _resolve(host: str, port: int) -> list[str]:
     return [str(address[0]) for *_, address in found]
 
 
-def _fetched(url: str, guard: AddressGuard, deadline: float, max_bytes: int) -> tuple[str, bytes]:
-    """Return the kind (html, pdf or text) and the content of the page at `url`, after redirects."""
+def _fetched(url: str, guard: AddressGuard, deadline: float, max_bytes: int) -> tuple[str, str, bytes]:
+    """Return the kind (html, pdf or text), the stated encoding ("" if there is none) and the content of the page at
+    `url`, after redirects."""
     for _ in range(MAX_REDIRECTS + 1):
         request = guard.request(url, max(0.1, deadline - time.monotonic()))
         left = deadline - time.monotonic()
@@ -207,7 +208,7 @@ def _fetched(url: str, guard: AddressGuard, deadline: float, max_bytes: int) -> 
         elif answer.status != 200:
             raise ToolError(f"Error: the page could not be fetched: the server answered {answer.status}.")
         else:
-            return _kind_of(answer), answer.body
+            return _kind_of(answer), answer.encoding or "", answer.body
     raise ToolError(f"Error: the page could not be fetched: more than {MAX_REDIRECTS} redirects.")
 
 
@@ -228,11 +229,11 @@ def _kind_of(answer: Answer) -> str:
     return kind
 
 
-def _excerpts(page: bytes, kind: str, goal: str, sizes: Sequence[int], timeout_s: float) -> list[str]:
+def _excerpts(page: bytes, kind: str, encoding: str, goal: str, sizes: Sequence[int], timeout_s: float) -> list[str]:
     """Return the excerpt of `page` that matches `goal`, once for each maximum number of characters in `sizes`."""
     try:
         done = subprocess.run(
-            [sys.executable, "-P", page_worker.__file__, kind, *map(str, sizes)],
+            [sys.executable, "-P", page_worker.__file__, kind, encoding, *map(str, sizes)],
             input=json.dumps(goal).encode() + b"\n" + page,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

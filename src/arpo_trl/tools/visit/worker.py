@@ -3,13 +3,14 @@
 Parsers have bugs, and a hostile page can make a parser, or the search for the best windows, use hours or all memory.
 Here this terminates only the separate process. The script has few imports, so that it starts in a tenth of a second.
 
-    argv = html | pdf | text, maximum characters of each excerpt…
+    argv = html | pdf | text, the encoding that the server states or "", maximum characters of each excerpt…
     stdin = the goal as a line of JSON, then the page
       ──▶  stdout = JSON: for each maximum, the excerpt of the page that matches the goal
 """
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import io
 import json
@@ -22,6 +23,8 @@ CPU_LIMIT_S = 10
 MEMORY_LIMIT_BYTES = 2 << 30
 MAX_TEXT_CHARS = 2_000_000
 MAX_PDF_PAGES = 200
+_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+"""The first bytes of pages that state their encoding themselves."""
 
 
 def of_html(page: bytes) -> str:
@@ -45,7 +48,20 @@ def of_pdf(page: bytes) -> str:
 
 
 def of_text(page: bytes) -> str:
-    return page.decode("utf-8", "replace")
+    is_utf_16 = page.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return page.decode("utf-16" if is_utf_16 else "utf-8-sig", "replace")
+
+
+def in_utf_8(page: bytes, stated: str) -> bytes:
+    """The page in UTF-8, if it is in the encoding that the server states. Many servers state a default that is wrong
+    for pages in UTF-8, but text in another encoding is almost never valid UTF-8."""
+    if not page.isascii():
+        with contextlib.suppress(UnicodeError):
+            page.decode()
+            return page
+    with contextlib.suppress(LookupError, UnicodeError):  # unknown, or not that of the page
+        return page.decode(stated).encode()
+    return page
 
 
 def main() -> None:
@@ -55,9 +71,11 @@ def main() -> None:
     with contextlib.suppress(ValueError, OSError):  # some systems cannot limit the address space
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
     logging.disable(logging.CRITICAL)
-    kind, *sizes = sys.argv[1:]
+    kind, stated, *sizes = sys.argv[1:]
     goal = json.loads(sys.stdin.buffer.readline())
     page = sys.stdin.buffer.read()
+    if stated and kind != "pdf" and not page.startswith(_MARKS):
+        page = in_utf_8(page, stated)
     text = {"html": of_html, "pdf": of_pdf, "text": of_text}[kind](page)[:MAX_TEXT_CHARS]
     text = text.encode("utf-8", "replace").decode()  # without lone surrogates
     print(json.dumps([excerpt(text, goal, int(size)) for size in sizes]))

@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
@@ -36,6 +37,8 @@ logger = get_logger(__name__)  # not accelerate's: any rank may restore a server
 
 CHECK_S = 0.2
 """Seconds between two calls of `check` while servers load weights."""
+RESTORED_S = 30.0
+"""How long a rank that could not restore a server waits for another rank to do it."""
 SHARD_BYTES = 4 << 30
 """The maximum number of bytes of a model that are in memory at once while it is written to disk."""
 
@@ -207,7 +210,18 @@ class ServedWeights:
         with self.lock:
             if client.weight_version() == self.version:
                 return
-            self._serve(client, self.version, self._transfer.restore)
+            try:
+                self._serve(client, self.version, self._transfer.restore)
+            except ServerLost:
+                raise
+            except EngineError:
+                # Several ranks may restore the server at the same time. It refuses the later ones.
+                deadline = time.monotonic() + RESTORED_S
+                while client.weight_version() != self.version:
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(CHECK_S)
+                self._compare(client, self.version)
 
     def _compare(self, client: ServerClient, version: str) -> None:
         ours, url = self._ours, client.url

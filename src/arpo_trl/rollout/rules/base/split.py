@@ -76,7 +76,7 @@ class BudgetSplit(BranchRule):
     def judged(self, candidates: Sequence[Candidate], context: BranchContext) -> list[BranchDecision]:
         measured = "a first path, which is only measured"
         return [
-            replace(decision, fires=False, reason=measured) if candidate.address[0] < context.state.first else decision
+            replace(decision, fires=None, reason=measured) if candidate.address[0] < context.state.first else decision
             for candidate, decision in zip(candidates, super().judged(candidates, context), strict=True)
         ]
 
