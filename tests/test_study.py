@@ -412,7 +412,7 @@ def test_jobs_and_their_programs_end_with_a_killed_study(tmp_path):
         f"study.processes.run_all({{'long': job}}, 1, pathlib.Path({str(tmp_path)!r}), [])"
     )
     study = psutil.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": "benchmarks"})
-    until(lambda: any(child.name() == "sleep" for child in study.children(recursive=True)))
+    until(lambda: any(child.name() == "sleep" for child in study.children(recursive=True)), within_s=300.0)
     children = study.children(recursive=True)
     study.kill()
     study.wait()

@@ -69,7 +69,7 @@ class Resumable(GRPOTrainer):
     """The working folder at the start of training, on which a relative `output_dir` depends; None outside of training.
     Rollouts ahead may run functions that change it at any time."""
     loads = 0
-    """How many times the weights may have changed without a step of training: at its start, or by the best ones."""
+    """How many times a checkpoint has replaced the weights: when training resumes, and at its end by the best ones."""
     _evaluation_is_owed = False
     _is_restored = True
     _passes = 0
@@ -188,7 +188,7 @@ class Resumable(GRPOTrainer):
         elif self.args.should_save:
             self._begin_logs()
         folder = None if self._resumed is None else str(self._resumed.folder)
-        self.started_in, self.loads = working_folder(), self.loads + 1
+        self.started_in, self.loads = working_folder(), self.loads + (folder is not None)
         try:
             with self._interrupts.listening():
                 try:
