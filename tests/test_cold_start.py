@@ -1,14 +1,16 @@
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from transformers import AutoTokenizer
 
-from arpo_trl.data.demonstrations import IGNORED, encode_dataset, encode_trajectory
+from arpo_trl.data.demonstrations import IGNORED, encode_dataset, encode_trajectory, has_text_prompts
 from arpo_trl.errors import DataError
 from arpo_trl.rollout.protocols import TagProtocol
-from support import Scripted, script, tokenizer
+from support import Scripted, save_tiny_model, script, tokenizer
 
 QUESTION = [{"role": "user", "content": "what is the answer"}]
 TURNS = ["<think>look</think><search>iron</search>", "<python>print(1)</python>", "so <answer>\\boxed{1}</answer>"]
@@ -285,3 +287,73 @@ def test_a_folder_whose_files_the_library_would_seek_elsewhere_is_an_error(tmp_p
     with pytest.raises(DataError, match=r"data\[1\] is a folder whose path contains '\['.* Rename the folder"):
         load(file.parent)
     assert load(file) == ["a"]
+
+
+def test_a_prompt_of_text_is_noticed():
+    text, messages = {"prompt": "question"}, {"prompt": QUESTION}
+    assert has_text_prompts(Dataset.from_list([text]))
+    assert not has_text_prompts(Dataset.from_list([messages]))
+    assert not has_text_prompts(Dataset.from_list([{**text, "messages": MESSAGES}]))
+    assert has_text_prompts(Dataset.from_list([{**text, "messages": MESSAGES}, {**text, "messages": None}]))
+
+
+ROW = {"prompt": QUESTION, "text": TURNS[2]}
+
+
+def train_one_step(folder: Path, monkeypatch: pytest.MonkeyPatch, row=ROW, **settings: str | bool):
+    """The trainer of a cold start in `folder` on one trajectory."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("arpo_trl.scripts.sft.show_compactly", (seen := []).append)
+    (folder / "rows.jsonl").write_text(json.dumps(row), "utf-8")
+    words = {"model_name_or_path": "model", "dataset": "rows.jsonl", "output_dir": "out", "max_steps": 1, **settings}
+    flags = [word for name, value in words.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr("sys.argv", ["sft.py", *flags, "--report_to", "none"])
+    script("sft").main()
+    return seen[0]
+
+
+@pytest.mark.parametrize(("prompt", "warns"), [(QUESTION, False), ("what is the answer", True)])
+def test_a_cold_start_warns_of_prompts_without_the_chat_template(tmp_path, monkeypatch, caplog, prompt, warns):
+    save_tiny_model(tmp_path / "model")
+    with pytest.raises(SystemExit):  # the trajectory is too long
+        train_one_step(tmp_path, monkeypatch, {**ROW, "prompt": prompt}, max_length="1")
+    assert ("Prompts of rows.jsonl are text, which is encoded without the chat template." in caplog.text) == warns
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"chat_template_path": "other"},
+        {"chat_template_path": "own.jinja"},
+        {"eos_token": "<|im_start|>"},
+        {"eos_token": "<|im_start|>", "chat_template_path": "other"},
+    ],
+    ids=lambda settings: "+".join(settings.values()),
+)
+def test_demonstrations_are_encoded_with_the_tokenizer_that_is_saved(tmp_path, monkeypatch, settings):
+    save_tiny_model(tmp_path / "model")
+    other = copy.deepcopy(tokenizer())
+    other.chat_template = "{% for m in messages %}<new>{{ m.content }}{% endfor %}"
+    other.add_tokens("<new>")
+    other.add_special_tokens({"eos_token": "<end>"})
+    other.save_pretrained(tmp_path / "other")
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}own {{ m.content }}{% endfor %}", "utf-8")
+    trainer = train_one_step(tmp_path, monkeypatch, **settings)
+    saved = AutoTokenizer.from_pretrained(tmp_path / "out")
+    expected = encode_trajectory(ROW, TagProtocol(saved, {}))
+    assert trainer.train_dataset[0] == expected != encode_trajectory(ROW, protocol())
+    assert expected["labels"][-1] == saved.eos_token_id
+
+
+@pytest.mark.slow
+def test_code_of_the_model_may_contain_its_tokenizer(tmp_path, monkeypatch):
+    save_tiny_model(tmp_path / "model")
+    file = tmp_path / "model/tokenizer_config.json"
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), **own}), "utf-8")
+    code = "from transformers import PreTrainedTokenizerFast\nclass Own(PreTrainedTokenizerFast): ..."
+    (tmp_path / "model/own.py").write_text(code, "utf-8")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    trainer = train_one_step(tmp_path, monkeypatch, trust_remote_code=True)
+    assert type(trainer.processing_class).__name__ == "Own"

@@ -17,7 +17,7 @@ from trl import GRPOConfig, ModelConfig, SFTConfig
 from arpo_trl.common.settings import JudgeArguments, Range, ToolLimits
 from arpo_trl.config import ARPOConfig
 from arpo_trl.evaluation.settings import EvalSettings
-from arpo_trl.scripts.sft import ColdStartArguments
+from arpo_trl.scripts.sft import OF_TRLS_ENCODING, ColdStartArguments
 from arpo_trl.scripts.train import TrainArguments
 from arpo_trl.tools.builtin import ToolArguments
 
@@ -26,6 +26,7 @@ REFUSED = {
         ("cache_implementation", "use_transformers_continuous_batching", "vllm_structured_outputs_regex"),
         "Not supported by `train.py`: an error.",
     ),
+    **dict.fromkeys(OF_TRLS_ENCODING, "Not used by `sft.py`, which encodes the demonstrations itself: an error."),
     "hub_token": "An error: set the environment variable `HF_TOKEN`, or log in with `hf auth login`.",
     "ignore_data_skip": "An error when `train.py` resumes a run.",
 }

@@ -93,6 +93,13 @@ def encode_dataset(rows: Dataset, protocol: TagProtocol, max_length: int | None,
     return encoded.select(kept), len(lengths) - len(kept)
 
 
+def has_text_prompts(rows: Dataset) -> bool:
+    """Whether the prompt of some row is text."""
+    return "prompt" in rows.column_names and any(
+        isinstance(row["prompt"], str) and not row.get("messages") for row in rows
+    )
+
+
 def _split(row: Mapping[str, Any]) -> tuple[str | list[Mapping[str, Any]], list[Segment]]:
     if row.get("messages"):
         messages: Sequence[Mapping[str, Any]] = row["messages"]

@@ -8,6 +8,7 @@ prompts and tool results are masked. RL's tool protocol encodes the turns.
 
 from __future__ import annotations
 
+import copy
 import glob
 from collections import deque
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_dataset
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
@@ -24,7 +25,7 @@ from arpo_trl.command_line import parse_settings, report_errors
 from arpo_trl.common.build_locks import remove_left_build_locks
 from arpo_trl.common.full_disk import naming
 from arpo_trl.common.pretrained import load_pretrained
-from arpo_trl.common.settings import check_fields, setting
+from arpo_trl.common.settings import changed, check_fields, setting
 from arpo_trl.common.user_files import is_url, user_path
 from arpo_trl.config import (
     INHERITED,
@@ -33,9 +34,9 @@ from arpo_trl.config import (
     refuse_token,
     take_the_cpu_if_alone,
 )
-from arpo_trl.data.demonstrations import encode_dataset
+from arpo_trl.data.demonstrations import encode_dataset, has_text_prompts
 from arpo_trl.data.loading import read_file
-from arpo_trl.errors import DataError
+from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.logs.progress import closed_bars, show_compactly
 from arpo_trl.rollout.protocols import TagProtocol
 from arpo_trl.runs.output_folder import check_output, sole_run, wants_to_resume
@@ -76,12 +77,28 @@ class ColdStartArguments:
         check_fields(self)
 
 
+OF_TRLS_ENCODING = frozenset(
+    "packing packing_strategy eval_packing truncation_mode dataset_text_field dataset_kwargs completion_only_loss "
+    "assistant_only_loss".split()
+)
+"""Settings of TRL's encoding of a dataset. The cold start encodes the demonstrations itself."""
+
+
 @dataclass
 class ColdStartConfig(SFTConfig):
-    """TRL's `SFTConfig`, with `use_cpu` set if there is no accelerator."""
+    """TRL's `SFTConfig`, with `use_cpu` set if there is no accelerator.
+
+    Raises:
+        ConfigError: A value is not of its field's type, or the setting would have no effect.
+    """
 
     def __post_init__(self) -> None:
         check_fields(self, INHERITED)
+        if unused := [name for name in changed(self) if name in OF_TRLS_ENCODING]:
+            raise ConfigError(
+                f"{unused[0]} is {getattr(self, unused[0])!r}, but arpo-trl sft encodes the demonstrations itself, "
+                "each as a whole, with the loss on the model's turns. Remove the setting."
+            )
         take_the_cpu_if_alone(self)
         refuse_missing_deepspeed_config(self)
         remove_left_build_locks(self.deepspeed)
@@ -155,6 +172,44 @@ def _refuse_pattern(path: Path) -> None:
         )
 
 
+def as_saved(tokenizer: PreTrainedTokenizerBase, config: SFTConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer with `eos_token` and the template of `chat_template_path`, as the trained model is saved with it.
+
+    TRL sets both on `tokenizer` itself, but after the demonstrations are encoded. This returns a copy, because TRL
+    trains the embeddings of only those new tokens that it adds.
+
+    Raises:
+        ConfigError: `eos_token` is not in the vocabulary, or there is no chat template at `chat_template_path`.
+    """
+    eos, path = config.eos_token, config.chat_template_path
+    if eos is None and path is None:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    if eos is not None:
+        if eos not in tokenizer.get_vocab():
+            raise ConfigError(
+                f"eos_token is {eos!r}, which is not in the vocabulary of {tokenizer.name_or_path}; expected one of "
+                "its tokens. Correct it, or remove it."
+            )
+        tokenizer.eos_token = eos
+    if path is None:
+        return tokenizer
+    if path.endswith((".jinja", ".j2")) and Path(path).is_file():
+        tokenizer.chat_template = Path(path).read_text("utf-8")
+        return tokenizer
+    template = load_pretrained("chat template", path, AutoTokenizer.from_pretrained)
+    if template.chat_template is None:
+        raise ConfigError(
+            f"chat_template_path is {path!r}, a tokenizer without a chat template; expected a tokenizer with one, or "
+            "a .jinja file."
+        )
+    tokenizer.chat_template = template.get_chat_template()
+    new = [token for token in template.added_tokens_decoder.values() if token.content not in tokenizer.get_vocab()]
+    tokenizer.add_tokens(new)
+    tokenizer.eos_token = template.eos_token
+    return tokenizer
+
+
 @report_errors
 def main() -> None:
     with start_errors():  # transformers reads the files that some settings name
@@ -175,9 +230,17 @@ def _train(arguments: ColdStartArguments, config: ColdStartConfig, model_config:
     quantization, adapter = get_quantization_config(model_config), get_peft_config(model_config)
     if quantization is not None:
         check_quantized_training(adapter)
-    tokenizer = load_pretrained("tokenizer", name, AutoTokenizer.from_pretrained, revision=model_config.model_revision)
-    protocol = TagProtocol(tokenizer, {}, max_result_tokens=arguments.max_tool_result_tokens)
+    source = {"revision": model_config.model_revision, "trust_remote_code": config.trust_remote_code}
+    tokenizer = load_pretrained("tokenizer", name, AutoTokenizer.from_pretrained, **source)
+    load_pretrained("configuration", name, AutoConfig.from_pretrained, **source)  # detects a wrong model early
+    protocol = TagProtocol(as_saved(tokenizer, config), {}, max_result_tokens=arguments.max_tool_result_tokens)
     rows = load_rows(arguments.dataset, arguments.dataset_split)
+    if protocol.tokenizer.chat_template is not None and has_text_prompts(rows):
+        logger.warning(
+            f"Prompts of {arguments.dataset} are text, which is encoded without the chat template. arpo-trl train, "
+            "ask and eval make a user message of a text, by default after a system message. Give messages as prompts, "
+            "so that the model learns the form that they use."
+        )
     dataset, too_long = encode_dataset(rows, protocol, config.max_length, arguments.dataset)
     if too_long:
         logger.warning(
