@@ -382,8 +382,11 @@ def test_two_runs_are_compared(monkeypatch, capsys, here):
     for name, writes in (("a", lambda prompt: boxed("0")), ("b", answers)):
         with Loopback(completions(writes)) as server:
             words = flags(here, server.url, **{"--output": str(here / name)})
-            assert run(monkeypatch, capsys, *words)[0] == 0
+            assert run(monkeypatch, capsys, *words, *(["--top-p", "0.5"] if name == "b" else []))[0] == 0
+    _, out, _ = run(monkeypatch, capsys, "compare", "a", "a")
+    assert "settings" not in out
     status, out, _ = run(monkeypatch, capsys, "compare", "a", "b")
+    assert "reason for a difference:\n- top_p: 0.95 in A, 0.5 in B\n\n" in out
     assert status == 0
     assert "| gsm8k | math equality | 4 | 0.250 | 0.750 | +0.500 | " in out and "| 0 | 2 | 0.5000 |" in out
     assert (here / "b/against-a.png").exists()

@@ -5,7 +5,7 @@ import pytest
 
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.evaluation.benchmarks import BENCHMARKS, Scorer
-from arpo_trl.evaluation.comparison import compare, draw
+from arpo_trl.evaluation.comparison import compare, differing_settings, draw
 from arpo_trl.evaluation.results import provenance, suites_of, summarise
 from arpo_trl.evaluation.self_check import Malformed, TextOnly, changed, check, rewritten
 from arpo_trl.rewards.answers import spaced_f1, token_f1
@@ -250,6 +250,30 @@ def test_a_run_without_some_verdicts_of_its_judge_is_not_compared(tmp_path):
         compare(judged, partly)
     by_rule = run_of(tmp_path / "rule", [1, 0], scores={"math": 1.0, "judge": None})
     assert compare(by_rule, by_rule)[0].a == 1
+
+
+def test_settings_in_which_compared_runs_differ_are_listed(tmp_path):
+    settings = {"model": "sft", "temperature": 0.6, "context": 4096, "system_prompt": None, "limit": 10}
+    of_a = {
+        "settings": settings,
+        "tools": {"tools": ["search"], "search_top_k": 3},
+        "system_prompts": {"gsm8k": None, "math": "Solve it."},
+    }
+    of_b = {
+        "settings": {**settings, "model": "rl", "temperature": 0.0, "system_prompt": "tools", "limit": 20},
+        "tools": {"tools": ["search"], "search_top_k": 10},
+        "system_prompts": {"gsm8k": "Solve it.", "math": "Solve it.", "aime24": "Think."},
+    }
+    a, b = run_of(tmp_path / "a", [1]), run_of(tmp_path / "b", [1])
+    assert differing_settings(a, b) == []
+    for folder, described in ((a, of_a), (b, of_b)):
+        (folder / "results.json").write_text(json.dumps({"benchmarks": {"gsm8k": {"metric": "math"}}, **described}))
+    assert differing_settings(a, a) == []
+    assert differing_settings(a, b) == [
+        "temperature: 0.6 in A, 0.0 in B",
+        "search_top_k: 3 in A, 10 in B",
+        "system prompt of gsm8k: None in A, 'Solve it.' in B (whole in results.json)",
+    ]
 
 
 def test_the_difference_is_drawn(tmp_path):

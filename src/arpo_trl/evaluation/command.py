@@ -34,7 +34,7 @@ from arpo_trl.evaluation.benchmarks import (
     local_names,
     suite,
 )
-from arpo_trl.evaluation.comparison import compare, draw
+from arpo_trl.evaluation.comparison import compare, differing_settings, draw
 from arpo_trl.evaluation.engines import fingerprint, load_tokenizer, make_sampler
 from arpo_trl.evaluation.results import provenance, suites_of, summarise
 from arpo_trl.evaluation.runner import Evaluator, RunFolder, run_benchmark
@@ -254,6 +254,9 @@ def compare_runs(a: Path, b: Path, picture: Path | None) -> int:
     _print(console, f"A is {a}, B is {b}.", "", *report.pipe_table(headings, rows, texts=2))
     if unpaired := sum(one.unpaired for one in comparisons):
         _print(console, f"{unpaired} question(s) are in only one of the runs and are excluded.")
+    if different := differing_settings(a, b):
+        _print(console, "", "The runs differ in their settings too, which can be the reason for a difference:")
+        _print(console, *(f"- {line}" for line in different))
     picture = picture or b / f"against-{a.resolve().name}.png"
     draw(comparisons, short_names([a, b]), picture)
     _print(console, "", str(picture))

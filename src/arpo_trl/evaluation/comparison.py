@@ -10,12 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from arpo_trl.common.files import whole_file
-from arpo_trl.common.user_files import expect, read_json, user_path
+from arpo_trl.common.user_files import expect, read_json, shown, user_path
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.evaluation.metrics import Difference, McNemar, mcnemar, paired_bootstrap
 from arpo_trl.evaluation.results import value_of
 from arpo_trl.evaluation.samples import Records, lacks_verdict
 from arpo_trl.evaluation.scoring import JUDGE
+
+
+_SUBJECTS = frozenset(
+    "model adapter served_model benchmarks suite data split columns custom skip_bad limit system_prompt".split()
+)
+"""Settings that name the model or the questions, and `system_prompt`: `system_prompts` has what it leads to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +100,30 @@ def compare(a: str | Path, b: str | Path, *, seed: int = 0) -> list[Comparison]:
     return compared
 
 
+def differing_settings(a: str | Path, b: str | Path) -> list[str]:
+    """Return one line for each setting in which the runs differ, apart from those of the model and the questions.
+
+    Raises:
+        DataError: A folder contains no finished run.
+    """
+    ours, theirs = (_results(user_path(folder, name)) for folder, name in ((a, "a"), (b, "b")))
+    found = []
+    for kind in ("settings", "tools"):
+        of_a, of_b = ours.get(kind, {}), theirs.get(kind, {})
+        found += [
+            f"{name}: {shown(value)} in A, {shown(of_b[name])} in B"
+            for name, value in of_a.items()
+            if name in of_b and name not in _SUBJECTS and value != of_b[name]
+        ]
+    of_a, of_b = ours.get("system_prompts", {}), theirs.get("system_prompts", {})
+    found += [
+        f"system prompt of {name}: {shown(of_a[name])} in A, {shown(of_b[name])} in B (whole in results.json)"
+        for name in of_a
+        if name in of_b and of_a[name] != of_b[name]
+    ]
+    return found
+
+
 def draw(comparisons: list[Comparison], names: Sequence[str], path: Path) -> None:
     """Save a plot of each benchmark's difference B − A with its interval."""
     from matplotlib.figure import Figure
@@ -118,7 +148,7 @@ def _results(folder: Path) -> dict[str, Any]:
     path = folder / "results.json"
     try:
         results = read_json(path)
-        expect(results, {"benchmarks": dict}, str(path))
+        expect(results, {"benchmarks": dict, "settings?": dict, "tools?": dict, "system_prompts?": dict}, str(path))
         for name, summary in results["benchmarks"].items():
             expect(summary, {"metric": str | None}, f"{path}, benchmarks.{name}")
     except DataError as error:
