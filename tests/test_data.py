@@ -5,7 +5,7 @@ import logging
 import re
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import pyarrow
@@ -506,6 +506,19 @@ def test_a_system_prompt_for_tools_of_your_own_describes_them_and_their_tags() -
     assert "- <python>code</python>: Run Python code. code: The code." in text
     assert "<result>…</result>" in text and r"\boxed{the answer}" in text
     assert system_prompt_text(text) == text
+
+
+def test_a_system_prompt_lists_the_choices_of_an_argument() -> None:
+    def capital(country: Literal["France", "Chile"]) -> str:
+        """Looks up a capital.
+
+        Args:
+            country: The country
+        """
+        return country
+
+    line = "- <capital>country</capital>: Looks up a capital. country: The country. One of: France, Chile.\n"
+    assert line in tags_system_prompt([capital])
 
 
 def test_a_system_prompt_for_a_tool_that_tags_cannot_offer_is_refused() -> None:

@@ -22,7 +22,7 @@ from arpo_trl.errors import ArpoError, ConfigError
 from arpo_trl.scripts.start import start_errors
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.training.prefix_sharing import pack_rows
-from support import save_tiny_model, script
+from support import save_tiny_model, script, tokenizer
 from test_view import logged, save
 
 PAGE = Path(__file__).parents[1] / "docs/mistakes.md"
@@ -82,6 +82,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(made / "earlier", logged(9), name="step-000009")
     shutil.copytree(made / "model", made / "broken")
     (made / "broken/model.safetensors").write_bytes(b"{" * 100)
+    tokenizer().save_pretrained(made / "adapter")
+    (made / "adapter/adapter_config.json").write_text("{}", "utf-8")
     for name in ("empty", "runs", "taken"):
         (made / name).mkdir()
     (made / "taken/trajectories").write_text("notes", "utf-8")
@@ -218,6 +220,29 @@ def test_a_folder_without_a_model_is_an_error(tmp_path):
         f"The configuration of {str(tmp_path)!r} cannot be loaded: OSError: no file named config.json. Expected a "
         "folder that save_pretrained wrote, or a Hub id."
     )
+
+
+@pytest.mark.parametrize(
+    ("what", "files", "is_refused"),
+    [
+        ("configuration", ["adapter_config.json", "tokenizer_config.json"], True),
+        ("tokenizer", ["adapter_config.json"], True),
+        ("tokenizer", ["adapter_config.json", "tokenizer_config.json"], False),  # its own tokenizer is broken
+        ("adapter", ["adapter_config.json"], False),
+        ("configuration", ["adapter_config.json", "config.json"], False),
+    ],
+)
+def test_an_adapter_in_place_of_a_model_is_to_be_merged(tmp_path, what, files, is_refused):
+    for file in files:
+        (tmp_path / file).touch()
+
+    def load(name: str) -> None:
+        raise ValueError("Unrecognized model")
+
+    with pytest.raises(ConfigError) as raised:
+        load_pretrained(what, str(tmp_path), load)
+    merge = f"it is an adapter. Merge it into its model first: arpo-trl merge {tmp_path} --output FOLDER"
+    assert (merge in str(raised.value)) == is_refused
 
 
 def test_an_error_that_this_packages_own_code_raises_by_accident_keeps_its_traceback(monkeypatch):

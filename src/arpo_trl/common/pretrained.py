@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,10 +33,10 @@ def load_pretrained(what: str, name: str, load: Callable[..., T], **arguments: A
     except ConfigError:
         raise
     except Exception as error:  # transformers, peft and the Hub client raise many kinds of errors
-        raise ConfigError(f"The {what} of {name!r} cannot be loaded: {_reason(name, error)}") from error
+        raise ConfigError(f"The {what} of {name!r} cannot be loaded: {_reason(what, name, error)}") from error
 
 
-def _reason(name: str, error: Exception) -> str:
+def _reason(what: str, name: str, error: Exception) -> str:
     folder = Path(name)
     told = f"{type(error).__name__}: {' '.join(without_secrets(str(error)).split())[:300].rstrip('.')}"
     if not os.path.exists(folder):  # unlike Path.exists, false for a name that the system refuses
@@ -51,4 +52,7 @@ def _reason(name: str, error: Exception) -> str:
     finished = any((folder / file).exists() for file in ("config.json", "adapter_config.json"))
     if not finished and (newest := get_last_checkpoint(name)) is not None:
         return f"the folder has checkpoints, but no finished model. Pass the newest checkpoint: {newest}."
+    lacks = {"configuration": "config.json", "tokenizer": "tokenizer_config.json"}.get(what)
+    if lacks and not (folder / lacks).exists() and (folder / "adapter_config.json").exists():
+        return f"it is an adapter. Merge it into its model first: arpo-trl merge {shlex.quote(name)} --output FOLDER"
     return f"{told}. Expected a folder that save_pretrained wrote, or a Hub id."

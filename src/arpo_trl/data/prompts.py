@@ -62,7 +62,11 @@ def tags_system_prompt(tools: Sequence[Callable[..., Any]]) -> str:
     for spec in map(tool_spec, tools):
         name, parameter, function = spec.name, spec.tag_parameter, spec.schema["function"]
         call = f"<{name}>{parameter}</{name}>: {_sentence(function['description'])}"
-        about = function["parameters"]["properties"][parameter].get("description")  # some MCP servers give none
+        schema = function["parameters"]["properties"][parameter]
+        about = schema.get("description") or ""  # some MCP servers give none
+        if choices := schema.get("enum"):
+            about = f"{_sentence(about)} " if about else ""
+            about += f"One of: {', '.join(map(str, choices))}."
         calls.append(f"{call} {parameter}: {about}" if about else call)
     return f"{_STEPS} You can call tools." + _form(*calls)
 

@@ -17,7 +17,6 @@ from arpo_trl.evaluation.results import value_of
 from arpo_trl.evaluation.samples import Records, lacks_verdict
 from arpo_trl.evaluation.scoring import JUDGE
 
-
 _SUBJECTS = frozenset(
     "model adapter served_model benchmarks suite data split columns custom skip_bad limit system_prompt".split()
 )

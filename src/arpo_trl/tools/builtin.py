@@ -187,10 +187,14 @@ def _search_source(arguments: ToolArguments, run: str) -> Searchable:
     given = [name for name, needed in LOCAL_SOURCES.items() if getattr(arguments, needed) is not None]
     provider = arguments.search_provider or (given[0] if len(given) == 1 else None)
     if provider is None or given not in ([], [provider]) or (provider in LOCAL_SOURCES and not given):
+        by_default, remedy = "", "remove search from tools"
+        if "tools" not in changed(arguments):
+            by_default = f"tools is {arguments.tools}, its default. "
+            remedy = "set tools (arpo-trl ask and eval: --tools, to those of the model's training)"
         raise ConfigError(
-            f"The search tool has search_provider={arguments.search_provider!r}, search_index="
+            f"{by_default}The search tool has search_provider={arguments.search_provider!r}, search_index="
             f"{arguments.search_index!r} and search_recorded={arguments.search_recorded!r}; expected exactly one of "
-            "them, or search_provider with the setting that it requires. Set one, or remove search from tools."
+            f"them, or search_provider with the setting that it requires. Set one, or {remedy}."
         )
     if provider == "local":
         return LocalIndex.open(str(arguments.search_index))

@@ -53,7 +53,7 @@ class ChatTemplateProtocol(ToolProtocol):
         if tokenizer.chat_template is None:
             raise ConfigError(
                 'tool_protocol is "chat_template" but the tokenizer has no chat template. Set '
-                '`tokenizer.chat_template`, or tool_protocol "tags".'
+                "`tokenizer.chat_template = …` and save the tokenizer, or use the instruct version of the model."
             )
         try:
             self._prompt = self._template.render([sample.user()], opens_turn=True)

@@ -60,8 +60,9 @@ class TagProtocol(ToolProtocol):
             return self.tokenizer(prompt)["input_ids"]
         if self.tokenizer.chat_template is None:
             raise ConfigError(
-                "The dataset's prompts are messages but the tokenizer has no chat template. Set "
-                "`tokenizer.chat_template`, or give the prompts as text."
+                "The prompts are messages, but the tokenizer has no chat template. Set `tokenizer.chat_template = …` "
+                "and save the tokenizer, or use the instruct version of the model. arpo-trl sft: set "
+                "chat_template_path."
             )
         return self.tokenizer.apply_chat_template(
             list(prompt), add_generation_prompt=True, return_dict=False, **self.chat_template_kwargs
