@@ -7,6 +7,7 @@ import sqlite3
 import threading
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 
 from arpo_trl.errors import DataError, ToolSpecError
@@ -82,6 +83,17 @@ def test_a_digest_may_be_a_part_of_the_state():
     batch = run(environments, rule=Ranked(branches_per_fork=2))
     assert [leaf.address for leaf in batch.trees[0].leaves()] == [(0,), (0, 1, 0), (0, 1, 1)]
     assert environments.instances.take_counts().refused_forks == 0 and all_closed(environments)
+
+
+def test_a_digest_that_cannot_be_compared_ends_the_run():
+    class Board(ForkingShop):
+        def digest(self) -> Any:
+            return np.array([len(item) for item in self.items] * 2)
+
+    environments = environments_of(Board)
+    with pytest.raises(DataError, match=r"digest\(\) of Board returned ndarray, .* such as .* array\.tobytes\(\)"):
+        run(environments)
+    assert all_closed(environments)
 
 
 def test_a_random_start_that_the_text_does_not_show_ends_the_run():

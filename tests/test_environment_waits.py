@@ -214,6 +214,35 @@ def test_in_a_stream_they_are_an_error_too():
     assert all_closed(environments)
 
 
+def test_in_a_stream_hanging_environments_beside_those_of_incomplete_groups_are_an_error_too():
+    """Rewards read the environments of a group's finished paths when its last path has ended."""
+    release = threading.Event()
+
+    class Flaky(Shop):
+        def reset(self, name: str = "", **row: Any) -> str | None:
+            if len(OPENED) <= 2:
+                release.wait(60)
+            return super().reset(name, **row)
+
+    environments = environments_of(Flaky, timeout_s=0.3, limit=6, keeps=True)
+    made = Scripted(buys, tools=environments.tools, timeout_s=0.3, leaves=3, at_root=2)
+    made.sampler.settings = replace(made.sampler.settings, max_completion_length=800)
+    with made.toolbox:
+        for _ in range(2):  # of paths that have ended
+            states = made.toolbox.create_states(0)
+            states.start()
+            assert states.admit()
+            ticket = made.toolbox.open(states)
+            (result,) = [result for _ in range(100) for got, result in made.toolbox.poll(0.05) if got == ticket]
+            states.opened(result.failure, result.text)
+            states.close()
+        prompts = [GroupRequest(id=i, prompt_ids=made.protocol.encode_prompt("what is the answer")) for i in range(2)]
+        with pytest.raises(EngineError, match=r"2 paths wait .* all slots belong to states that hang"):
+            list(made.sampler.stream(prompts, seed=(0,), groups_at_once=2))
+    release.set()
+    assert all_closed(environments)
+
+
 def test_a_stream_waits_for_environments_that_its_reader_closes():
     environments = environments_of(Shop, timeout_s=0.1, limit=1, keeps=True)
     made = Scripted(buys, tools=environments.tools, timeout_s=20.0, leaves=1, at_root=1)

@@ -150,6 +150,25 @@ def test_an_evaluation_waits_for_the_environments_of_the_rollouts(model_path, tm
     assert seen == [0, 0] and all_closed(made)
 
 
+def test_an_evaluation_opens_no_environment_while_a_rollout_runs_ahead(model_path, tmp_path):
+    overlaps = []
+
+    class Slow(Cart):
+        def reset(self, name: str, **row: Any) -> str:
+            if name == "evaluated" and made._ahead is not None:
+                overlaps.append(made._ahead._live)
+            time.sleep(0.2)  # so that the rollout outlasts the update
+            return super().reset(name)
+
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4}
+    rows = NAMES.select([3]).remove_columns("name").add_column("name", ["evaluated"])
+    made = trainer(model_path, tmp_path, Slow, max_steps=2, eval_dataset=rows, **evaluation)
+    made.train()
+    assert overlaps and not any(overlaps)
+    assert [row["eval_reward"] for row in made.state.log_history if "eval_reward" in row] == [2.0, 2.0]
+    assert all_closed(made)
+
+
 class Stops(TrainerCallback):
     def __init__(self, error: type[BaseException]):
         self.error = error

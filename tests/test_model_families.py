@@ -161,3 +161,15 @@ def test_paths_end_before_the_rotary_embedding_would_change(tmp_path, caplog):
     assert unscored.max_length == model.config.max_position_embeddings > 64
     assert "Paths are limited to 64 tokens." in caplog.text
     assert unlike_scored(made).max() < 1e-3
+
+
+@pytest.mark.parametrize("way", ["auto", "off"])
+def test_padding_beyond_the_context_of_a_dynamic_rotary_embedding_is_avoided_or_warned_of(tmp_path, caplog, way):
+    factors = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    model = model_of("llama", {"rope_parameters": factors, "max_position_embeddings": 64})
+    made = trainer_of(model, tmp_path, max_completion_length=None, shared_prefix_forward=way)
+    assert made.tree_sampler.settings.max_length == 64
+    assert "Paths are limited to 64 tokens." in caplog.text
+    assert ("In training, padding counts towards this limit" in caplog.text) == (way == "off")
+    if way == "auto":
+        assert unlike_scored(made).max() < 1e-3

@@ -165,8 +165,8 @@ def _local_engine(source: LocalModel, tokenizer: PreTrainedTokenizerBase, settin
         engine.check()
     if exact is not None:
         logger.warning(
-            f"Paths are limited to {exact} tokens. In a longer batch the model's rotary embedding (longrope) changes "
-            "the angles of all tokens, so training would not score the tokens with the sampled distribution."
+            f"Paths are limited to {exact} tokens. In a longer batch the model's rotary embedding changes the angles "
+            "of all tokens, so training would not score the tokens with the sampled distribution."
             + (" In training, padding counts towards this limit: leave room for it." if source.scored_padded else "")
         )
     return engine

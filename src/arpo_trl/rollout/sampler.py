@@ -216,7 +216,7 @@ class _Run:
                     if group.error is not None or not group.live:
                         live.discard(group.id)
                         yield self._finished(group)
-                if self._is_idle and self.waiting and self.waiting[0].states.is_stuck:
+                if self._is_idle and self.waiting and self.waiting[0].states.is_stuck(live):
                     raise self._no_slot()
 
     @property

@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -117,9 +117,9 @@ class PathState(ABC):
         """Whether `admit` will return True soon, also if no path ends."""
         return True
 
-    @property
-    def is_stuck(self) -> bool:
-        """Whether `admit` cannot return True even if all other states are closed: what hangs takes their places."""
+    def is_stuck(self, groups: Collection[int]) -> bool:
+        """Whether `admit` will not return True, because what hangs and what finished paths of `groups` keep, which are
+        not complete, use all places."""
         return False
 
     def open(self) -> None:  # noqa: B027
@@ -274,10 +274,9 @@ class PathStates:
         with _as_exception("will_be_admitted of a PathState"):
             return all(state.will_be_admitted for state in self._states.values())
 
-    @property
-    def is_stuck(self) -> bool:
-        with _as_exception("is_stuck of a PathState"):
-            return any(state.is_stuck for state in self._states.values())
+    def is_stuck(self, groups: Collection[int]) -> bool:
+        with _as_exception("is_stuck() of a PathState"):
+            return any(state.is_stuck(groups) for state in self._states.values())
 
     def open(self) -> None:
         for state in list(self._states.values()):

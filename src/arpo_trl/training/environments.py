@@ -122,7 +122,8 @@ def _check_concurrency(args: ARPOConfig, *, keeps: bool, evaluates: bool) -> Non
     if evaluates:
         batches.append((args.per_device_eval_batch_size, args.num_generations_eval or args.num_generations))
     of = "completions" if keeps else "prompts"
-    least = max(rows if keeps else rows // size or rows for rows, size in batches)
+    # A batch that is no multiple of its groups' size has a tree for each row (`leaves_per_tree`).
+    least = max(rows if keeps or rows % size else rows // size for rows, size in batches)
     if args.environment_concurrency is not None and args.environment_concurrency < least:
         rollouts_have = "a rollout has" if rollouts == 1 else f"{rollouts} rollouts (rollouts_ahead) have"
         until = (

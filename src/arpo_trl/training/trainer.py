@@ -386,6 +386,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         if self.samples_ahead:
             yield rows
             return
+        self.pause_rollouts()  # they use the same environments
         try:
             if self._environments is not None:
                 first, size = self._places([row.get("prompt", NO_PROMPT) for row in rows])

@@ -100,14 +100,17 @@ def _visible(kind: str, config: Any, positions: torch.Tensor, length: int) -> to
 def exact_length(config: Any) -> int | None:
     """The maximum length in tokens at which sampling token by token equals one forward over the path; None: no limit.
 
-    Once the longest row of a batch exceeds a certain length, the rotary embedding "longrope" uses other angles for all
-    positions of the batch, but not for keys that are already in the cache.
+    Once the longest row of a batch exceeds a certain length, the rotary embeddings "longrope" and "dynamic" use other
+    angles for all positions of the batch, but not for keys that are already in the cache.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     nested = [each for each in rope.values() if isinstance(each, dict)]  # one for each kind of layer
-    lengths = [
-        each["original_max_position_embeddings"] for each in nested or [rope] if each.get("rope_type") == "longrope"
-    ]
+    lengths = []
+    for each in nested or [rope]:
+        if each.get("rope_type") == "longrope":
+            lengths.append(each["original_max_position_embeddings"])
+        elif each.get("rope_type") == "dynamic":
+            lengths.append(config.max_position_embeddings)
     return min(lengths, default=None)
 
 

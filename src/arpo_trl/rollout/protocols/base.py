@@ -39,6 +39,10 @@ class BadCall:
     text: str
 
 
+_WHITE_SPACE = " \t\r\n▁"
+"""As texts and vocabularies write it."""
+
+
 class ContentEncoder:
     """Encodes any text to ids without special or added tokens."""
 
@@ -54,16 +58,28 @@ class ContentEncoder:
         state["post_processor"] = None
         self._backend = Tokenizer.from_str(json.dumps(state))
         self._backend.no_truncation()
-        self._control_ids = frozenset(tokenizer.added_tokens_decoder)
+        self._control_ids = frozenset(
+            number
+            for number, token in tokenizer.added_tokens_decoder.items()
+            if token.special or token.content.strip(_WHITE_SPACE)  # Gemma's white space consists of added tokens
+        )
 
     def __call__(self, text: str) -> list[int]:
-        ids = self._encode(text)
-        if not self._control_ids.isdisjoint(ids):  # a vocabulary may contain its control tokens as plain words too
-            ids = [token for char in text for token in self._encode(char)]
-        return ids
+        encoded = self._backend.encode(text, add_special_tokens=False)
+        ids = encoded.ids
+        if self._control_ids.isdisjoint(ids):
+            return ids
+        # A vocabulary may contain its control tokens as plain words, too. These are written character by character.
+        written: list[int] = []
+        for token, (start, end) in zip(ids, encoded.offsets, strict=True):
+            written += self._characters(text[start:end]) if token in self._control_ids else [token]
+        is_same = self._backend.decode(written, skip_special_tokens=False) == self._backend.decode(
+            ids, skip_special_tokens=False
+        )
+        return written if is_same else self._characters(text)
 
-    def _encode(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
+    def _characters(self, text: str) -> list[int]:
+        return [token for char in text for token in self._backend.encode(char, add_special_tokens=False).ids]
 
 
 ARGUMENT_DEPTH = 50

@@ -208,13 +208,12 @@ class Instances:
         with self.changed:
             return self._has_room or self._frees_room
 
-    @property
-    def all_hang(self) -> bool:
-        """Whether no slot is free, and each belongs to a creation or closing that hangs."""
+    def all_hang(self, *, besides: int) -> bool:
+        """Whether no slot is free, and each but `besides` belongs to a creation or closing that hangs."""
         with self.changed:
             abandoned = sum(since is not None for since in self._making.values())
             hanging = abandoned + len(self._closing)
-            return not self._has_room and not self._frees_room and self._live == hanging
+            return not self._has_room and not self._frees_room and self._live == hanging + besides
 
     @property
     def _has_room(self) -> bool:
@@ -397,6 +396,7 @@ class Instances:
         """Check that the reset of a path gave the same text and state as that of the group's first path."""
         with self.changed:
             if not start.is_known:
+                self._check_comparable(start, digest)
                 start.text, start.digest, start.is_known = text, digest, True
         if text != start.text:
             what, first, other = "returned different texts", repr(start.text), repr(text)
@@ -412,6 +412,18 @@ class Instances:
                 f"column, and draw from random.Random(seed)."
             )
         )
+
+    def _check_comparable(self, start: Start, digest: Any) -> None:
+        try:
+            bool(digest == copy.copy(digest))
+        except Exception as error:  # of an array, for example
+            raise self._final(
+                DataError(
+                    f"digest() of {start.kind.name} returned {type(digest).__name__}, and a comparison of two such "
+                    f"values raised {type(error).__name__}: {text_of(error)}. Return a value that == compares as a "
+                    "whole, such as a text, a tuple, array.tobytes() or array.tolist()."
+                )
+            ) from error
 
     def _check_digest(self, instance: Instance, point: Point, made_by: str) -> None:
         if instance.digest != point.digest:

@@ -197,9 +197,10 @@ class EnvironmentState(PathState):
     def will_be_admitted(self) -> bool:
         return self._has_room or self._instance is not None or self._instances.will_have_room
 
-    @property
-    def is_stuck(self) -> bool:
-        return not self._has_room and self._instance is None and self._instances.all_hang
+    def is_stuck(self, groups: Collection[int]) -> bool:
+        kept = list(self._environments.kept.items())
+        waiting = sum(group in groups for (group, _), instance in kept if instance is not None)
+        return not self._has_room and self._instance is None and self._instances.all_hang(besides=waiting)
 
     def open(self) -> None:
         """Create the instance. If that fails, `opened` returns False."""
