@@ -661,6 +661,21 @@ def test_short_numbers_are_as_written_wherever_they_are(
         assert load_arpo_dataset(source)["answer"] == [["0.1"], ["3"]]
 
 
+def test_numbers_beside_short_ones_stay(tmp_path: Path) -> None:
+    kind = pyarrow.struct(
+        [("short", pyarrow.float32()), ("long", pyarrow.float64()), ("list", pyarrow.list_(pyarrow.float64()))]
+    )
+    row = {"short": 0.1, "long": 3.14159265358979, "list": [1e300, 16777217.0]}
+    table = pyarrow.table({"question": ["?"], "answer": ["1"], "scores": pyarrow.array([row], kind)})
+    saved = datasets.Dataset(table)
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    (read,) = load_arpo_dataset(str(tmp_path / "rows.parquet"), own_reward=True)
+    assert read["scores"] == row
+    saved.set_format(None, columns=["question", "answer"])  # the rows then lack the others
+    saved.save_to_disk(str(tmp_path / "saved"))
+    assert load_arpo_dataset(str(tmp_path / "saved"))["answer"] == [["1"]]
+
+
 @pytest.mark.parametrize(
     ("system", "setting"),
     [
@@ -754,6 +769,8 @@ def test_a_reward_of_ones_own_reads_id_level_and_task_as_they_stand(tmp_path: Pa
         tmp_path, {"question": "?", "level": 1, "meta": {"level": 2}}, columns={"level": "meta.level"}
     )
     assert mapped["level"] == "2"
+    several = load_own(tmp_path, {"question": "?", "id": 1, "level": 1}, {"question": "?", "id": "b", "level": "hard"})
+    assert (several["id"][:], several["level"][:]) == (["1", "b"], ["1", "hard"])
 
 
 @pytest.mark.parametrize(

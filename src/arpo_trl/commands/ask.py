@@ -73,6 +73,6 @@ def main(words: Sequence[str]) -> int:
     console = Console()
     path = LoggedTree(step=0, group=0, prompt=arguments.question, tree=tree, rewards=[None], advantages=[0.0])
     console.print(render_tree(path, title=visible(arguments.run)))
-    answer = predicted(sampler.protocol.whole_turns(tree.root.ids, leaf))
+    answer = predicted(sampler.protocol.whole_turns(tree.root.ids, leaf, calls=False))
     console.print(Text(f"Answer: {visible(answer)}" if answer is not None else "No answer in <answer>."))
     return 0

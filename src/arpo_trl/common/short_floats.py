@@ -17,7 +17,7 @@ def as_written(rows: Iterable[Mapping[str, Any]], schema: pyarrow.Schema) -> Ite
     """
     short = {field.name: field.type for field in schema if _is_short(field.type)}
     for row in rows:
-        yield {**row, **{name: _written(row[name], kind) for name, kind in short.items()}}
+        yield {**row, **{name: _written(row[name], kind) for name, kind in short.items() if name in row}}
 
 
 def _is_short(kind: pyarrow.DataType) -> bool:
@@ -30,6 +30,8 @@ def _is_short(kind: pyarrow.DataType) -> bool:
 
 
 def _written(value: Any, kind: pyarrow.DataType) -> Any:
+    if not _is_short(kind):
+        return value
     if isinstance(value, Mapping) and pyarrow.types.is_struct(kind):
         return {**value, **{field.name: _written(value[field.name], field.type) for field in kind}}
     if isinstance(value, list) and not pyarrow.types.is_map(kind):

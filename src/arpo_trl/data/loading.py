@@ -558,9 +558,10 @@ def _with_other_fields(dataset: datasets.Dataset, loaded: Sequence[_Loaded]) -> 
 
 
 def _is_changed(name: str, loaded: Sequence[_Loaded]) -> bool:
-    """Whether conversion does more to a field than to write its values as text, or to drop them."""
+    """Whether conversion does more to a field than to write its values as text, or to drop them. It also counts as
+    more if they are of several types, since only as text they can be one column."""
     if name in ("task", "id", "level"):
-        return any(
+        return isinstance(_column(name, [each.raw.get(name) for each in loaded]), Exception) or any(
             (made := each.row[name]) is not None
             and not (is_plain(value := each.raw.get(name)) and text_of(value, name) == made)
             for each in loaded

@@ -78,8 +78,8 @@ class ColdStartArguments:
 
 
 OF_TRLS_ENCODING = frozenset(
-    "packing packing_strategy eval_packing truncation_mode dataset_text_field dataset_kwargs completion_only_loss "
-    "assistant_only_loss".split()
+    "packing packing_strategy eval_packing truncation_mode dataset_text_field dataset_kwargs dataset_num_proc "
+    "completion_only_loss assistant_only_loss".split()
 )
 """Settings of TRL's encoding of a dataset. The cold start encodes the demonstrations itself."""
 
