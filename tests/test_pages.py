@@ -91,6 +91,7 @@ TOKYO = "東京タワーの高さは333メートルです。"
         (CAFE, "utf-8-sig", "utf-8"),
         (CAFE, "utf-8", "iso-8859-1"),  # a default of the server, which is wrong
         (CAFE, "utf-8", "no-such"),
+        ("“first” — €500", "cp1252", "iso-8859-1"),
     ],
 )
 @pytest.mark.parametrize("kind", ["plain", "html"])
@@ -99,6 +100,15 @@ def test_a_page_is_read_in_the_encoding_that_its_server_states(
 ) -> None:
     body = text if kind == "plain" else f"<html><body><article><p>{text}</p></article></body></html>"
     page = Reply(body.encode(written), headers={"Content-Type": f"text/{kind}; charset={stated}"})
+    with Loopback(lambda asked: page) as server:
+        visit = visit_tool(allowed_hosts=[f"127.0.0.1:{server.port}"], timeout_s=60)
+        assert visit(f"http://127.0.0.1:{server.port}/") == text
+
+
+@pytest.mark.parametrize(("text", "encoding"), [("Столица России — Москва.", "windows-1251"), (TOKYO, "shift_jis")])
+def test_a_pages_own_encoding_counts_before_a_default_of_the_server(text: str, encoding: str) -> None:
+    body = f'<html><head><meta charset="{encoding}"></head><body><article><p>{text}</p></article></body></html>'
+    page = Reply(body.encode(encoding), headers={"Content-Type": "text/html; charset=iso-8859-1"})
     with Loopback(lambda asked: page) as server:
         visit = visit_tool(allowed_hosts=[f"127.0.0.1:{server.port}"], timeout_s=60)
         assert visit(f"http://127.0.0.1:{server.port}/") == text

@@ -72,17 +72,17 @@ def run_cells(cells: list[str]) -> int:
     sys.modules["__main__"] = main
     *earlier, last = cells
     if earlier:
-        shown = os.dup(1)
+        shown = {hidden: os.dup(hidden) for hidden in (1, 2)}
         null = os.open(os.devnull, os.O_WRONLY)
-        for hidden in (1, 2):
+        for hidden in shown:
             os.dup2(null, hidden)
         os.close(null)
         for number, cell in enumerate(earlier, 1):
             _run(cell, main, f"{SHOWN_NAME[:-1]} {number}>")
         _flush()
-        for hidden in (1, 2):
-            os.dup2(shown, hidden)
-        os.close(shown)
+        for hidden, copy in shown.items():
+            os.dup2(copy, hidden)
+            os.close(copy)
     status = _run(last, main, SHOWN_NAME)
     _flush()
     return status

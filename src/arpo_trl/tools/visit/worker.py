@@ -15,6 +15,7 @@ import contextlib
 import io
 import json
 import logging
+import re
 import sys
 
 from arpo_trl.tools.visit.excerpts import excerpt
@@ -23,6 +24,8 @@ CPU_LIMIT_S = 10
 MEMORY_LIMIT_BYTES = 2 << 30
 MAX_TEXT_CHARS = 2_000_000
 MAX_PDF_PAGES = 200
+_STATES_ENCODING = re.compile(rb"<meta[^>]+charset", re.IGNORECASE)
+_HEAD_BYTES = 4096
 _MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 """The first bytes of pages that state their encoding themselves."""
 
@@ -52,15 +55,24 @@ def of_text(page: bytes) -> str:
     return page.decode("utf-16" if is_utf_16 else "utf-8-sig", "replace")
 
 
-def in_utf_8(page: bytes, stated: str) -> bytes:
-    """The page in UTF-8, if it is in the encoding that the server states. Many servers state a default that is wrong
-    for pages in UTF-8, but text in another encoding is almost never valid UTF-8."""
+def in_utf_8(page: bytes, stated: str, kind: str) -> bytes:
+    """The page in UTF-8, if it is in the encoding that the server states.
+
+    Many servers state a default, Latin-1, which every page can be decoded with. So it does not count if the page is
+    valid UTF-8, which other text almost never is, or states an encoding itself. As in browsers, it means cp1252.
+    """
     if not page.isascii():
         with contextlib.suppress(UnicodeError):
             page.decode()
             return page
-    with contextlib.suppress(LookupError, UnicodeError):  # unknown, or not that of the page
-        return page.decode(stated).encode()
+    encodings = [stated]
+    if stated in ("iso8859-1", "ascii"):
+        if kind == "html" and _STATES_ENCODING.search(page[:_HEAD_BYTES]):
+            return page
+        encodings = ["cp1252", "latin-1"]
+    for encoding in encodings:
+        with contextlib.suppress(LookupError, UnicodeError):  # unknown, or not that of the page
+            return page.decode(encoding).encode()
     return page
 
 
@@ -75,7 +87,7 @@ def main() -> None:
     goal = json.loads(sys.stdin.buffer.readline())
     page = sys.stdin.buffer.read()
     if stated and kind != "pdf" and not page.startswith(_MARKS):
-        page = in_utf_8(page, stated)
+        page = in_utf_8(page, stated, kind)
     text = {"html": of_html, "pdf": of_pdf, "text": of_text}[kind](page)[:MAX_TEXT_CHARS]
     text = text.encode("utf-8", "replace").decode()  # without lone surrogates
     print(json.dumps([excerpt(text, goal, int(size)) for size in sizes]))

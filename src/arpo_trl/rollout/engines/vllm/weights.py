@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,6 +43,10 @@ SHARD_BYTES = 4 << 30
 """The maximum number of bytes of a model that are in memory at once while it is written to disk."""
 
 
+class CannotRestore(EngineError):
+    """A transfer cannot send the weights to a restarted server."""
+
+
 class Transfer(Protocol):
     """A way to move weights to servers."""
 
@@ -56,7 +60,7 @@ class Transfer(Protocol):
         """Send the version again to a server that may have been restarted. Any rank can call this alone.
 
         Raises:
-            EngineError: This transfer cannot restore weights.
+            CannotRestore: This transfer cannot restore weights.
         """
 
     def discard(self, client: ServerClient, version: str) -> None:
@@ -212,16 +216,24 @@ class ServedWeights:
                 return
             try:
                 self._serve(client, self.version, self._transfer.restore)
-            except ServerLost:
+            except (ServerLost, CannotRestore):
                 raise
-            except EngineError:
-                # Several ranks may restore the server at the same time. It refuses the later ones.
+            except (EngineError, ConfigError):
+                # Several ranks may restore the server at the same time. It refuses some of their requests.
                 deadline = time.monotonic() + RESTORED_S
-                while client.weight_version() != self.version:
+                while not self._is_restored(client):
                     if time.monotonic() > deadline:
                         raise
                     time.sleep(CHECK_S)
-                self._compare(client, self.version)
+
+    def _is_restored(self, client: ServerClient) -> bool:
+        """Whether the server serves the current weights, which another rank may have sent."""
+        if client.weight_version() != self.version:
+            return False
+        with suppress(EngineError, ConfigError):
+            self._compare(client, self.version)
+            return True
+        return False
 
     def _compare(self, client: ServerClient, version: str) -> None:
         ours, url = self._ours, client.url
@@ -405,7 +417,7 @@ class NcclTransfer:
         """Do nothing: `prepare` has moved the weights."""
 
     def restore(self, client: ServerClient, version: str) -> None:
-        raise EngineError(
+        raise CannotRestore(
             f"{client.url} was restarted and has lost its weights and its NCCL group. Resume from the last "
             "checkpoint. With weight_sync: disk a run continues after a server's restart."
         )
