@@ -227,7 +227,8 @@ def test_tree_passes_nothing_on_that_steers_the_terminal(monkeypatch, capsys, lo
             "limit: " + "[" * 101 + "]" * 101,
             r"ConfigError: .*config\.yaml: lists and mappings are nested more than 100",
         ),
-        ("limit: 2025-13-45", r"ConfigError: .*config\.yaml is not valid YAML"),
+        ("limit: 2025-01-31", r"ConfigError: limit is '2025-01-31'; expected an integer"),
+        ("limit: [", r"ConfigError: .*config\.yaml is not valid YAML"),
         ("limit: \udcff", r"ConfigError: .*config\.yaml is not UTF-8 text \(byte 7\)"),
     ],
 )
