@@ -1,4 +1,4 @@
-"""Jobs of parts b and c: each in a process of its own, with its output in a log. They end with the study."""
+"""Jobs, each in a process of its own, with its output in a log. They end with the program that starts them."""
 
 from __future__ import annotations
 

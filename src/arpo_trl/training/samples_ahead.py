@@ -38,8 +38,8 @@ class SamplesAhead(Resumable):
 
     - `get_batch_samples`: rows can be read ahead, also from later epochs. No row is lost or repeated: rows still reach
       the trainer in their order, and a checkpoint counts only the trained rows.
-    - `_generate_and_score_completions`: moves the weights, starts rollouts, and adds metrics. In evaluation it first
-      waits until no rollout runs.
+    - `_generate_and_score_completions`: in training it moves the weights, starts rollouts, and adds metrics. In
+      evaluation a subclass calls `pause_rollouts` before.
     - `_calculate_rewards`: returns the rewards that were computed after the rollout.
     - `_run_epoch`: stops all rollouts after the last epoch, and on an error.
     """
@@ -113,7 +113,6 @@ class SamplesAhead(Resumable):
 
     def _generate_and_score_completions(self, inputs: Rows) -> dict[str, Any]:
         if not self.samples_ahead:
-            self.pause_rollouts()
             return super()._generate_and_score_completions(inputs)
         asked_s = time.perf_counter()
         with self.interruptible():

@@ -381,12 +381,12 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         """A context in which paths have environments, which rewards can read. Yields the rows with the results of
         `reset`.
 
-        Batches that are sampled ahead open their own environments.
+        Batches that are sampled ahead open their own environments. For others, this waits until no rollout runs ahead.
         """
         if self.samples_ahead:
             yield rows
             return
-        self.pause_rollouts()  # they use the same environments
+        self.pause_rollouts()  # they use the same engine and environments
         try:
             if self._environments is not None:
                 first, size = self._places([row.get("prompt", NO_PROMPT) for row in rows])
