@@ -149,8 +149,8 @@ def fetch_json(request: httpx.Request, *, timeout_s: float, sent: str = "") -> A
 def _text(answer: Answer) -> str:
     """Return the text of an answer, in the encoding that it states or, as JSON is, in UTF-8, UTF-16 or UTF-32."""
     with contextlib.suppress(LookupError, UnicodeError):  # not an encoding of text, or not that of the body
-        if answer.encoding is not None and answer.body[:3] != codecs.BOM_UTF8:
-            return answer.body.decode(answer.encoding)
+        if (encoding := answer.encoding) is not None and answer.body[:3] != codecs.BOM_UTF8:
+            return answer.body.decode(encoding)
     return answer.body.decode(json.detect_encoding(answer.body), "replace")
 
 

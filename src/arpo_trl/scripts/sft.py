@@ -184,9 +184,9 @@ def as_saved(tokenizer: PreTrainedTokenizerBase, config: SFTConfig) -> PreTraine
     eos, path = config.eos_token, config.chat_template_path
     if eos is None and path is None:
         return tokenizer
-    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer, vocabulary = copy.deepcopy(tokenizer), tokenizer.get_vocab()
     if eos is not None:
-        if eos not in tokenizer.get_vocab():
+        if eos not in vocabulary:
             raise ConfigError(
                 f"eos_token is {eos!r}, which is not in the vocabulary of {tokenizer.name_or_path}; expected one of "
                 "its tokens. Correct it, or remove it."
@@ -204,8 +204,7 @@ def as_saved(tokenizer: PreTrainedTokenizerBase, config: SFTConfig) -> PreTraine
             "a .jinja file."
         )
     tokenizer.chat_template = template.get_chat_template()
-    new = [token for token in template.added_tokens_decoder.values() if token.content not in tokenizer.get_vocab()]
-    tokenizer.add_tokens(new)
+    tokenizer.add_tokens([new for new in template.added_tokens_decoder.values() if new.content not in vocabulary])
     tokenizer.eos_token = template.eos_token
     return tokenizer
 
