@@ -12,6 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from arpo_trl.data import loading
 from arpo_trl.data.layouts import shared_system_prompt, system_prompt_text
 from arpo_trl.data.loading import load_arpo_dataset, read_file, validate_rows
 from arpo_trl.data.prompts import SYSTEM_PROMPTS, default_system_prompt, tags_system_prompt
@@ -771,6 +772,16 @@ def test_a_reward_of_ones_own_reads_id_level_and_task_as_they_stand(tmp_path: Pa
     assert mapped["level"] == "2"
     several = load_own(tmp_path, {"question": "?", "id": 1, "level": 1}, {"question": "?", "id": "b", "level": "hard"})
     assert (several["id"][:], several["level"][:]) == (["1", "b"], ["1", "hard"])
+
+
+def test_each_field_for_a_reward_of_ones_own_is_read_as_a_whole_and_not_once_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    column = loading._column
+    monkeypatch.setattr(loading, "_column", lambda name, values: read.append(name) or column(name, values))
+    load_own(tmp_path, *({"question": "?", "id": i, "level": i, "task": "math"} for i in range(50)))
+    assert max(map(read.count, read)) == 2  # to see whether it is a column, and as the column
 
 
 @pytest.mark.parametrize(

@@ -540,7 +540,8 @@ def _without_blanks(loaded: list[_Loaded]) -> tuple[list[_Loaded], list[str]]:
 
 def _with_other_fields(dataset: datasets.Dataset, loaded: Sequence[_Loaded]) -> datasets.Dataset:
     """The dataset with the fields of the rows as read, except those that conversion changes, as further columns."""
-    names = dict.fromkeys(name for each in loaded for name in each.raw if not _is_changed(name, loaded))
+    found = dict.fromkeys(name for each in loaded for name in each.raw)
+    names = [name for name in found if not _is_changed(name, loaded)]
     parts = [dataset.remove_columns([name for name in dataset.column_names if name in names])]
     for name in names:
         values = [each.raw.get(name) for each in loaded]
