@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from peft import PeftConfig
 from transformers import AutoTokenizer
 
+from arpo_trl.common.adapters import base_revision
 from arpo_trl.data.demonstrations import IGNORED, encode_dataset, encode_trajectory, has_text_prompts
 from arpo_trl.errors import DataError
 from arpo_trl.rollout.protocols import TagProtocol
@@ -357,3 +359,15 @@ def test_code_of_the_model_may_contain_its_tokenizer(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     trainer = train_one_step(tmp_path, monkeypatch, trust_remote_code=True)
     assert type(trainer.processing_class).__name__ == "Own"
+
+
+@pytest.mark.slow
+def test_an_adapter_names_the_revision_of_its_base(tmp_path, monkeypatch, hub):
+    save_tiny_model(tmp_path / "model")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    hub.repos["models", "me/base"] = {"config.json": files["config.json"]}  # TRL reads the class of the model there
+    hub.revisions["me/base", "v1"] = files
+    source = {"model_name_or_path": "me/base", "model_revision": "v1"}
+    train_one_step(tmp_path, monkeypatch, **source, use_peft=True, lora_target_modules="all-linear")
+    adapter = PeftConfig.from_pretrained(str(tmp_path / "out"))
+    assert (adapter.base_model_name_or_path, base_revision(adapter, "me/base")) == ("me/base", "v1")

@@ -17,6 +17,7 @@ import pytest
 from transformers import GenerationConfig
 
 from arpo_trl import cli, command_line
+from arpo_trl.common.adapters import of_revision
 from arpo_trl.errors import ConfigError
 from arpo_trl.evaluation.benchmarks import BENCHMARKS
 from arpo_trl.evaluation.command import compare_runs, load_all
@@ -252,6 +253,26 @@ def test_an_adapter_is_evaluated_with_its_model(monkeypatch, capsys, here, model
     assert run(monkeypatch, capsys, *shared, "--adapter", here / "adapter", "--output", "run")[0] == 0
     status, _, err = run(monkeypatch, capsys, *shared, "--adapter", here / "nowhere", "--output", "other")
     assert status == 2 and "The adapter of" in err
+
+
+def test_an_adapter_is_evaluated_with_its_revision_and_its_tokenizer(monkeypatch, capsys, here, model, hub):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    hub.repos["models", "me/base"] = {}  # the main revision is no model
+    hub.revisions["me/base", "v1"] = {path.name: path.read_bytes() for path in Path(model).iterdir()}
+    base = AutoModelForCausalLM.from_pretrained("me/base", revision="v1")
+    adapted = get_peft_model(base, of_revision(LoraConfig(target_modules=["q_proj"]), "v1"))
+    adapted.save_pretrained(here / "adapter")
+    shared = ("--model", "me/base", "--adapter", here / "adapter", "--max-completion-length", "4")
+    shared += ("--tools", "search", "--search-recorded", recorded(here))
+    data(here, count=1)
+    assert run(monkeypatch, capsys, "eval", *shared, "--data", here, "--output", "run")[0] == 0
+    own = tokenizer()
+    own.chat_template = "{{ 'own' }}"
+    own.save_pretrained(here / "adapter")
+    found = load_tokenizer(EvalSettings(model="me/base", adapter=str(here / "adapter")))
+    assert found.chat_template == "{{ 'own' }}"
 
 
 # Killed --------------------------------------------------------------------------------------------------------------

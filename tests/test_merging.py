@@ -111,15 +111,11 @@ def test_the_base_is_loaded_in_the_revision_of_the_training(hub, base, adapter, 
         merge_adapter(str(adapter), tmp_path / name, **options)
         return bool(AutoModelForCausalLM.from_pretrained(tmp_path / name).lm_head.weight.any())
 
-    settings = adapter / "training_config.yaml"
-    changed_config(adapter, base_model_name_or_path="me/base")
-    settings.write_text("model_name_or_path: me/base\nmodel_revision: v1\n")
-    assert is_trained_revision("by-settings")
-    assert not is_trained_revision("another-base", base="me/base")
-    settings.write_text("model_name_or_path: me/other\nmodel_revision: v1\n")
-    assert not is_trained_revision("of-another-model")
-    changed_config(adapter, revision="v1")
-    assert is_trained_revision("by-adapter")
+    changed_config(adapter, base_model_name_or_path="me/base", revision="v1")
+    assert is_trained_revision("by-name")
+    assert is_trained_revision("by-option", base="me/base")
+    changed_config(adapter, base_model_name_or_path="me/other")
+    assert not is_trained_revision("of-another-model", base="me/base")
 
 
 def changed_config(adapter, **changes):

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from arpo_trl import ARPOConfig, ARPOTrainer
+from arpo_trl.common.adapters import base_revision
 from arpo_trl.data.prompts import tags_system_prompt
 from arpo_trl.errors import ConfigError
 from arpo_trl.logs.trajectories import read_trees
@@ -498,6 +499,15 @@ def test_an_adapter_trains_on_what_the_model_itself_samples(tmp_path):
     made.train()
     assert made.state.log_history[0]["arpo/update/sharing_ratio"] > 1
     assert saved_adapter_is_the_trained_one(made, path)
+
+
+def test_an_adapter_names_the_revision_of_its_base(hub, model_path, tmp_path):
+    files = {path.name: path.read_bytes() for path in Path(model_path).iterdir()}
+    hub.repos["models", "me/base"] = {"config.json": files["config.json"]}  # TRL reads the class of the model there
+    hub.revisions["me/base", "v1"] = files
+    adapter, source = LoraConfig(target_modules=["q_proj"]), {"revision": "v1"}
+    made = trainer("me/base", tmp_path, engine=scripted(), peft_config=adapter, model_init_kwargs=source)
+    assert base_revision(made.model.peft_config["default"], "me/base") == "v1"
 
 
 def test_quantizing_without_an_adapter_leaves_nothing_to_train(model_path, tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from arpo_trl.common.adapters import base_revision, has_tokenizer
 from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.common.user_files import user_path
 from arpo_trl.errors import ConfigError
@@ -34,8 +35,8 @@ READ_BYTES = 1 << 20
 
 
 def load_tokenizer(settings: EvalSettings) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of the model in the settings. Call it before the tools are created, because it detects a
-    wrong model.
+    """Return the tokenizer of the adapter in the settings, or that of the model. Call it before the tools are created,
+    because it detects a wrong model.
 
     Raises:
         ConfigError: The model, its tokenizer or its chat template is missing or cannot be used.
@@ -44,11 +45,16 @@ def load_tokenizer(settings: EvalSettings) -> PreTrainedTokenizerBase:
         raise ConfigError(
             "model is missing. Set it to a folder or a Hub id; with base_url it is needed for its tokenizer."
         )
-    tokenizer = load_pretrained("tokenizer", settings.model, AutoTokenizer.from_pretrained)
+    revision = _revision(settings)
+    if settings.adapter is not None and has_tokenizer(settings.adapter):
+        tokenizer = load_pretrained("tokenizer", settings.adapter, AutoTokenizer.from_pretrained)
+    else:
+        tokenizer = load_pretrained("tokenizer", settings.model, AutoTokenizer.from_pretrained, revision=revision)
     if tokenizer.chat_template is None:
         raise ConfigError(
-            f"The tokenizer of {settings.model} has no chat template; expected one, to render questions as prompts. "
-            "Set `tokenizer.chat_template = …` and save the tokenizer, or use the instruct version of the model."
+            f"The tokenizer of {tokenizer.name_or_path} has no chat template; expected one, to render questions as "
+            "prompts. Set `tokenizer.chat_template = …` and save the tokenizer, or use the instruct version of the "
+            "model."
         )
     return tokenizer
 
@@ -62,7 +68,7 @@ def make_sampler(settings: EvalSettings, toolbox: ToolBox, tokenizer: PreTrained
         EngineError: A server does not respond.
     """
     assert settings.model is not None
-    saved = saved_generation_config(settings.model)
+    saved = saved_generation_config(settings.model, revision=_revision(settings))
     _refuse_ignored_rules(settings, saved)
     protocol = PROTOCOLS[ProtocolKind(settings.tool_protocol)](
         tokenizer,
@@ -137,12 +143,28 @@ def _source(settings: EvalSettings, tokenizer: PreTrainedTokenizerBase) -> Engin
     )
 
 
+def _revision(settings: EvalSettings) -> str:
+    """The revision of the model: that of the adapter's training, or main."""
+    if settings.adapter is None:
+        return "main"
+    from peft import PeftConfig
+
+    assert settings.model is not None
+    return base_revision(load_pretrained("adapter", settings.adapter, PeftConfig.from_pretrained), settings.model)
+
+
 def _load_model(settings: EvalSettings) -> Any:
     """Load the model and merge the adapter into it."""
     from transformers import AutoModelForCausalLM
 
     assert settings.model is not None
-    model = load_pretrained("weights", settings.model, AutoModelForCausalLM.from_pretrained, dtype=settings.dtype)
+    model = load_pretrained(
+        "weights",
+        settings.model,
+        AutoModelForCausalLM.from_pretrained,
+        revision=_revision(settings),
+        dtype=settings.dtype,
+    )
     if settings.adapter is None:
         return model
     from peft import PeftModel
@@ -166,7 +188,8 @@ def _vllm(settings: EvalSettings, tokenizer: PreTrainedTokenizerBase) -> LocalVL
         ) from error
     prepare_cpu()
     assert settings.model is not None
-    config = load_pretrained("configuration", settings.model, AutoConfig.from_pretrained).get_text_config()
+    loaded = load_pretrained("configuration", settings.model, AutoConfig.from_pretrained, revision=_revision(settings))
+    config = loaded.get_text_config()
     with tempfile.TemporaryDirectory() as folder:
         path = settings.model
         if settings.adapter is not None:

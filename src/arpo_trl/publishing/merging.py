@@ -11,15 +11,14 @@ from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from arpo_trl.common.adapters import base_revision, has_tokenizer
 from arpo_trl.common.files import whole_folder
 from arpo_trl.common.pretrained import load_pretrained
-from arpo_trl.common.user_files import expect, read_yaml
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.publishing.model_card import ADAPTER_CONFIG_NAME, CONFIG_NAME, EVALUATION_NAME, Card
 from arpo_trl.visible import without_secrets
 
 _CARRIED = (CONFIG_NAME, EVALUATION_NAME, "trainer_state.json")
-_TOKENIZER_NAME = "tokenizer_config.json"
 
 
 def merge_adapter(
@@ -29,15 +28,14 @@ def merge_adapter(
 
     Args:
         adapter: Folder or Hub id.
-        base: The base model. None: the model named in the adapter's configuration, in the revision named there or, by
-            default, in the run's settings.
+        base: The base model. None: the model named in the adapter's configuration, in the revision named there.
         dtype: The dtype in which the sum is computed and saved. None: the base model's.
         repo_id: The repository named in the card. None: the name of the folder.
 
     Raises:
         ConfigError: `output` exists, there is no such dtype, or the tokenizer cannot be loaded.
-        DataError: `adapter` is not an adapter, its base model cannot be loaded, it belongs to another base model, its
-            tokenizer cannot be saved, or its run's settings cannot be read.
+        DataError: `adapter` is not an adapter, its base model cannot be loaded, it belongs to another base model, or
+            its tokenizer cannot be saved.
     """
     if output.exists():
         raise ConfigError(f"--output {output} exists. Pass a new folder, or remove this one.")
@@ -47,7 +45,7 @@ def merge_adapter(
         config: Any = PeftConfig.from_pretrained(adapter)
         folder = Path(adapter)
         if not folder.is_dir():
-            folder = Path(snapshot_download(adapter, allow_patterns=[*_CARRIED, _TOKENIZER_NAME]))
+            folder = Path(snapshot_download(adapter, allow_patterns=list(_CARRIED)))
     except Exception as error:  # peft, transformers and safetensors raise many kinds of errors for broken files
         raise DataError(
             f"{adapter} is not an adapter: it has no readable {ADAPTER_CONFIG_NAME}. Pass the output_dir of a run "
@@ -56,7 +54,7 @@ def merge_adapter(
     name = base or config.base_model_name_or_path
     if not name:
         raise DataError(f"{adapter} does not name its base model. Name it with --base.")
-    revision = "main" if base is not None else config.revision or _trained_revision(folder, name)
+    revision = base_revision(config, name)
     try:
         # Not quantized, even if the model was quantized in training: rounding the sum to 4 bits would lose the trained
         # difference.
@@ -72,7 +70,7 @@ def merge_adapter(
         raise DataError(
             f"{adapter} does not fit its base model {name!r}: {without_secrets(str(error))[:300]}"
         ) from error
-    if (folder / _TOKENIZER_NAME).is_file():
+    if has_tokenizer(adapter):
         tokenizer = load_pretrained("tokenizer", adapter, AutoTokenizer.from_pretrained)
     else:
         tokenizer = load_pretrained("tokenizer", name, AutoTokenizer.from_pretrained, revision=revision)
@@ -88,15 +86,3 @@ def merge_adapter(
         card = Card.of(partial, repo_id or output.name)
         if card is not None:
             card.write(partial)
-
-
-def _trained_revision(folder: Path, base: str) -> str:
-    """The revision of `base` that the settings of the run in `folder` name. TRL does not write it into the adapter.
-
-    Raises:
-        DataError: The settings do not have the format that a run writes.
-    """
-    file = folder / CONFIG_NAME
-    settings = (read_yaml(file) or {}) if file.is_file() else {}
-    expect(settings, {"model_name_or_path?": str | None, "model_revision?": str}, str(file))
-    return settings.get("model_revision", "main") if settings.get("model_name_or_path") == base else "main"

@@ -22,6 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from arpo_trl.command_line import parse_settings, report_errors
+from arpo_trl.common.adapters import of_revision
 from arpo_trl.common.build_locks import remove_left_build_locks
 from arpo_trl.common.full_disk import naming
 from arpo_trl.common.pretrained import load_pretrained
@@ -255,7 +256,7 @@ def _train(arguments: ColdStartArguments, config: ColdStartConfig, model_config:
             train_dataset=dataset,
             processing_class=tokenizer,
             quantization_config=quantization,
-            peft_config=adapter,
+            peft_config=of_revision(adapter, model_config.model_revision),
         )
     if arguments.overwrite_output_dir:
         overwrite(config)

@@ -12,6 +12,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import GRPOTrainer
 
+from arpo_trl.common.adapters import of_revision
 from arpo_trl.common.spans import Spans
 from arpo_trl.common.working_folder import kept_working_folder
 from arpo_trl.config import ARPOConfig
@@ -211,7 +212,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
                 callbacks=callbacks,
                 optimizers=optimizers,
                 quantization_config=quantization_config,
-                peft_config=peft_config,
+                peft_config=of_revision(peft_config, (args.model_init_kwargs or {}).get("revision")),
             )
         self.reward_func_names = named_apart(self.reward_funcs, self.reward_func_names)
         check_best_metric(args, eval_dataset, self.reward_func_names, functions)
