@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset
 from peft import PeftConfig
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from arpo_trl.common.adapters import base_revision
 from arpo_trl.data.demonstrations import IGNORED, encode_dataset, encode_trajectory, has_text_prompts
 from arpo_trl.errors import DataError
+from arpo_trl.publishing.merging import merge_adapter
 from arpo_trl.rollout.protocols import TagProtocol
 from support import Scripted, save_tiny_model, script, tokenizer
 
@@ -371,3 +373,25 @@ def test_an_adapter_names_the_revision_of_its_base(tmp_path, monkeypatch, hub):
     train_one_step(tmp_path, monkeypatch, **source, use_peft=True, lora_target_modules="all-linear")
     adapter = PeftConfig.from_pretrained(str(tmp_path / "out"))
     assert (adapter.base_model_name_or_path, base_revision(adapter, "me/base")) == ("me/base", "v1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [317, 512], ids=["more", "fewer"])
+def test_an_adapter_with_new_tokens_is_merged_into_its_base(tmp_path, monkeypatch, rows):
+    base = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path / "model"))
+    base.resize_token_embeddings(rows)
+    base.save_pretrained(tmp_path / "model")
+    other = copy.deepcopy(tokenizer())
+    other.add_special_tokens({"eos_token": "<end>"})
+    other.save_pretrained(tmp_path / "other")
+    settings = {"chat_template_path": "other", "learning_rate": 0.1, "lora_target_modules": "all-linear"}
+    trainer = train_one_step(tmp_path, monkeypatch, use_peft=True, **settings)
+    merge_adapter("out", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()  # without autocast
+    ids = torch.tensor([trainer.train_dataset[0]["input_ids"]])
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, trained(ids).logits, atol=1e-4, rtol=1e-4)
+    saved = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert merged.get_input_embeddings().num_embeddings == len(saved) == 320
+    assert merged.generation_config.eos_token_id == [saved.eos_token_id, tokenizer().eos_token_id]

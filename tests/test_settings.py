@@ -338,6 +338,16 @@ def test_a_value_that_does_not_fit_a_setting_of_the_model_is_named(given, messag
         required_model(ModelConfig("m", **given))
 
 
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [(["q_proj"], ["q_proj"]), ("q_proj", ["q_proj"]), (["all-linear"], "all-linear"), (".*q_proj", ".*q_proj")],
+)
+def test_one_target_module_is_a_name_and_not_a_pattern(given, used):
+    config = ModelConfig("m", use_peft=True, lora_target_modules=given)
+    required_model(config)
+    assert config.lora_target_modules == used
+
+
 def test_settings_of_lora_without_lora_are_a_warning(caplog):
     required_model(ModelConfig("m", use_peft=True, lora_r=8, lora_target_modules="all-linear"))
     assert caplog.text == ""

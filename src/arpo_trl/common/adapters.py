@@ -1,14 +1,14 @@
-"""What an adapter says about its base model and brings along."""
+"""Adapters, and how they fit their base model: its revision, the tokenizer, the number of embeddings."""
 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers.utils import cached_file
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
 
 
 def of_revision(adapter: PeftConfig | None, revision: str | None) -> PeftConfig | None:
@@ -28,3 +28,23 @@ def base_revision(adapter: PeftConfig, base: str) -> str:
 def has_tokenizer(name: str) -> bool:
     """Whether a folder or a repository on the Hub has a tokenizer, which an adapter may lack."""
     return cached_file(name, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False) is not None
+
+
+def adapted(model: Any, adapter: str) -> PeftModel:
+    """The model with the adapter in the folder or repository `adapter`.
+
+    A cold start with new tokens (`chat_template_path`) changes the number of embeddings. The adapter then contains the
+    embeddings, and the model gets as many before it is loaded.
+    """
+    from peft import PeftModel, load_peft_weights
+
+    embeddings = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embeddings)
+    own = [
+        weights
+        for key, weights in load_peft_weights(adapter, device="cpu").items()
+        if key.startswith(f"base_model.model.{name}.") and key.endswith(".weight")
+    ]
+    if own and len(own[0]) != embeddings.num_embeddings:
+        model.resize_token_embeddings(len(own[0]), mean_resizing=False)
+    return PeftModel.from_pretrained(model, adapter)

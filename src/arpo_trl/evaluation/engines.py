@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from functools import partial
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from arpo_trl.common.adapters import base_revision, has_tokenizer
+from arpo_trl.common.adapters import adapted, base_revision, has_tokenizer
 from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.common.user_files import user_path
 from arpo_trl.errors import ConfigError
@@ -167,10 +168,7 @@ def _load_model(settings: EvalSettings) -> Any:
     )
     if settings.adapter is None:
         return model
-    from peft import PeftModel
-
-    adapted = load_pretrained("adapter", settings.adapter, lambda name: PeftModel.from_pretrained(model, name))
-    return adapted.merge_and_unload()
+    return load_pretrained("adapter", settings.adapter, partial(adapted, model)).merge_and_unload()
 
 
 def _vllm(settings: EvalSettings, tokenizer: PreTrainedTokenizerBase) -> LocalVLLM:

@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from arpo_trl.common.adapters import base_revision, has_tokenizer
+from arpo_trl.common.adapters import adapted, base_revision, has_tokenizer
 from arpo_trl.common.files import whole_folder
 from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.publishing.model_card import ADAPTER_CONFIG_NAME, CONFIG_NAME, EVALUATION_NAME, Card
+from arpo_trl.rollout.protocols.generation_ends import eos_ids_of
 from arpo_trl.visible import without_secrets
 
 _CARRIED = (CONFIG_NAME, EVALUATION_NAME, "trainer_state.json")
@@ -65,7 +66,7 @@ def merge_adapter(
             f"The base model {name!r} of {adapter} cannot be loaded: {told} Name another one with --base."
         ) from error
     try:
-        merged: Any = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+        merged: Any = adapted(model, adapter).merge_and_unload(safe_merge=True)
     except Exception as error:  # different sizes or layer names, weights that are not finite, or a broken file
         raise DataError(
             f"{adapter} does not fit its base model {name!r}: {without_secrets(str(error))[:300]}"
@@ -74,6 +75,10 @@ def merge_adapter(
         tokenizer = load_pretrained("tokenizer", adapter, AutoTokenizer.from_pretrained)
     else:
         tokenizer = load_pretrained("tokenizer", name, AutoTokenizer.from_pretrained, revision=revision)
+    ends = eos_ids_of(merged.generation_config)
+    if tokenizer.eos_token_id not in (None, *ends):  # that of a cold start with another eos_token
+        merged.config.get_text_config().eos_token_id = tokenizer.eos_token_id
+        merged.generation_config.eos_token_id = [tokenizer.eos_token_id, *ends]
     with whole_folder(output) as partial:
         merged.save_pretrained(partial)
         try:

@@ -55,7 +55,7 @@ def overwrite(config: TrainingArguments) -> None:
 
 
 def required_model(model_config: ModelConfig) -> str:
-    """The model to train. Warns about settings of LoRA without `use_peft`.
+    """The model to train. Warns about settings of LoRA without `use_peft`, and makes a single target module a list.
 
     Raises:
         ConfigError: `model_name_or_path` is not set, or is no text, or another setting of the model is not valid.
@@ -67,6 +67,10 @@ def required_model(model_config: ModelConfig) -> str:
     if not isinstance(name, str):
         raise ConfigError(f"model_name_or_path is {name!r}; {expected}")
     check_fields(model_config, MODEL_SETTINGS)
+    modules: Any = model_config.lora_target_modules
+    if isinstance(modules, str) and modules.isidentifier():
+        # TRL makes a text of a list of one name, which peft would match with the whole path of a layer.
+        model_config.lora_target_modules = [modules]
     unused = [setting for setting in changed(model_config) if setting.startswith("lora_")]
     if unused and not model_config.use_peft and os.environ.get("RANK", "0") == "0":
         logger.warning(
