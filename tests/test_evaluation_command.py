@@ -1,5 +1,6 @@
 """`arpo-trl eval` and `arpo-trl compare` as users run them."""
 
+import copy
 import json
 import logging
 import multiprocessing
@@ -268,7 +269,9 @@ def test_an_adapter_is_evaluated_with_its_revision_and_its_tokenizer(monkeypatch
     shared += ("--tools", "search", "--search-recorded", recorded(here))
     data(here, count=1)
     assert run(monkeypatch, capsys, "eval", *shared, "--data", here, "--output", "run")[0] == 0
-    own = tokenizer()
+    alone = ("--model", here / "adapter", *shared[4:])
+    assert run(monkeypatch, capsys, "eval", *alone, "--data", here, "--output", "alone")[0] == 0
+    own = copy.deepcopy(tokenizer())
     own.chat_template = "{{ 'own' }}"
     own.save_pretrained(here / "adapter")
     found = load_tokenizer(EvalSettings(model="me/base", adapter=str(here / "adapter")))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+from torch.nn import Parameter
 from transformers.utils import cached_file
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig
 
 
 def of_revision(adapter: PeftConfig | None, revision: str | None) -> PeftConfig | None:
@@ -30,13 +31,15 @@ def has_tokenizer(name: str) -> bool:
     return cached_file(name, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False) is not None
 
 
-def adapted(model: Any, adapter: str) -> PeftModel:
-    """The model with the adapter in the folder or repository `adapter`.
+def merged(model: Any, adapter: str) -> Any:
+    """The model with the weights of the adapter in the folder or repository `adapter` added to its own.
 
     A cold start with new tokens (`chat_template_path`) changes the number of embeddings. The adapter then contains the
-    embeddings, and the model gets as many before it is loaded.
+    embeddings, and the model gets as many. An adapter of the embeddings changes only what a model reads, so a head
+    that shares their weights gets its own.
     """
     from peft import PeftModel, load_peft_weights
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     embeddings = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embeddings)
@@ -47,4 +50,9 @@ def adapted(model: Any, adapter: str) -> PeftModel:
     ]
     if own and len(own[0]) != embeddings.num_embeddings:
         model.resize_token_embeddings(len(own[0]), mean_resizing=False)
-    return PeftModel.from_pretrained(model, adapter)
+    adapted = PeftModel.from_pretrained(model, adapter)
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if isinstance(embeddings, BaseTunerLayer) and head.weight is embeddings.get_base_layer().weight:
+        head.weight = Parameter(head.weight.detach().clone())
+        model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
+    return adapted.merge_and_unload(safe_merge=True)

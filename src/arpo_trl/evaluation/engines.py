@@ -6,11 +6,12 @@ import hashlib
 import os
 import tempfile
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
 
-from arpo_trl.common.adapters import adapted, base_revision, has_tokenizer
+from arpo_trl.common.adapters import base_revision, has_tokenizer, merged
 from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.common.user_files import user_path
 from arpo_trl.errors import ConfigError
@@ -46,11 +47,11 @@ def load_tokenizer(settings: EvalSettings) -> PreTrainedTokenizerBase:
         raise ConfigError(
             "model is missing. Set it to a folder or a Hub id; with base_url it is needed for its tokenizer."
         )
-    revision = _revision(settings)
-    if settings.adapter is not None and has_tokenizer(settings.adapter):
-        tokenizer = load_pretrained("tokenizer", settings.adapter, AutoTokenizer.from_pretrained)
+    base, revision, adapter = _weights(settings)
+    if adapter is not None and has_tokenizer(adapter):
+        tokenizer = load_pretrained("tokenizer", adapter, AutoTokenizer.from_pretrained)
     else:
-        tokenizer = load_pretrained("tokenizer", settings.model, AutoTokenizer.from_pretrained, revision=revision)
+        tokenizer = load_pretrained("tokenizer", base, AutoTokenizer.from_pretrained, revision=revision)
     if tokenizer.chat_template is None:
         raise ConfigError(
             f"The tokenizer of {tokenizer.name_or_path} has no chat template; expected one, to render questions as "
@@ -68,8 +69,8 @@ def make_sampler(settings: EvalSettings, toolbox: ToolBox, tokenizer: PreTrained
             limit is set for a tool that the sampler does not have.
         EngineError: A server does not respond.
     """
-    assert settings.model is not None
-    saved = saved_generation_config(settings.model, revision=_revision(settings))
+    base, revision, _ = _weights(settings)
+    saved = saved_generation_config(base, revision=revision)
     _refuse_ignored_rules(settings, saved)
     protocol = PROTOCOLS[ProtocolKind(settings.tool_protocol)](
         tokenizer,
@@ -144,31 +145,45 @@ def _source(settings: EvalSettings, tokenizer: PreTrainedTokenizerBase) -> Engin
     )
 
 
-def _revision(settings: EvalSettings) -> str:
-    """The revision of the model: that of the adapter's training, or main."""
-    if settings.adapter is None:
-        return "main"
+class _Weights(NamedTuple):
+    base: str
+    revision: str
+    """The base model and its revision: that of the adapter's training, or main."""
+    adapter: str | None
+
+
+def _weights(settings: EvalSettings) -> _Weights:
+    """What the model in the settings consists of. A model that is an adapter names its base model itself."""
+    assert settings.model is not None
+    base: str | None = settings.model
+    adapter = settings.adapter
+    if adapter is None:
+        if load_pretrained("tokenizer", settings.model, find_adapter_config_file) is None:
+            return _Weights(settings.model, "main", None)
+        base, adapter = None, settings.model
     from peft import PeftConfig
 
-    assert settings.model is not None
-    return base_revision(load_pretrained("adapter", settings.adapter, PeftConfig.from_pretrained), settings.model)
+    config: Any = load_pretrained("adapter", adapter, PeftConfig.from_pretrained)
+    base = base or config.base_model_name_or_path
+    if not base:
+        raise ConfigError(
+            f"{adapter} is an adapter that does not name its base model. Set model to the base model and adapter to "
+            f"{adapter}."
+        )
+    return _Weights(base, base_revision(config, base), adapter)
 
 
 def _load_model(settings: EvalSettings) -> Any:
     """Load the model and merge the adapter into it."""
     from transformers import AutoModelForCausalLM
 
-    assert settings.model is not None
+    base, revision, adapter = _weights(settings)
     model = load_pretrained(
-        "weights",
-        settings.model,
-        AutoModelForCausalLM.from_pretrained,
-        revision=_revision(settings),
-        dtype=settings.dtype,
+        "weights", base, AutoModelForCausalLM.from_pretrained, revision=revision, dtype=settings.dtype
     )
-    if settings.adapter is None:
+    if adapter is None:
         return model
-    return load_pretrained("adapter", settings.adapter, partial(adapted, model)).merge_and_unload()
+    return load_pretrained("adapter", adapter, partial(merged, model))
 
 
 def _vllm(settings: EvalSettings, tokenizer: PreTrainedTokenizerBase) -> LocalVLLM:
@@ -185,12 +200,12 @@ def _vllm(settings: EvalSettings, tokenizer: PreTrainedTokenizerBase) -> LocalVL
             "or start a server and set base_url to its address."
         ) from error
     prepare_cpu()
-    assert settings.model is not None
-    loaded = load_pretrained("configuration", settings.model, AutoConfig.from_pretrained, revision=_revision(settings))
+    base, revision, adapter = _weights(settings)
+    loaded = load_pretrained("configuration", base, AutoConfig.from_pretrained, revision=revision)
     config = loaded.get_text_config()
     with tempfile.TemporaryDirectory() as folder:
-        path = settings.model
-        if settings.adapter is not None:
+        path = base
+        if adapter is not None:
             path = folder
             _load_model(settings).save_pretrained(folder)
             tokenizer.save_pretrained(folder)

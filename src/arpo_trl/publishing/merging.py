@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from peft import PeftConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from arpo_trl.common.adapters import adapted, base_revision, has_tokenizer
+from arpo_trl.common.adapters import base_revision, has_tokenizer, merged
 from arpo_trl.common.files import whole_folder
 from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.errors import ConfigError, DataError
@@ -66,7 +66,7 @@ def merge_adapter(
             f"The base model {name!r} of {adapter} cannot be loaded: {told} Name another one with --base."
         ) from error
     try:
-        merged: Any = adapted(model, adapter).merge_and_unload(safe_merge=True)
+        model = merged(model, adapter)
     except Exception as error:  # different sizes or layer names, weights that are not finite, or a broken file
         raise DataError(
             f"{adapter} does not fit its base model {name!r}: {without_secrets(str(error))[:300]}"
@@ -75,12 +75,12 @@ def merge_adapter(
         tokenizer = load_pretrained("tokenizer", adapter, AutoTokenizer.from_pretrained)
     else:
         tokenizer = load_pretrained("tokenizer", name, AutoTokenizer.from_pretrained, revision=revision)
-    ends = eos_ids_of(merged.generation_config)
+    ends = eos_ids_of(model.generation_config)
     if tokenizer.eos_token_id not in (None, *ends):  # that of a cold start with another eos_token
-        merged.config.get_text_config().eos_token_id = tokenizer.eos_token_id
-        merged.generation_config.eos_token_id = [tokenizer.eos_token_id, *ends]
+        model.config.get_text_config().eos_token_id = tokenizer.eos_token_id
+        model.generation_config.eos_token_id = [tokenizer.eos_token_id, *ends]
     with whole_folder(output) as partial:
-        merged.save_pretrained(partial)
+        model.save_pretrained(partial)
         try:
             tokenizer.save_pretrained(partial)
         except (TypeError, ValueError) as error:  # such as half a surrogate pair, which UTF-8 cannot express
