@@ -4,9 +4,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
 
 from arpo_trl.errors import ConfigError
-from arpo_trl.training.sharding import _parameter_groups, check_launch, local_forwards
+from arpo_trl.training.sharding import _parameter_groups, check_head, check_launch, local_forwards
 from support import tiny_model
 
 
@@ -47,6 +48,18 @@ def test_one_process_alone_needs_no_gathering():
 def test_what_would_hang_is_refused_with_the_way_out(accelerator, message):
     with pytest.raises(ConfigError, match=message):
         check_launch(accelerator, gathers=accelerator.state.deepspeed_plugin is None)
+
+
+def test_a_trained_head_whose_gradients_fsdp_would_not_sum_is_refused():
+    def adapter(*saved: str) -> Any:
+        return get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], modules_to_save=list(saved)))
+
+    for model in (tiny_model(), adapter(), adapter("embed_tokens")):
+        check_head(model, launched(fsdp=2))
+    for accelerator in (launched(1, fsdp=2), launched(), launched(zero=3)):
+        check_head(adapter("lm_head"), accelerator)
+    with pytest.raises(ConfigError, match=r"trains the language modeling head .* under FSDP, .* zero3\.yaml"):
+        check_head(adapter("lm_head"), launched(fsdp=2))
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):

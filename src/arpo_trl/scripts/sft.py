@@ -51,6 +51,7 @@ from arpo_trl.scripts.start import (
     until_first_step,
 )
 from arpo_trl.training.preflight import check_quantized_training
+from arpo_trl.training.sharding import check_head
 from arpo_trl.visible import get_logger
 
 logger = get_logger(__name__)
@@ -258,6 +259,7 @@ def _train(arguments: ColdStartArguments, config: ColdStartConfig, model_config:
             quantization_config=quantization,
             peft_config=of_revision(adapter, model_config.model_revision),
         )
+    check_head(trainer.model, trainer.accelerator)
     if arguments.overwrite_output_dir:
         overwrite(config)
     show_compactly(trainer)

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import is_peft_model
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
@@ -63,6 +65,24 @@ def check_launch(accelerator: Accelerator, *, gathers: bool) -> None:
             f"parallelism_config splits each sample over {parallel.non_data_parallel_size} ranks (tensor, context or "
             "sequence parallel), but each rank samples separate trees. Unset it. vLLM can still use tensor "
             "parallelism (vllm_tensor_parallel_size, or the server's option)."
+        )
+
+
+def check_head(model: Any, accelerator: Accelerator) -> None:
+    """Checks that the gradient of a language modeling head that an adapter trains is summed over ranks.
+
+    PEFT's wrap policy makes the trained copy of the head an FSDP unit of its own. TRL's fused head never calls that
+    unit: it gathers the weight itself, as a replicated tensor, and each rank would keep its own gradient.
+
+    Raises:
+        ConfigError: FSDP shards the trained copy of the head.
+    """
+    sharded = getattr(accelerator.state, "fsdp_plugin", None) is not None and accelerator.num_processes > 1
+    if sharded and is_peft_model(model) and isinstance(model.get_output_embeddings(), AuxiliaryTrainingWrapper):
+        raise ConfigError(
+            "The adapter trains the language modeling head (lora_modules_to_save) under FSDP, which would not sum the "
+            "gradients of the head over the ranks. Use accelerate_configs/zero3.yaml or ddp.yaml, or remove the head "
+            "from lora_modules_to_save."
         )
 
 

@@ -82,7 +82,7 @@ from arpo_trl.training.reward_guard import checked_reward, kept_torch_modes, nam
 from arpo_trl.training.rollout_names import RolloutNames
 from arpo_trl.training.sampled_with import check_unchanged, sampled_with
 from arpo_trl.training.samples_ahead import SamplesAhead
-from arpo_trl.training.sharding import check_launch, model_for_generation
+from arpo_trl.training.sharding import check_head, check_launch, model_for_generation
 from arpo_trl.training.sources import (
     colocated_source,
     logprobs_of,
@@ -225,6 +225,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         log_defaults(args)
         warn_of_unread(args)
         check_launch(self.accelerator, gathers=args.ds3_gather_for_generation)
+        check_head(self.model, self.accelerator)
         warn_of_emulation(self.model, self.accelerator)
         self._tokenizer = with_guarded_parser(self._tokenizer)
         self.use_vllm = args.use_vllm
