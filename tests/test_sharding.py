@@ -1,3 +1,4 @@
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,6 +61,16 @@ def test_a_trained_head_whose_gradients_fsdp_would_not_sum_is_refused():
         check_head(adapter("lm_head"), accelerator)
     with pytest.raises(ConfigError, match=r"trains the language modeling head .* under FSDP, .*zero3\.yaml"):
         check_head(adapter("lm_head"), launched(fsdp=2))
+
+
+def test_single_tokens_of_tied_embeddings_are_refused():
+    for tied in (False, True):
+        model = tiny_model()
+        model.config.tie_word_embeddings = tied
+        model.tie_weights()
+        adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3]))
+        with pytest.raises(ConfigError, match=r"single tokens .* shares with its head") if tied else nullcontext():
+            check_head(adapted, launched(1))
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
