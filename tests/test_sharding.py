@@ -7,8 +7,9 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 
+from arpo_trl.common.adapters import check_head
 from arpo_trl.errors import ConfigError
-from arpo_trl.training.sharding import _parameter_groups, check_head, check_launch, local_forwards
+from arpo_trl.training.sharding import _parameter_groups, check_launch, local_forwards
 from support import tiny_model
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from torch.nn import Parameter
 from transformers.utils import cached_file
 
+from arpo_trl.errors import ConfigError
+
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from peft import PeftConfig
 
 
@@ -31,6 +33,35 @@ def has_tokenizer(name: str) -> bool:
     return cached_file(name, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False) is not None
 
 
+def check_head(model: Any, accelerator: Accelerator) -> None:
+    """Checks that TRL's fused head can read the language modeling head that an adapter trains.
+
+    TRL reads the weight and the bias, and does not call the module. Under FSDP, PEFT's wrap policy makes the trained
+    copy of the head a unit of its own: its weight would be gathered as a replicated tensor, and each rank would keep
+    its own gradient.
+
+    Raises:
+        ConfigError: FSDP shards the trained copy of the head, or the adapter trains single tokens of tied embeddings.
+    """
+    from peft import PeftModel
+    from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
+
+    head = model.get_output_embeddings() if isinstance(model, PeftModel) else None
+    if isinstance(head, TrainableTokensWrapper):
+        raise ConfigError(
+            "The adapter trains single tokens (new ones of chat_template_path, or trainable_token_indices) of "
+            "embeddings that the model shares with its head, which TRL cannot compute. Use a chat template without "
+            "new tokens (a .jinja file), or train all weights (use_peft: false)."
+        )
+    sharded = getattr(accelerator.state, "fsdp_plugin", None) is not None and accelerator.num_processes > 1
+    if sharded and isinstance(head, AuxiliaryTrainingWrapper):
+        raise ConfigError(
+            "The adapter trains the language modeling head (lora_modules_to_save) under FSDP, which would not sum the "
+            "gradients of the head over the ranks. Use accelerate_configs/zero3.yaml or ddp.yaml, or remove the head "
+            "from lora_modules_to_save."
+        )
+
+
 def merged(model: Any, adapter: str) -> Any:
     """The model with the weights of the adapter in the folder or repository `adapter` added to its own.
 
@@ -40,6 +71,7 @@ def merged(model: Any, adapter: str) -> Any:
     """
     from peft import PeftModel, load_peft_weights
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from torch.nn import Parameter
 
     embeddings = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embeddings)

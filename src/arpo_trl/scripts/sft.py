@@ -22,7 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from arpo_trl.command_line import parse_settings, report_errors
-from arpo_trl.common.adapters import of_revision
+from arpo_trl.common.adapters import check_head, of_revision
 from arpo_trl.common.build_locks import remove_left_build_locks
 from arpo_trl.common.full_disk import naming
 from arpo_trl.common.pretrained import load_pretrained
@@ -51,7 +51,6 @@ from arpo_trl.scripts.start import (
     until_first_step,
 )
 from arpo_trl.training.preflight import check_quantized_training
-from arpo_trl.training.sharding import check_head
 from arpo_trl.visible import get_logger
 
 logger = get_logger(__name__)

@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import is_peft_model
-from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
@@ -65,32 +63,6 @@ def check_launch(accelerator: Accelerator, *, gathers: bool) -> None:
             f"parallelism_config splits each sample over {parallel.non_data_parallel_size} ranks (tensor, context or "
             "sequence parallel), but each rank samples separate trees. Unset it. vLLM can still use tensor "
             "parallelism (vllm_tensor_parallel_size, or the server's option)."
-        )
-
-
-def check_head(model: Any, accelerator: Accelerator) -> None:
-    """Checks that TRL's fused head can read the language modeling head that an adapter trains.
-
-    TRL reads the weight and the bias, and does not call the module. Under FSDP, PEFT's wrap policy makes the trained
-    copy of the head a unit of its own: its weight would be gathered as a replicated tensor, and each rank would keep
-    its own gradient.
-
-    Raises:
-        ConfigError: FSDP shards the trained copy of the head, or the adapter trains single tokens of tied embeddings.
-    """
-    head = model.get_output_embeddings() if is_peft_model(model) else None
-    if isinstance(head, TrainableTokensWrapper):
-        raise ConfigError(
-            "The adapter trains single tokens (new ones of chat_template_path, or trainable_token_indices) of "
-            "embeddings that the model shares with its head, which TRL cannot compute. Use a chat template without "
-            "new tokens (a .jinja file), or train all weights (use_peft: false)."
-        )
-    sharded = getattr(accelerator.state, "fsdp_plugin", None) is not None and accelerator.num_processes > 1
-    if sharded and isinstance(head, AuxiliaryTrainingWrapper):
-        raise ConfigError(
-            "The adapter trains the language modeling head (lora_modules_to_save) under FSDP, which would not sum the "
-            "gradients of the head over the ranks. Use accelerate_configs/zero3.yaml or ddp.yaml, or remove the head "
-            "from lora_modules_to_save."
         )
 
 

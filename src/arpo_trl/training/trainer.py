@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import GRPOTrainer
 
-from arpo_trl.common.adapters import of_revision
+from arpo_trl.common.adapters import check_head, of_revision
 from arpo_trl.common.spans import Spans
 from arpo_trl.common.working_folder import kept_working_folder
 from arpo_trl.config import ARPOConfig
@@ -82,7 +82,7 @@ from arpo_trl.training.reward_guard import checked_reward, kept_torch_modes, nam
 from arpo_trl.training.rollout_names import RolloutNames
 from arpo_trl.training.sampled_with import check_unchanged, sampled_with
 from arpo_trl.training.samples_ahead import SamplesAhead
-from arpo_trl.training.sharding import check_head, check_launch, model_for_generation
+from arpo_trl.training.sharding import check_launch, model_for_generation
 from arpo_trl.training.sources import (
     colocated_source,
     logprobs_of,
