@@ -4,10 +4,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import PartialState
+from transformers.utils.import_utils import enable_tf32
 
 from arpo_trl import ARPOConfig
 from arpo_trl.errors import ConfigError
-from arpo_trl.rollout.engines.compute_dtype import training_dtype, warn_of_emulation, warn_of_other_dtype
+from arpo_trl.rollout.engines.compute_dtype import computed_in, training_dtype, warn_of_emulation, warn_of_other_dtype
 from support import tiny_model
 
 SERVERS = {"http://a:1": "bfloat16", "http://b:1": "float16", "http://c:1": "float16"}
@@ -32,6 +33,16 @@ def test_autocast_decides_and_without_it_the_weights_do():
     assert training_dtype(full, accelerator("fp16")) == "float16"
     assert training_dtype(full, accelerator("no")) == "float32"
     assert training_dtype(half, accelerator("no")) == "bfloat16"
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_float32_with_tf32_rounds_like_float16_and_only_on_a_gpu(monkeypatch, on):
+    monkeypatch.setattr(torch.backends, "fp32_precision", torch.backends.fp32_precision)  # restored at the end
+    enable_tf32(on)  # what `tf32: true` and `torch_compile: true` call
+    rounded = {torch.float32, torch.float16} if on else {torch.float32}
+    assert computed_in(tiny_model(), torch.device("cuda", 0)) == rounded
+    assert computed_in(tiny_model(), torch.device("cpu")) == {torch.float32}
+    assert computed_in(tiny_model().to(torch.bfloat16), torch.device("cuda", 0)) == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(

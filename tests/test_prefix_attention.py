@@ -265,6 +265,15 @@ def test_a_kernel_with_wrong_results_is_reported_with_the_difference(monkeypatch
 
 
 @pytest.mark.usefixtures("forget")
+@pytest.mark.parametrize("tf32", [False, True])
+def test_tf32_in_the_padded_attention_is_rounding(tf32, monkeypatch):
+    """With grouped heads SDPA multiplies float32 in TF32, if it is on, and the kernel of packs does not."""
+    monkeypatch.setattr(torch.backends, "fp32_precision", "tf32" if tf32 else "ieee")
+    monkeypatch.setattr(prefix_attention, "_difference", lambda *_: 4e-4)
+    assert (why_no_attention(torch.device("cuda", 0), torch.float32, 14, 2, 64) is None) == tf32
+
+
+@pytest.mark.usefixtures("forget")
 def test_a_gpu_or_heads_that_the_flash_kernel_does_not_take_are_named(monkeypatch):
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))

@@ -28,6 +28,8 @@ import torch
 from torch.nn.functional import embedding_bag, scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import repeat_kv
 
+from arpo_trl.rollout.engines.compute_dtype import rounded_as
+
 Edge = tuple[int, int, int]
 """(start, stop, end): tokens [start, stop) of the pack; the rows that contain them reach up to `end`."""
 
@@ -345,7 +347,7 @@ def why_no_attention(
         error = _difference(device, dtype, heads, key_heads, head_dim)
     except Exception as fault:  # an error of torch, a kernel or a driver is the reason to report
         return f"{subject} failed: {type(fault).__name__}: {fault}"
-    limit = TOLERANCE[dtype]
+    limit = TOLERANCE[rounded_as(dtype, device)]
     return None if error <= limit else f"{subject} differs from padded by {error:.1e}, more than rounding ({limit})"
 
 

@@ -27,11 +27,24 @@ def training_dtype(model: Any, accelerator: Accelerator) -> str:
 
 
 def computed_in(model: torch.nn.Module, device: torch.device) -> set[torch.dtype]:
-    """The dtypes that round `model`'s results: those of its weights and, if autocast is enabled, autocast's."""
+    """The dtypes that round `model`'s results: those of its weights and, if autocast is enabled, autocast's.
+
+    TF32 counts as float16.
+    """
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     if torch.is_autocast_enabled(device.type):
         dtypes.add(torch.get_autocast_dtype(device.type))
-    return dtypes
+    return dtypes | {rounded_as(dtype, device) for dtype in dtypes}
+
+
+def rounded_as(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype whose digits matrix products of `dtype` have on the device: float16 for float32 if TF32 is on."""
+    if dtype != torch.float32 or device.type != "cuda":
+        return dtype
+    # torch >= 2.9 raises from the older function if the newer setting was used, as transformers does for `tf32: true`.
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    tf32 = torch.get_float32_matmul_precision() != "highest" if precision is None else precision == "tf32"
+    return torch.float16 if tf32 else dtype
 
 
 def warn_of_emulation(model: Any, accelerator: Accelerator) -> None:

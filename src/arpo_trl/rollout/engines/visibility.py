@@ -241,10 +241,7 @@ def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def _tolerance(model: PreTrainedModel) -> float:
-    device = model.get_input_embeddings().weight.device
-    dtypes = computed_in(model, device)
     if getattr(model.config, "quantization_config", None) is not None:
         return COARSE
-    if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
-        dtypes.add(torch.float16)  # TF32 has as many digits
+    dtypes = computed_in(model, model.get_input_embeddings().weight.device)
     return max(TOLERANCE.get(dtype, COARSE) for dtype in dtypes)
