@@ -4,9 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -23,15 +27,18 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.masking_utils import flash_attention_mask
 from trl.trainer.utils import add_fused_lm_head
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import ConfigError
+from arpo_trl.options import SharedPrefixForward
 from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from arpo_trl.training.prefix_attention import attend, attention_calls
 from arpo_trl.training.prefix_sharing import (
     COSTS,
+    EXTENDS,
     NO_LABEL,
     forward_pack,
     forward_packs,
@@ -42,6 +49,7 @@ from arpo_trl.training.prefix_sharing import (
     why_not_shared,
     why_packs_differ,
 )
+from arpo_trl.training.preflight import prepare_prefix_sharing
 from support import EXACT, ON_CPU, save_tiny_model, search, small_model, tokenizer
 
 FAMILIES = [(Qwen3Config, Qwen3ForCausalLM), (Qwen2Config, Qwen2ForCausalLM), (LlamaConfig, LlamaForCausalLM)]
@@ -247,8 +255,32 @@ def test_ordinary_batches_are_computed_as_before():
     ids, mask, _ = random_rows(3)
     before = plain(input_ids=ids, attention_mask=mask).logits
     share_prefixes(plain)
-    share_prefixes(plain)  # twice is once
+    attention = AttentionInterface()["sdpa"]
+    share_prefixes(small_model(*FAMILIES[1]))
+    assert AttentionInterface()["sdpa"] is attention  # twice is once
+    assert plain.config._attn_implementation == "sdpa"
     assert torch.equal(before, plain(input_ids=ids, attention_mask=mask).logits)
+
+
+@pytest.mark.parametrize("name", [name for name in EXTENDS if "flash" in name])
+def test_flash_attention_keeps_its_name_by_which_it_finds_its_kernel(name, monkeypatch):
+    def flash(module, query, key, value, mask, dropout=0.0, scaling=None, **kwargs):
+        assert (module.config._attn_implementation, mask) == (name, None)
+        attended = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        return attended.transpose(1, 2), None
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, name, flash)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, name, flash_attention_mask)
+    model, other = (small_model(*FAMILIES[0], initializer_range=0.2) for _ in range(2))
+    add_fused_lm_head(model, 0.8, False, ("log_probs", "entropy"))
+    for each in (model, other):
+        each.config._attn_implementation = name
+    ids = torch.arange(1, 9)[None]
+    before = other(ids).logits
+    on = SharedPrefixForward.ON
+    assert prepare_prefix_sharing([model], Accelerator(cpu=True), on, aux_loss=False, noise=False, sharded=False)
+    assert model.config._attn_implementation == name
+    assert torch.equal(other(ids).logits, before)
 
 
 @pytest.mark.parametrize(

@@ -51,11 +51,13 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.masking_utils import (
     create_causal_mask,
     create_sliding_window_causal_mask,
     sliding_window_causal_mask_function,
 )
+from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK
 from transformers.utils.hub import PushInProgress
 from trl import GRPOConfig, GRPOTrainer, TrlParser
 from trl.generation.vllm_generation import VLLMGeneration
@@ -75,6 +77,7 @@ from arpo_trl import trl_seam
 from arpo_trl.publishing.push import http
 from arpo_trl.rollout.engines.generation_rules import ELSEWHERE, HONOURED, REFUSED
 from arpo_trl.rollout.engines.transformers import CACHE_ARGUMENT
+from arpo_trl.training.prefix_sharing import EXTENDS
 from support import save_tiny_model, small_model, tokenizer
 
 M = 2
@@ -1001,6 +1004,13 @@ def test_a_4d_mask_determines_the_visible_keys_of_a_query(make, attention):
         )
     assert torch.allclose(one[0, 2], other[0, 2], atol=1e-6)
     assert not torch.allclose(one[0, 1], other[0, 1])
+
+
+def test_flash_attention_finds_its_kernel_by_the_models_setting():
+    """So packs extend its function under the same name. Without the package flash_attn the name is a kernel's."""
+    assert "attn_implementation=module.config._attn_implementation" in inspect.getsource(flash_attention_forward)
+    if torch.version.hip is None:
+        assert {FLASH_ATTN_KERNEL_FALLBACK[f"flash_attention_{i}"] for i in (2, 3)} < set(EXTENDS)
 
 
 @pytest.mark.parametrize("make", MODELS)

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from arpo_trl.errors import ConfigError
 from arpo_trl.rollout.engines.compute_dtype import computed_in
@@ -34,9 +34,12 @@ from arpo_trl.rollout.engines.visibility import evaluating
 from arpo_trl.training.prefix_attention import Edge, Paths, attend, attention_calls, plan_paths, why_no_attention
 
 NO_LABEL = -100
-PREFIX = "shared_prefix+"
-"""The prefix of the name of an attention implementation's variant that also accepts packs."""
-EXTENDS = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+EXTENDS = (
+    *("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"),
+    # What transformers replaces flash_attention_2 and _3 by if only the package kernels is installed:
+    *("kernels-community/flash-attn2", "kernels-community/vllm-flash-attn3"),
+)
+"""The attention implementations that packs can extend."""
 
 
 class _Takers:
@@ -207,25 +210,31 @@ def _split(path: list[tuple[int, int]], tokens: int) -> tuple[list[tuple[int, in
     return first, rest
 
 
+_accept_packs: set[Callable[..., Any]] = set()
+"""The functions that `_extended` has returned."""
+
+
 def _extended(attention: Callable[..., Any]) -> Callable[..., Any]:
-    """Extends an attention function of transformers: it also accepts a pack, as the keyword `shared_prefix_pack`."""
+    """Extends an attention function of transformers: it also accepts a pack, as the keyword `shared_prefix_pack`.
+
+    Other calls are passed on as they are.
+    """
 
     def forward(
         module: torch.nn.Module,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        dropout: float = 0.0,
-        scaling: float | None = None,
+        *args: Any,
         shared_prefix_pack: Pack | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> Any:
         if shared_prefix_pack is None:
-            return attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+            return attention(module, query, key, value, *args, **kwargs)
         shared_prefix_pack.takers.ids.add(id(module))
-        return attend(query, key, value, shared_prefix_pack.paths, scaling=scaling), None
+        return attend(query, key, value, shared_prefix_pack.paths, scaling=kwargs.get("scaling")), None
 
+    _accept_packs.add(forward)
     return forward
 
 
@@ -256,7 +265,7 @@ def why_not_shared(model: PreTrainedModel, device: torch.device, dtype: torch.dt
         return "it routes tokens to experts, whose load would be counted differently"
     if getattr(config, "v_head_dim", None) or getattr(config, "kv_lora_rank", None):
         return "its values and keys have different widths (multi-head latent attention)"
-    attention = model.config._attn_implementation.removeprefix(PREFIX)
+    attention = model.config._attn_implementation
     if attention not in EXTENDS:
         return f"its attention implementation is {attention!r}; set attn_implementation to one of {list(EXTENDS)}"
     dropouts = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
@@ -313,14 +322,15 @@ def pays(pack: Pack, hidden_size: int) -> bool:
 
 
 def share_prefixes(model: PreTrainedModel) -> None:
-    """Makes `model` accept packs. It computes ordinary batches as before."""
-    attention = model.config._attn_implementation
-    if attention.startswith(PREFIX):
-        return
-    name = PREFIX + attention
-    AttentionInterface.register(name, _extended(AttentionInterface()[attention]))
-    AttentionMaskInterface.register(name, AttentionMaskInterface()[attention])
-    model.set_attn_implementation(name)
+    """Makes `model` accept packs. It computes ordinary batches as before.
+
+    So do all models of the process with its attention implementation, whose function is replaced by an extended one.
+    The name stays: masks depend on it, and flash attention loads its kernels by it.
+    """
+    name = model.config._attn_implementation
+    attention = AttentionInterface()[name]
+    if attention not in _accept_packs:
+        AttentionInterface.register(name, _extended(attention))
 
 
 def forward_pack(model: torch.nn.Module, pack: Pack) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -275,7 +275,6 @@ def prepare_prefix_sharing(
     if noise:
         reasons.append("neftune_noise_alpha is set, and all rows would share the noise of a shared token")
     if not reasons:
-        before = [base.config._attn_implementation for base in bases]
         for base in bases:
             share_prefixes(base)
         # A model with sharded weights cannot run a trial forward yet. Later `forward_pack` checks that all layers used
@@ -285,8 +284,6 @@ def prepare_prefix_sharing(
                 reasons = [reason for model in models if (reason := why_packs_differ(model))]
         if not reasons:
             return True
-        for base, attention in zip(bases, before, strict=True):
-            base.set_attn_implementation(attention)
     told = f"This model cannot compute shared prefixes once: {reasons[0]}."
     if wanted is SharedPrefixForward.ON:
         raise ConfigError(f"shared_prefix_forward is 'on'. {told} Set it to 'auto' or 'off'.")
