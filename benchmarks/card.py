@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 import threading
 import time
 from types import TracebackType
@@ -15,17 +16,20 @@ import torch
 
 GIB = 1 << 30
 PEAK_TFLOPS = {
+    "GB200": 2500.0,
     "B200": 2250.0,
+    "GH200": 989.4,
     "H200": 989.4,
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
     "H100": 989.4,
     "A100": 312.0,
     "L40S": 362.0,
+    "L40": 181.0,
     "L4": 121.0,
     "RTX 4090": 165.2,
 }
-"""Part of a GPU's name → dense bfloat16 TFLOP/s from its data sheet. The first match is used."""
+"""Words of a GPU's name → dense bfloat16 TFLOP/s from its data sheet. The first match is used."""
 LOOK_S = 0.05
 
 
@@ -36,7 +40,7 @@ def device_name(device: torch.device) -> str:
 def peak_flops(device: torch.device) -> float:
     """Peak FLOP/s of the GPU; NaN for a device that is not in the table."""
     name = device_name(device)
-    return next((1e12 * peak for card, peak in PEAK_TFLOPS.items() if card in name), math.nan)
+    return next((1e12 * peak for card, peak in PEAK_TFLOPS.items() if re.search(rf"\b{card}\b", name)), math.nan)
 
 
 def own_stdout() -> TextIO:

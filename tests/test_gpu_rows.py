@@ -122,6 +122,15 @@ def test_a_device_whose_peak_is_not_known_has_no_utilisation() -> None:
     assert shown(1.0 / peak_flops(torch.device("cpu")), ".1%") == "—"
 
 
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [("NVIDIA L40", 181.0), ("NVIDIA L40S", 362.0), ("NVIDIA L4", 121.0), ("NVIDIA A100-SXM4-80GB", 312.0)],
+)
+def test_a_gpu_has_the_peak_of_its_own_data_sheet(name: str, tflops: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda", 0)) == tflops * 1e12
+
+
 def test_the_tables_in_the_results_have_the_columns_that_the_rows_print() -> None:
     results = (ROOT / "docs/results.md").read_text("utf-8").partition("\n## On a GPU\n")[2]
     heads = re.findall(r"^\|(.*)\|\n\|[-:|]+\|$", results, re.MULTILINE)
