@@ -5,12 +5,13 @@ import math
 from types import SimpleNamespace
 
 import pytest
+from peft import LoraConfig, get_peft_model
 
 from arpo_trl.errors import EngineError
 from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.vllm.colocate import ColocatedWeights, VLLMColocateEngine
 from arpo_trl.rollout.engines.weights import FixedWeights
-from support import COMPILING, found_with_vllm, tokenizer
+from support import COMPILING, found_with_vllm, tiny_model, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,8 @@ class Recorder:
     def __init__(self, sleeps: bool):
         self.calls: list[str] = []
         self.enable_sleep_mode = sleeps
+        self.model, self.tensor_parallel_size = tiny_model(), 1
+        self.accelerator = SimpleNamespace(wait_for_everyone=lambda: self.calls.append("wait for ranks"))
         self.llm = self
         self.llm_engine = SimpleNamespace(
             model_config=SimpleNamespace(max_model_len=100),
@@ -121,8 +124,11 @@ class Recorder:
 
 def recorded(sleeps: bool, monkeypatch) -> tuple[VLLMColocateEngine, list[str], SimpleNamespace]:
     generation, step = Recorder(sleeps), SimpleNamespace(now=0)
-    monkeypatch.setattr(ColocatedWeights, "_compare", lambda self: generation.calls.append("compare"))
-    weights = ColocatedWeights(generation, lambda: step.now, lambda ids: [], [], 0.05)
+    calls = generation.calls
+    monkeypatch.setattr(ColocatedWeights, "_logprobs", lambda self: calls.append("vLLM's logprobs") or [-1.0])
+    weights = ColocatedWeights(
+        generation, lambda: step.now, lambda ids: calls.append("trainer's logprobs") or [-1.0], [], 0.05
+    )
     engine = VLLMColocateEngine(
         generation.llm,
         tokenizer(),
@@ -132,18 +138,23 @@ def recorded(sleeps: bool, monkeypatch) -> tuple[VLLMColocateEngine, list[str], 
         top_logprobs=2,
         sleeps=sleeps,
     )
-    return engine, generation.calls, step
+    return engine, calls, step
+
+
+SYNC = ["trainer's logprobs", "sync", "vLLM's logprobs"]
+AWAKE = ["trainer's logprobs", "sync", "wake kv_cache", "vLLM's logprobs"]
+"""The trainer's logprobs first: a sharded model is gathered for them, while vLLM's memory is still free."""
 
 
 def test_sleep_mode_wakes_once_a_session_with_one_sync_and_never_sleeps_inside(monkeypatch):
     engine, calls, _ = recorded(True, monkeypatch)
     with engine.session():
-        assert calls == ["sync", "wake kv_cache", "compare"]
+        assert calls == AWAKE
         calls.clear()
     assert calls == ["sleep 2"]
     calls.clear()
     with engine.session():  # the same step, as an evaluation would: sleeping has discarded the weights
-        assert calls == ["sync", "wake kv_cache", "compare"]
+        assert calls == AWAKE
 
 
 def test_without_sleep_mode_weights_move_once_a_step(monkeypatch):
@@ -152,7 +163,20 @@ def test_without_sleep_mode_weights_move_once_a_step(monkeypatch):
         step.now = now
         with engine.session():
             pass
-    assert calls == ["sync", "compare"] * 2
+    assert calls == SYNC * 2
+
+
+@pytest.mark.parametrize(("lora", "size", "waits"), [(True, 2, True), (True, 1, False), (False, 2, False)])
+def test_ranks_with_adapters_wait_for_each_other_before_tensor_parallel_vllm_runs(lora, size, waits, monkeypatch):
+    """As in TRL's `generate` (huggingface/trl#3671)."""
+    engine, calls, _ = recorded(False, monkeypatch)
+    generation = engine._weights._generation
+    generation.tensor_parallel_size = size
+    if lora:
+        generation.model = get_peft_model(generation.model, LoraConfig(r=2))
+    with engine.session():
+        pass
+    assert calls == [*SYNC[:2], *["wait for ranks"] * waits, SYNC[2]]
 
 
 def test_fixed_weights_never_move():
@@ -178,4 +202,4 @@ def test_a_failed_sync_is_repeated(monkeypatch):
             pass
     with contextlib.suppress(EngineError), engine.session():
         pass
-    assert calls == ["sync", "compare"]
+    assert calls == [SYNC[0], *SYNC]

@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import is_peft_model
 from transformers import PreTrainedTokenizerBase
 
 from arpo_trl.errors import EngineError
@@ -151,14 +152,18 @@ class ColocatedWeights:
         if not sleeps and self._trained() == self._synced:
             return
         self._synced = None  # in case the sync fails
+        ours = self._reference(self._canary)  # while vLLM sleeps, since it may gather a sharded model
         self._generation.sync_weights()  # first wakes up the memory of the weights
         if sleeps:
             self._generation.llm.wake_up(tags=["kv_cache"])
-        self._compare()
+        if self._generation.tensor_parallel_size > 1 and is_peft_model(self._generation.model):
+            # As in TRL's `generate`: otherwise vLLM's collectives can hang (huggingface/trl#3671).
+            self._generation.accelerator.wait_for_everyone()
+        self._compare(ours)
         self._synced = self._trained()
 
-    def _compare(self) -> None:
-        difference = mean_difference(self._reference(self._canary), self._logprobs())
+    def _compare(self, ours: list[float]) -> None:
+        difference = mean_difference(ours, self._logprobs())
         if not difference <= self._tolerance:
             raise EngineError(
                 f"vLLM does not have the trainer's weights after a sync: the logprobs of a text differ by "
