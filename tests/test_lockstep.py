@@ -1,8 +1,11 @@
 import json
 import os
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import forked
 from arpo_trl.errors import EngineError
@@ -72,3 +75,20 @@ def test_a_rank_that_is_lost_is_an_error_and_no_endless_wait(monkeypatch):
     made.sampler.engine = LockstepEngine(made.engine, group=None)  # type: ignore[arg-type]
     with pytest.raises(EngineError, match=r"A rank of the tensor parallel group is lost \(RuntimeError: Timed out"):
         made()
+
+
+def test_the_engine_runs_on_the_stream_of_the_session_in_every_session(monkeypatch):
+    """Device and stream are properties of a thread, and each session has a new one."""
+    stream, chosen = SimpleNamespace(device=torch.device("cuda", 1)), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    for name in ("set_device", "set_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda value: chosen.append((threading.current_thread().name, value)))
+    monkeypatch.setattr(lockstep.dist, "get_rank", lambda group=None: 0)
+    monkeypatch.setattr(lockstep.dist, "get_world_size", lambda group=None: 1)
+    monkeypatch.setattr(lockstep.dist, "all_gather_object", lambda rounds, mine, group: rounds.__setitem__(0, mine))
+    engine = LockstepEngine(Scripted(lambda request, context: ANSWER).engine, group=None)  # type: ignore[arg-type]
+    for _ in range(2):
+        with engine.session():
+            pass
+    assert chosen == [("lockstep", stream.device), ("lockstep", stream)] * 2

@@ -63,7 +63,7 @@ class LockstepEngine:
         with self._inner.session():
             self._requests, self._events = queue.SimpleQueue(), queue.SimpleQueue()
             self._done, self._problem = False, None
-            thread = threading.Thread(target=self._run, args=(_current_device(),), name="lockstep", daemon=True)
+            thread = threading.Thread(target=self._run, args=(_current_stream(),), name="lockstep", daemon=True)
             thread.start()
             try:
                 yield
@@ -97,9 +97,10 @@ class LockstepEngine:
 
     # In the engine's thread ------------------------------------------------------------------------------------------
 
-    def _run(self, device: int | None) -> None:
-        if device is not None:
-            torch.cuda.set_device(device)  # the current device is a property of the thread
+    def _run(self, stream: torch.cuda.Stream | None) -> None:
+        if stream is not None:  # of the session's thread: vLLM would create another for this thread, with its memory
+            torch.cuda.set_device(stream.device)
+            torch.cuda.set_stream(stream)
         mine: Sequence[Event] = []
         writing = 0  # unfinished turns of all ranks
         while True:
@@ -155,5 +156,5 @@ def _ids(events: Sequence[Event]) -> list[tuple[int, list[int]]]:
     return [(event.id, event.ids if isinstance(event, Turn) else []) for event in events]
 
 
-def _current_device() -> int | None:
-    return torch.cuda.current_device() if torch.cuda.is_available() else None
+def _current_stream() -> torch.cuda.Stream | None:
+    return torch.cuda.current_stream() if torch.cuda.is_available() else None
