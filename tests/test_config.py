@@ -425,6 +425,16 @@ def test_an_address_with_a_key_is_refused_and_not_quoted(tmp_path, settings):
     assert "planted" not in str(refused.value)
 
 
+def test_servers_with_a_key_are_refused_with_trls_transfer_which_sends_none(monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "sesame")
+    with pytest.raises(ConfigError, match=r"weight_sync is 'nccl', but VLLM_API_KEY is set.* weight_sync: disk"):
+        config(**SERVER)
+    assert config(**SERVER, weight_sync="disk").server_urls
+    assert config(use_vllm=True, vllm_mode="colocate").weight_sync == "nccl"  # and not used
+    monkeypatch.delenv("VLLM_API_KEY")
+    assert config(**SERVER).weight_sync == "nccl"
+
+
 @pytest.mark.parametrize(
     ("content", "message"), [(None, "there is no such file"), ("{", "line 1"), ("[]", "expected dict")]
 )

@@ -60,6 +60,7 @@ from transformers.masking_utils import (
 from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK
 from transformers.utils.hub import PushInProgress
 from trl import GRPOConfig, GRPOTrainer, TrlParser
+from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import unwrap_model_for_generation
 from trl.models.utils import add_hooks, remove_hooks
@@ -675,11 +676,24 @@ def test_vllm_generation_takes_what_we_give_it_and_holds_what_we_read():
     for name in (
         "self.llm ",
         "self.enable_sleep_mode ",
+        "self.tensor_parallel_size ",
+        "self.accelerator ",
+        "self.model ",
         "self._dist ",
         "sleep(level=2)",
         'wake_up(tags=["kv_cache"])',
     ):
         assert name in source
+    # What `ColocatedWeights.sync` relies on, and repeats
+    assert "empty_cache()" in inspect.getsource(VLLMGeneration.sync_weights)
+    assert "if is_peft_model(self.model) and self.tensor_parallel_size > 1" in inspect.getsource(
+        VLLMGeneration.generate
+    )
+
+
+def test_the_client_of_trls_nccl_transfer_sends_no_key():
+    """So `ARPOConfig` refuses weight_sync: nccl with a key."""
+    assert not re.search("authorization|api_?key", inspect.getsource(VLLMClient), re.IGNORECASE)
 
 
 def test_a_rollout_function_is_preceded_by_a_sync_unless_the_step_is_marked_as_loaded(trainer):

@@ -18,7 +18,7 @@ from arpo_trl.common.devices import has_accelerator
 from arpo_trl.common.settings import Range, ToolLimits, changed, check_fields, setting
 from arpo_trl.common.user_files import expect, read_json
 from arpo_trl.errors import ConfigError, DataError
-from arpo_trl.net.addresses import check_server_url
+from arpo_trl.net.addresses import check_server_url, server_key
 from arpo_trl.options import (
     VLLM_KEY_VARIABLE,
     AdvantageBaseline,
@@ -645,10 +645,16 @@ class ARPOConfig(ToolLimits, GRPOConfig):
             )
         for url in self.server_urls:
             check_server_url(url, "A vLLM server's address", VLLM_KEY_VARIABLE)
+        served = self.use_vllm and self.vllm_mode == "server"
+        if served and self.weight_sync == WeightSync.NCCL and server_key(VLLM_KEY_VARIABLE):
+            raise ConfigError(
+                f"weight_sync is 'nccl', but {VLLM_KEY_VARIABLE} is set, and TRL's NCCL transfer sends the servers no "
+                f"key. Set weight_sync: disk, or unset {VLLM_KEY_VARIABLE} if the servers need no key."
+            )
         urls = self.vllm_server_urls
         if urls is None:
             return
-        if not self.use_vllm or self.vllm_mode != "server":
+        if not served:
             raise ConfigError(
                 "vllm_server_urls is set, but these servers are not used. Set use_vllm: true and vllm_mode: server."
             )
