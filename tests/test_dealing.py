@@ -12,6 +12,7 @@ def batch(*leaves: int) -> dict:
         "completion_ids": torch.stack([rows, rows + 100], dim=1),
         LEAF: rows,
         "advantages": rows * 0.5,
+        "texts": [str(leaf) for leaf in leaves],  # as a subclass may add them
         "num_items_in_batch": torch.tensor(7),
         "ref_per_token_logps": None,
     }
@@ -44,6 +45,7 @@ def test_all_columns_of_a_row_move_with_it_and_values_without_rows_stay():
         rows = made["completion_ids"][:, 0]
         assert torch.equal(made["completion_ids"][:, 1], rows + 100)
         assert torch.equal(made["advantages"], rows * 0.5)
+        assert made["texts"] == [str(leaf) for leaf in rows.tolist()]
         assert int(made["num_items_in_batch"]) == 7
         assert made["ref_per_token_logps"] is None
         assert LEAF not in made

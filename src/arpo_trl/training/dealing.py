@@ -64,8 +64,9 @@ def deal_trees(batches: Sequence[Mapping[str, Any]], size: int, leaves_of_tree: 
     their addresses: if a tree spans two micro-batches, leaves with a common branch still stay together.
 
     Args:
-        batches: Micro-batches with equal numbers of rows. They contain tensors (B, …), including `LEAF`, and values
-            without rows (numbers, None), which are equal in all batches of a block.
+        batches: Micro-batches with equal numbers of rows. They contain tensors (B, …), including `LEAF`, lists of B
+            values, as TRL splits them, and values without rows (numbers, None), which are equal in all batches of a
+            block.
         size: Micro-batches per block, a divisor of their number: `micro_batches_of_one_step`.
         leaves_of_tree: Leaves per tree.
     """
@@ -78,14 +79,22 @@ def deal_trees(batches: Sequence[Mapping[str, Any]], size: int, leaves_of_tree: 
 
 def _dealt(batches: Sequence[Mapping[str, Any]], leaves_of_tree: int) -> list[dict[str, Any]]:
     whole = {name: value for name, value in batches[0].items() if not _has_rows(value)}
-    rows = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0] if name not in whole}
+    rows = {name: _joined([batch[name] for batch in batches]) for name in batches[0] if name not in whole}
     leaves = rows.pop(LEAF).tolist()
     trees = [leaf // leaves_of_tree for leaf in leaves]
     place = {tree: i for i, tree in enumerate(dict.fromkeys(trees))}
     order = torch.tensor(sorted(range(len(leaves)), key=lambda row: (place[trees[row]], leaves[row])))
     each = len(leaves) // len(batches)
-    return [whole | {name: value[part.to(value.device)] for name, value in rows.items()} for part in order.split(each)]
+    return [whole | {name: _chosen(value, part) for name, value in rows.items()} for part in order.split(each)]
 
 
 def _has_rows(value: Any) -> bool:
-    return torch.is_tensor(value) and value.dim() > 0
+    return isinstance(value, list) or (torch.is_tensor(value) and value.dim() > 0)
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    return [value for part in parts for value in part] if isinstance(parts[0], list) else torch.cat(list(parts))
+
+
+def _chosen(column: Any, rows: torch.Tensor) -> Any:
+    return [column[row] for row in rows.tolist()] if isinstance(column, list) else column[rows.to(column.device)]
