@@ -21,7 +21,7 @@ from arpo_trl.scripts.sft import OF_TRLS_ENCODING, ColdStartArguments
 from arpo_trl.scripts.train import TrainArguments
 from arpo_trl.tools.builtin import ToolArguments
 
-REFUSED = {
+INSTEAD = {
     **dict.fromkeys(
         ("cache_implementation", "use_transformers_continuous_batching", "vllm_structured_outputs_regex"),
         "Not supported by `train.py`: an error.",
@@ -29,8 +29,11 @@ REFUSED = {
     **dict.fromkeys(OF_TRLS_ENCODING, "Not used by `sft.py`, which encodes the demonstrations itself: an error."),
     "hub_token": "An error: set the environment variable `HF_TOKEN`, or log in with `hf auth login`.",
     "ignore_data_skip": "An error when `train.py` resumes a run.",
+    "train_sampling_strategy": "Sampler for `sft.py`. Not read by `train.py`, where `shuffle_dataset` sets the order.",
+    "data_seed": "Random seed of the sampler of `sft.py`. Not read by `train.py`, which shuffles by `seed`.",
 }
-"""Settings of TRL and transformers that are errors here, and what the page says in place of their texts."""
+"""Settings of TRL and transformers that are errors here, or not read, and what the page says in place of their
+texts."""
 PAGE = Path(__file__).parents[1] / "settings.md"
 HEAD = """\
 # Every setting
@@ -92,7 +95,7 @@ def section(title: str, used_by: str, fields: Iterable[dataclasses.Field[Any]], 
     rows = []
     for field in fields:
         text = meaning(field)
-        shown = REFUSED.get(field.name) or in_table(text if whole else first_sentences(text))
+        shown = INSTEAD.get(field.name) or in_table(text if whole else first_sentences(text))
         rows.append(f"| `{field.name}` | {default(field)} | {values(field)} | {shown} |")
     return "\n".join([*head, *rows, ""])
 
