@@ -1,9 +1,11 @@
+import copy
 import json
 import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
@@ -23,6 +25,7 @@ from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from arpo_trl.rollout.protocols import TagProtocol
 from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.tools.toolbox import ToolBox
+from arpo_trl.training.reporting import as_table
 from arpo_trl.trl_seam import qwen3_template
 from support import (
     EXACT,
@@ -133,6 +136,43 @@ def test_completions_that_are_printed_steer_no_terminal(model_path, tmp_path, ca
     printed = capsys.readouterr().out
     assert not any(hostile in printed for hostile in ("\x1b[2J", "\x1b]", "\x9b", "\u202e", "\x07"))
     assert "␛" in printed and "‹U+202E›" in printed
+
+
+def test_the_table_of_completions_holds_whatever_the_model_and_the_rewards_wrote(model_path, tmp_path):
+    def calls(arguments):
+        function = {"name": "f", "arguments": arguments}
+        return [{"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}]
+
+    made = trainer(model_path, tmp_path, engine=scripted(), log_completions=True, num_completions_to_print=0)
+    asked, logs = [{"role": "user", "content": "ask"}], made._logs
+    given = [{"a": 3}, {"a": "three"}, {"a": [{}]}, '{"a": 4}']  # the last one as some parsers return it
+    for step, batch in enumerate((given, [{}] * 4)):  # then calls of a tool without parameters
+        made.state.global_step = step
+        logs["prompt"].extend([asked] * 4)
+        logs["completion"].extend(calls(arguments) for arguments in batch)
+        logs["advantages"].extend([0.0] * 4)
+        logs["extra"]["same type"].extend([[1], [2], [], None])
+        logs["extra"]["other types"].extend([[1], ["\ud800"], [], None])
+        if step == 1:
+            logs["extra"]["late"].extend([1.0] * 4)
+        before = copy.deepcopy(logs)
+        made.log({})
+        assert made._logs is logs and logs == before
+    table = pd.read_parquet(tmp_path / "completions/completions_00001.parquet")
+    written = [row[0]["tool_calls"][0]["function"]["arguments"] for row in table["completion"]]
+    assert written == ['{"a": 3}', '{"a": "three"}', '{"a": [{}]}', '{"a": 4}', *["{}"] * 4]
+    assert table["prompt"][0][0] == asked[0]
+    assert table["same type"][0].tolist() == [1]
+    assert table["other types"].tolist() == ["[1]", '["\\ud800"]', "[]", "null"] * 2
+    assert table["late"].isna().tolist() == [True] * 4 + [False] * 4
+
+
+def test_wandb_gets_messages_that_its_tables_cannot_hold_as_text():
+    called = [{"role": "assistant", "content": ""}, {"role": "tool", "name": "f", "content": "3"}]
+    answered = [{"role": "assistant", "content": "so"}]
+    logs = {"prompt": [answered] * 2, "completion": [called, answered], "extra": {}}
+    assert as_table(logs, for_wandb=False) == logs
+    assert as_table(logs, for_wandb=True) == logs | {"completion": [json.dumps(called), json.dumps(answered)]}
 
 
 @pytest.mark.parametrize("tools", [[], [search]])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import partial
+from io import BytesIO
 from typing import Any
 
+import pandas as pd
 import torch
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
@@ -51,9 +54,12 @@ class Reporting(GRPOTrainer):
     """The counts of the rollout before `_log_rollout`."""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Like TRL's, but the output of `log_completions` contains no terminal control sequences."""
-        number = self.args.num_completions_to_print
+        """Like TRL's, but the output of `log_completions` contains no terminal control sequences, and its table can
+        be saved whatever the model wrote: see `as_table`."""
+        number, completions = self.args.num_completions_to_print, self._logs
         self.num_completions_to_print = 0  # TRL prints none
+        if self.accelerator.is_main_process and self.log_completions:
+            self._logs = as_table(completions, for_wandb="wandb" in self.args.report_to)
         try:
             super().log(logs, start_time)
         except Exception as error:  # pyarrow and trackers raise different errors for a full disk
@@ -61,7 +67,7 @@ class Reporting(GRPOTrainer):
                 raise
             logger.warning(f"{full_disk_message(error)} Logs of this step are incomplete. Training continues.")
         finally:
-            self.num_completions_to_print = number
+            self.num_completions_to_print, self._logs = number, completions
         if self.accelerator.is_main_process and self.log_completions and self._logs["prompt"]:
             print_prompt_completions_sample(
                 *(visible_data(list(self._logs[name])) for name in ("prompt", "completion")),
@@ -129,3 +135,57 @@ class Reporting(GRPOTrainer):
                 send_traces(self._trajectories.sample(last.name, trees))
             for message in self.alarms.check(merged):
                 logger.warning(f"Step {self.state.global_step}: {message}")
+
+
+def as_table(logs: Mapping[str, Any], *, for_wandb: bool) -> dict[str, Any]:
+    """TRL's `_logs` with columns that parquet and wandb's tables can hold. Changes none of the values given.
+
+    The arguments of calls in `prompt` and `completion` are JSON text: models give one argument different types, and a
+    tool without parameters has none. So is each value of a column whose values still differ in type, as those of
+    `log_extra` may. A column of `log_extra` that lacks the first rows has None there.
+    """
+    messages = {name: [_with_written_calls(each) for each in logs[name]] for name in ("prompt", "completion")}
+    rows = len(messages["prompt"])
+    extra = {name: [None] * (rows - len(column)) + list(column)[-rows:] for name, column in logs["extra"].items()}
+    return {
+        **logs,
+        **{name: _storable(column, for_wandb) for name, column in messages.items()},
+        "extra": {name: _storable(column, for_wandb) for name, column in extra.items()},
+    }
+
+
+def _with_written_calls(messages: Any) -> Any:
+    """Messages whose calls have their arguments as JSON text. Text stays as it is."""
+    if isinstance(messages, str):
+        return messages
+    return [
+        {**message, "tool_calls": [_written(call) for call in calls]}
+        if isinstance(calls := message.get("tool_calls"), list)
+        else message
+        for message in messages
+    ]
+
+
+def _written(call: Any) -> Any:
+    if not isinstance(call, Mapping):
+        return call
+    return {
+        key: json.dumps(value, ensure_ascii=False, default=str)
+        if key == "arguments" and not isinstance(value, str)
+        else _written(value)
+        for key, value in call.items()
+    }
+
+
+def _storable(column: list[Any], for_wandb: bool) -> list[Any]:
+    """The column, or its values as JSON text if a table cannot hold them."""
+    table = pd.DataFrame({"column": column})
+    try:
+        table.to_parquet(BytesIO())
+        if for_wandb:  # it accepts no messages with different keys
+            import wandb
+
+            wandb.Table(dataframe=table)
+    except Exception:  # pyarrow raises different errors, also UnicodeEncodeError and OverflowError
+        return [json.dumps(value, default=str) for value in column]
+    return column
