@@ -597,6 +597,25 @@ def test_silent_failures_are_logged(model_path, tmp_path, caplog):
         assert "100%" in said[0]
 
 
+@pytest.mark.parametrize("rounds", [0, 1])
+@pytest.mark.parametrize("calls_ours", [True, False])
+def test_all_that_reads_rewards_reads_those_of_a_subclass(model_path, tmp_path, calls_ours, rounds):
+    class Own(ARPOTrainer):
+        def _calculate_rewards(self, inputs, *given):
+            rewards = super()._calculate_rewards(inputs, *given) if calls_ours else torch.zeros(8, 1)
+            return rewards + torch.arange(8.0).unsqueeze(1)
+
+    settings = {"advantage_baseline": "batch", "scale_rewards": "batch", "dynamic_sampling_rounds": rounds}
+    args = config(tmp_path, initial_rollouts=4, **settings)
+    made = Own(model_path, lambda completions: [0.0] * len(completions), args, ROWS, engine=scripted(flat_script))
+    advantages = batch_of(made)["advantages"]
+    # 0 to 7, added once: mean 3.5, sample variance 42 / 7 = 6
+    torch.testing.assert_close(advantages, (torch.arange(8.0) - 3.5) / (6**0.5 + 1e-4))
+    assert made._last_rewards.tolist() == [float(i) for i in range(8)]
+    assert made._metrics["train"]["reward"] == [3.5]
+    assert made._metrics["train"]["arpo/alarm/zero_variance_groups"] == [0.0]
+
+
 def test_several_rollouts_within_a_step_draw_differently(model_path, tmp_path):
     made = trainer(model_path, tmp_path, engine=scripted())
     batch_of(made)

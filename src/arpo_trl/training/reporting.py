@@ -50,6 +50,7 @@ class Reporting(GRPOTrainer):
     _last_rewards: torch.Tensor | None
     _spans: Spans
     _trajectories: TrajectoryLog
+    _logs: dict[str, Any]
     _counted: Tally
     """The counts of the rollout before `_log_rollout`."""
 

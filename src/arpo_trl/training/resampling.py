@@ -45,8 +45,8 @@ class Resampling(GRPOTrainer):
     It changes the following parts of `GRPOTrainer`, and no others:
 
     - `_generate`: scores its completions, and generates again. TRL's metrics are those of the last round.
-    - `_calculate_rewards`: calls reward functions only for the new completions of a round. TRL's call gets the rewards
-      of the last round, which are already known.
+    - `_calculate_rewards`: calls reward functions only for the new completions of a round. TRL's call must get
+      `_scores`, the rewards of the last round: the subclass returns them, once, before it calls this method.
     """
 
     args: ARPOConfig
@@ -58,7 +58,7 @@ class Resampling(GRPOTrainer):
     _scored: Scored | None = None
     """The reward functions' results for this rank's completions."""
     _scores: torch.Tensor | None = None
-    """The rewards of the last round: of all ranks, per function."""
+    """The rewards of the last round: of all ranks, per function. None if TRL's call is to calculate them."""
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         rounds = self.args.dynamic_sampling_rounds if self.model.training else 0
@@ -110,9 +110,6 @@ class Resampling(GRPOTrainer):
     def _calculate_rewards(
         self, inputs: list[Any], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
     ) -> torch.Tensor:
-        known, self._scores = self._scores, None
-        if known is not None:
-            return known
         if not self.model.training or not self.args.dynamic_sampling_rounds:
             return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         functions = self.reward_funcs

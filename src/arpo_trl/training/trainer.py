@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -270,6 +271,8 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         self._sampled_with = sampled_with(self)
         self.tree_sampler.between_events = self._interrupts.check
         self._spans = Spans()
+        # On the instance, since a subclass may override the method, with or without calling ours.
+        self._calculate_rewards = partial(self._remembered_rewards, self._calculate_rewards)  # type: ignore[method-assign]
 
     def get_train_dataloader(self) -> Any:
         check_same_stream(self.train_dataset, self.accelerator)
@@ -423,11 +426,24 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
             self._log_rollout(advantages, [row.get("answer") for row in inputs])
         return batch
 
-    def _calculate_rewards(
-        self, inputs: list[Any], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
+    def _remembered_rewards(
+        self,
+        calculate: Callable[..., torch.Tensor],
+        inputs: list[Any],
+        prompts: list[Any],
+        completions: list[Any],
+        completion_ids_list: list[Any],
     ) -> torch.Tensor:
+        """(B, F) rewards of all ranks, which `calculate` returns, unless dynamic sampling already knows them.
+
+        `calculate` is `_calculate_rewards` with the changes of a subclass. Baselines, credits, metrics and alarms read
+        its results. So does TRL.
+        """
+        known, self._scores = self._scores, None
+        if known is not None:
+            return known
         with self._spans("reward"):
-            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            rewards = calculate(inputs, prompts, completions, completion_ids_list)
             self.stop_together()  # an interrupted reward function returned placeholders
         first = self.accelerator.process_index * len(prompts)  # `rewards` has the rows of all ranks
         self._rewards_of_all_ranks = total_rewards(rewards, self.reward_weights).cpu()
