@@ -39,7 +39,7 @@ from transformers.utils.chat_template_utils import get_json_schema
 from trl import GRPOConfig, GRPOTrainer
 
 from arpo_trl import ARPOConfig, ARPOTrainer
-from arpo_trl.errors import DataError, RewardError
+from arpo_trl.errors import ConfigError, DataError, RewardError
 from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.scripted import ScriptedEngine
 from support import small_model, with_template
@@ -819,6 +819,28 @@ def test_a_mistake_is_the_error_that_it_is_with_grpo(given, error, message, mode
     for kind, args in ((GRPOTrainer, GRPOConfig(str(tmp_path), use_cpu=True)), (ARPOTrainer, config(tmp_path))):
         with pytest.raises(error, match=message):
             kind(args=args, **{**usual, **given})
+
+
+@pytest.mark.parametrize("name", ["_generate_single_turn", "_tokenize_prompts", "_get_tool_suffix_ids"])
+def test_a_subclass_with_a_method_that_would_never_be_called_is_an_error(name, models, tmp_path):
+    own = type("Own", (ARPOTrainer,), {name: lambda self, *given: None})
+    with pytest.raises(ConfigError, match=f"Own overrides {name}, which would never be called: .*pass `engine`"):
+        own(models["qwen2"], length, config(tmp_path), TEXT)
+
+
+def test_the_tokenizer_of_a_reward_model_stands_beside_a_reward_of_the_environment(models, tmp_path):
+    tok = AutoTokenizer.from_pretrained(models["reward"])
+    rows = CHAT.add_column("start", list(range(len(CHAT))))
+
+    def made(classes):
+        given = {"reward_processing_classes": classes, "environment_factory": Counter}
+        settings = config(tmp_path, tool_protocol="chat_template")
+        return ARPOTrainer(models["qwen3"], models["reward"], settings, rows, **given)
+
+    for classes in (tok, [tok]):
+        assert made(classes).reward_processing_classes == [tok, None]
+    with pytest.raises(ConfigError, match=r"classes \(2\) must match the number of reward functions \(1\)"):
+        made([tok, tok])
 
 
 def test_the_defaults_that_differ_are_in_the_table():

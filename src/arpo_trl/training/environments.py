@@ -240,6 +240,23 @@ def _owned_reward(instances: Instances, kind: EnvironmentKind) -> Callable[..., 
     return reward
 
 
+def with_owned(given: Any, functions: Sequence[Any], owned: Sequence[Any]) -> list[Any] | None:
+    """Return `given`, the `reward_processing_classes` of `functions`, with None for each of `owned`. None stays None.
+
+    Raises:
+        ConfigError: There is not one for each of `functions`. TRL's error would count `owned`, too.
+    """
+    if given is None:
+        return None
+    listed = given if isinstance(given, list) else [given]  # as in TRL
+    if len(listed) != len(functions):
+        raise ConfigError(
+            f"The number of reward processing classes ({len(listed)}) must match the number of reward functions "
+            f"({len(functions)}). Pass a list with a tokenizer for each reward model, and None for each function."
+        )
+    return [*listed, *(None for _ in owned)]
+
+
 @contextmanager
 def weighted(args: ARPOConfig, owned: Sequence[Any]) -> Iterator[None]:
     """A context in which `reward_weights` also has a weight of 1 for each of `owned`."""

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
-from trl import GRPOConfig
+from trl import GRPOConfig, GRPOTrainer
 
 from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.config import ARPOConfig
@@ -42,10 +42,21 @@ from arpo_trl.visible import get_rank_logger
 logger = get_rank_logger(__name__)
 
 
-def refuse_own_rollouts(rollout_func: Any) -> None:
-    """Raises ConfigError if `rollout_func`, the GRPOTrainer argument that replaces its rollouts, is not None."""
+UNUSED_METHODS = ("_generate_single_turn", "_tokenize_prompts", "_get_tool_suffix_ids")
+"""The methods of GRPOTrainer that sample, which ARPOTrainer does not call."""
+
+
+def refuse_own_rollouts(rollout_func: Any, kind: type[GRPOTrainer]) -> None:
+    """Raises ConfigError if `rollout_func`, the GRPOTrainer argument that replaces its rollouts, is not None, or if
+    `kind`, the class of the trainer, overrides one of `UNUSED_METHODS`."""
     if rollout_func is not None:
         raise ConfigError("rollout_func is set, but ARPOTrainer samples trees itself. Pass `tools` instead.")
+    for name in UNUSED_METHODS:
+        if getattr(kind, name) is not getattr(GRPOTrainer, name):
+            raise ConfigError(
+                f"{kind.__name__} overrides {name}, which would never be called: trees are sampled by an engine. "
+                "Remove the method; to sample in another way, pass `engine`."
+            )
 
 
 def made_args(args: ARPOConfig | None, model: str | PreTrainedModel) -> ARPOConfig:

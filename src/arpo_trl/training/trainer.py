@@ -47,6 +47,7 @@ from arpo_trl.training.environments import (
     of_leaves,
     owned_rewards,
     weighted,
+    with_owned,
     with_prompts,
     without_rows,
 )
@@ -158,7 +159,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         engine: Engine | None = None,
     ):
         """Takes `GRPOTrainer`'s arguments; `engine` replaces the engine that `args` select (tests, scripted runs)."""
-        refuse_own_rollouts(rollout_func)
+        refuse_own_rollouts(rollout_func, type(self))
         functions = listed_rewards(reward_funcs)
         check_arguments(
             functions,
@@ -209,7 +210,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=tokenizer,
-                reward_processing_classes=reward_processing_classes,
+                reward_processing_classes=with_owned(reward_processing_classes, functions, owned),
                 callbacks=callbacks,
                 optimizers=optimizers,
                 quantization_config=quantization_config,
