@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 def of_revision(adapter: PeftConfig | None, revision: str | None) -> PeftConfig | None:
     """The configuration of a new adapter, with the revision of its base model, which TRL does not write into it."""
-    if adapter is None or adapter.revision is not None or revision in (None, "main"):
+    # TRL itself refuses what is no configuration, and has no revision.
+    if adapter is None or revision in (None, "main") or getattr(adapter, "revision", revision) is not None:
         return adapter
     adapter = copy.copy(adapter)
     adapter.revision = revision
