@@ -85,6 +85,17 @@ def log(folder: Path, rate: float = 1.0, seed: int = 0, rank: int = 0) -> Trajec
     return TrajectoryLog(folder, rate, seed, rank)
 
 
+def test_files_of_other_ranks_of_the_run_are_not_those_of_an_earlier_run(tmp_path, caplog):
+    own = log(tmp_path)
+    own.write("eval-000000", [])  # no tree of this rank was drawn
+    log(tmp_path, rank=1).write("eval-000000", [logged()])
+    own.warn_of_earlier_run()
+    assert caplog.text == ""
+    log(tmp_path, rank=1).write("step-000000", [logged()])
+    own.warn_of_earlier_run()
+    assert "contains trees of an earlier run" in caplog.text
+
+
 def test_a_tree_read_back_is_the_tree_that_was_written(tmp_path):
     before = logged()
     after = only(log(tmp_path).write("step-000007", [before]))

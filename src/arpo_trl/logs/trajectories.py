@@ -153,6 +153,8 @@ class TrajectoryLog:
     def __init__(self, folder: Path, rate: float, seed: int, rank: int):
         self.folder, self.rate, self.seed, self.rank = folder, rate, seed, rank
         self._has_warned = False
+        self._written: set[str] = set()
+        """The names of this run's rollouts, of which other ranks may have logged trees."""
 
     def sample(self, name: str, trees: Sequence[LoggedTree]) -> list[LoggedTree]:
         """The trees of this rollout that are logged."""
@@ -164,6 +166,7 @@ class TrajectoryLog:
 
         If the disk is full it also returns None, and warns the first time: training does not need the log.
         """
+        self._written.add(name)
         kept = self.sample(name, trees)
         if not kept:
             return None
@@ -182,8 +185,9 @@ class TrajectoryLog:
         return path
 
     def warn_of_earlier_run(self) -> None:
-        """Warns that the folder has files, which a new run replaces only in part."""
-        if any(LogFile.of(path) for path in self.folder.glob("*.jsonl")):
+        """Warns that the folder has files of others, which a new run replaces only in part."""
+        files = [path for path in self.folder.glob("*.jsonl") if LogFile.of(path)]
+        if any(path.name.rpartition("-rank")[0] not in self._written for path in files):
             logger.warning(
                 f"{self.folder} contains trees of an earlier run. The new run replaces those of the same steps only, "
                 "so `arpo-trl tree` and `view` show both runs. Remove the folder, or choose another output_dir."
