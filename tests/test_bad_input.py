@@ -165,6 +165,26 @@ def test_a_run_over_the_trees_of_an_earlier_one_is_warned_of(make, caplog, resum
     assert "trajectories contains trees of an earlier run" in caplog.text
 
 
+def test_an_evaluation_before_training_is_no_earlier_run(make, caplog):
+    settings = {"trajectory_log_rate": 1.0, "per_device_eval_batch_size": 4}
+    trainer = make(settings=settings, eval_dataset=Dataset.from_list([ROW]))
+    trainer.evaluate()
+    trainer.train()
+    files = {path.name for path in Path(trainer.args.output_dir, "trajectories").iterdir()}
+    assert files == {"eval-000000-rank0.jsonl", "step-000000-rank0.jsonl"}
+    assert "trees of an earlier run" not in caplog.text
+
+
+def test_a_column_that_a_setting_removes_is_told_from_one_that_is_missing(make):
+    def reward(completions, answer):
+        return [0.0] * len(completions)
+
+    with pytest.raises(RewardError, match=r"requires \['answer'\], but remove_unused_columns is true, .*Set it"):
+        make(reward_funcs=reward, settings={"remove_unused_columns": True}).train()
+    with pytest.raises(RewardError, match=r"requires \['answer'\], but the dataset has no such column"):
+        make(reward_funcs=reward, rows=[{"prompt": ROW["prompt"]}]).train()
+
+
 def test_a_row_of_a_streamed_dataset_without_a_prompt_is_an_error(make):
     with pytest.raises(DataError, match=r"no column 'prompt'; it has \['question'\]. Rename a column"):
         make(train_dataset=Dataset.from_list([{"question": "?"}]).to_iterable_dataset()).train()

@@ -501,6 +501,13 @@ def test_an_unusable_dataset_is_an_error_with_row_and_field(rows: dict[str, Any]
         validate_rows(datasets.Dataset.from_dict(rows))
 
 
+def test_a_column_that_a_transform_makes_is_told_from_one_that_is_missing() -> None:
+    made = datasets.Dataset.from_dict({"q": ["a"]}).with_transform(lambda rows: {"prompt": rows["q"]})
+    assert made[0] == {"prompt": "a"}
+    with pytest.raises(DataError, match=r"it has \['q'\] and a transform, whose columns .*use dataset\.map"):
+        validate_rows(made)
+
+
 def test_a_system_prompt_for_tools_of_your_own_describes_them_and_their_tags() -> None:
     text = tags_system_prompt([search, python])
     assert "- <search>query</search>: Search for facts. query: What to look for." in text

@@ -16,7 +16,7 @@ import pytest
 from datasets import Dataset
 
 from arpo_trl import ARPOConfig, ARPOTrainer
-from arpo_trl.errors import ConfigError, RewardError, ToolSpecError
+from arpo_trl.errors import ConfigError, DataError, RewardError, ToolSpecError
 from arpo_trl.logs.trajectories import read_trees
 from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
@@ -258,6 +258,12 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(model_path, tmp_path):
             {"settings": {"share_calls": "history"}},
             ConfigError,
             "share_calls is 'history', but there is an ",
+        ),
+        ({"kind": {"a": Shop}}, DataError, r"has only the columns \['prompt'.*Add a column 'environment'"),
+        (
+            {"kind": {"a": Shop}, "settings": {"remove_unused_columns": True}},
+            ConfigError,
+            "remove_unused_columns is true, .* reads the column 'environment'",
         ),
         ({"settings": {"dynamic_sampling_rounds": 1}}, ConfigError, "dynamic_sampling_rounds is 1, but there is an "),
     ],

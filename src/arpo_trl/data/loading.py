@@ -18,6 +18,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
+from arpo_trl.common.columns import shown_columns
 from arpo_trl.common.short_floats import as_written
 from arpo_trl.common.user_files import is_url, json_lines, not_utf_8, read_json, repeated, shown, user_path
 from arpo_trl.data.fields import text_of
@@ -179,7 +180,7 @@ def validate_rows(dataset: datasets.Dataset) -> None:
         DataError: The dataset is empty, lacks `prompt` or has a column with a reserved name, or a row has no valid
             prompt. Names row (from 0) and field.
     """
-    _check_columns(dataset.column_names)
+    _check_columns(dataset.column_names, shown_columns(dataset))
     if len(dataset) == 0:
         raise DataError(EMPTY)
     for number, prompt in enumerate(dataset["prompt"]):
@@ -192,14 +193,14 @@ def validate_row(row: Mapping[str, Any], number: int) -> None:
     Raises:
         DataError: The row lacks `prompt`, has a column with a reserved name, or has no valid prompt.
     """
-    _check_columns(list(row))
+    _check_columns(list(row), f"{list(row)}")
     _check_prompt_of_row(row["prompt"], number)
 
 
-def _check_columns(columns: Sequence[str]) -> None:
+def _check_columns(columns: Sequence[str], listed: str) -> None:
     if "prompt" not in columns:
         raise DataError(
-            f"The dataset has no column 'prompt'; it has {columns}. Rename a column, or load the data with "
+            f"The dataset has no column 'prompt'; it has {listed}. Rename a column, or load the data with "
             "load_arpo_dataset, which supports the common layouts."
         )
     refuse_taken_columns(columns)

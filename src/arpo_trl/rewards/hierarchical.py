@@ -21,6 +21,7 @@ from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from arpo_trl.common.columns import shown_columns
 from arpo_trl.common.tags import CODE_PARAMETER, plain_spans, without
 from arpo_trl.errors import ConfigError, DataError, RewardError
 from arpo_trl.rewards.answers import TASKS, extract_answer, paper_f1, task_accuracy
@@ -243,8 +244,9 @@ class HierarchicalReward:
         for name in ("answer", "task"):
             if name not in dataset.column_names:
                 raise DataError(
-                    f"The hierarchical reward needs the column {name!r}, but the dataset has {dataset.column_names}. "
-                    "Rename your column, or load the data with load_arpo_dataset, which supports the common layouts."
+                    f"The hierarchical reward needs the column {name!r}, but the dataset has "
+                    f"{shown_columns(dataset)}. Rename your column, or load the data with load_arpo_dataset, which "
+                    "supports the common layouts."
                 )
         for number, (answer, task) in enumerate(zip(dataset["answer"], dataset["task"], strict=True)):
             try:

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from arpo_trl.common.columns import shown_columns
 from arpo_trl.errors import DataError
 from arpo_trl.rollout.tree import RolloutTree
 from arpo_trl.trl_seam import pad
@@ -35,7 +36,7 @@ def check_answers(datasets: Sequence[Any], credit: str) -> None:
         if COLUMN not in dataset.column_names:
             raise DataError(
                 f"The credit {credit!r} needs reference answers, but the dataset has no column {COLUMN!r}; it has "
-                f"{dataset.column_names}. Add the column, or choose another advantage_attribution."
+                f"{shown_columns(dataset)}. Add the column, or choose another advantage_attribution."
             )
         for i, answer in enumerate(dataset[COLUMN]):
             reference(answer, i)

@@ -68,13 +68,18 @@ def environments_for(
                 f"environment_factory is a dict of {list(factory)}, which requires a `train_dataset` whose rows "
                 f"select one of them. Pass a dataset with a column 'environment', or pass one class."
             )
+        if args.remove_unused_columns:
+            raise ConfigError(
+                f"remove_unused_columns is true, which removes all columns but the prompt, but environment_factory is "
+                f"a dict of {list(factory)}, which reads the column 'environment'. Set remove_unused_columns to false."
+            )
         made: Any = {name: environment_kind(each, args.tool_timeout_s) for name, each in factory.items()}
     else:
         made = environment_kind(factory, args.tool_timeout_s)
     kinds = Kinds(made)
     for dataset in datasets:
         if isinstance(dataset, Dataset):
-            kinds.check_rows({name: dataset[name] for name in dataset.column_names})
+            kinds.check_rows(dataset)
     classes = list(kinds.by_name.values())
     keeps = any(kind.offers("get_reward") for kind in classes) or any(map(_may_read_environments, reward_funcs))
     _check_concurrency(args, keeps=keeps, evaluates=any(dataset is not None for dataset in datasets[1:]))

@@ -32,7 +32,7 @@ REWARD_POLL_S = 0.2
 """Seconds between checks for an interrupt while an async reward function runs."""
 
 
-def checked_reward(function: Any, interrupts: Interrupts) -> Any:
+def checked_reward(function: Any, interrupts: Interrupts, *, removes_columns: bool = False) -> Any:
     """Wraps a reward function for TRL. Returns reward models, and names of reward models, unchanged.
 
     - TRL passes all columns, and ARPO adds more. To a function without `**kwargs` the wrapper passes only the
@@ -46,6 +46,9 @@ def checked_reward(function: Any, interrupts: Interrupts) -> Any:
     `HierarchicalReward`, else None: a run resumes only with the same. Errors name the function by the wrapper's
     `__name__`, which `named_apart` may change.
 
+    Args:
+        removes_columns: Whether TRL removes all columns but the prompt (`remove_unused_columns`), for the error.
+
     Raises:
         RewardError: Raised by the wrapper if a required argument is missing, if the function raises an error that is
             not an `ArpoError`, or if it does not return one finite number, or None, per completion.
@@ -53,7 +56,7 @@ def checked_reward(function: Any, interrupts: Interrupts) -> Any:
     if not callable(function) or isinstance(function, torch.nn.Module):
         return function
     name = get_callable_name(function)
-    select = _selection(function)
+    select = _selection(function, removes_columns)
     reads_environments = "environments" in _named(function)
 
     if is_async_callable(function):
@@ -139,7 +142,7 @@ def total_rewards(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return total.masked_fill(rewards.isnan().all(dim=1), math.nan)
 
 
-def _selection(function: Any) -> Callable[[Mapping[str, Any], str], Mapping[str, Any]]:
+def _selection(function: Any, removes_columns: bool) -> Callable[[Mapping[str, Any], str], Mapping[str, Any]]:
     """Returns a function that selects the arguments of `function` from all available arguments. It also takes the
     function's name for errors."""
     try:
@@ -152,9 +155,13 @@ def _selection(function: Any) -> Callable[[Mapping[str, Any], str], Mapping[str,
 
     def select(given: Mapping[str, Any], name: str) -> Mapping[str, Any]:
         if missing := [needed for needed in required if needed not in given]:
+            why, remedy = "the dataset has no such column", "Rename the argument or add the column"
+            if removes_columns:
+                why = "remove_unused_columns is true, which removes all columns but the prompt"
+                remedy = "Set it to false"
             raise RewardError(
-                f"The reward function {name!r} requires {missing}, but the dataset has no such column. Available: "
-                f"{', '.join(sorted(given))}. Rename the argument or add the column."
+                f"The reward function {name!r} requires {missing}, but {why}. Available: {', '.join(sorted(given))}. "
+                f"{remedy}."
             )
         return given if _VAR_KEYWORD in kinds else {key: given[key] for key in named if key in given}
 

@@ -205,7 +205,10 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         with without_trls_vllm_client(args, engine), weighted(args, owned):
             super().__init__(
                 model=model,
-                reward_funcs=[checked_reward(function, self._interrupts) for function in [*functions, *owned]],
+                reward_funcs=[
+                    checked_reward(function, self._interrupts, removes_columns=args.remove_unused_columns)
+                    for function in [*functions, *owned]
+                ],
                 args=args,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,

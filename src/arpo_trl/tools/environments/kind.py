@@ -6,15 +6,19 @@ import copy
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping
 from concurrent.futures import wait
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from arpo_trl.common.columns import shown_columns
 from arpo_trl.common.user_code import text_of
 from arpo_trl.errors import ConfigError, DataError, ToolSpecError
 from arpo_trl.tools.environments.worker import GRACE_S, Worker, result_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 COLUMN = "environment"
 """The column in which a row selects one of several classes, as in TRL."""
@@ -112,26 +116,23 @@ class Kinds:
         """Return the columns that `reset` receives: all except the one that selects the class."""
         return {name: value for name, value in row.items() if not (self.several and name == COLUMN)}
 
-    def check_rows(self, columns: Mapping[str, Sequence[Any]]) -> None:
+    def check_rows(self, dataset: Dataset) -> None:
         """Check that each row names its class, and that each class accepts the columns.
-
-        Args:
-            columns: The columns of a dataset, by name.
 
         Raises:
             DataError: A row names no class.
             ConfigError: `reset` of a class does not accept the columns.
         """
         if self.several:
-            if COLUMN not in columns:
+            if COLUMN not in dataset.column_names:
                 raise DataError(
                     f"environment_factory is a dict of {list(self.by_name)}, but the dataset has only the columns "
-                    f"{list(columns)}. Add a column {COLUMN!r} with one of these names in each row."
+                    f"{shown_columns(dataset)}. Add a column {COLUMN!r} with one of these names in each row."
                 )
-            for name in columns[COLUMN]:
+            for name in dataset[COLUMN]:
                 self.name_of({COLUMN: name})
         for kind in self.by_name.values():
-            kind.check_row(self.given(columns))
+            kind.check_row(self.given(dict.fromkeys(dataset.column_names)))
 
 
 def environment_kind(factory: Callable[[], Any], timeout_s: float) -> EnvironmentKind:
