@@ -493,6 +493,13 @@ def test_logged_metrics_are_means_and_evaluations_get_a_prefix(trainer):
 # TRL: the way of the rows --------------------------------------------------------------------------------------------
 
 
+def test_the_order_of_the_rows_depends_neither_on_train_sampling_strategy_nor_on_data_seed(trainer):
+    """As docs/settings.md says of both."""
+    before = list(trainer._get_train_sampler())
+    trainer.args.train_sampling_strategy, trainer.args.data_seed = "sequential", 3
+    assert list(trainer._get_train_sampler()) == before != sorted(before)
+
+
 def test_rows_come_prompt_major():
     sampler = RepeatSampler(range(4), mini_repeat_count=3, batch_size=2, repeat_count=1, shuffle=False)
     assert list(sampler) == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
