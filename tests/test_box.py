@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date, datetime
@@ -191,6 +191,14 @@ def _undescribed(text: str) -> str:
     return text
 
 
+def _without_description(text: str) -> str:
+    """
+    Args:
+        text: Described.
+    """
+    return text
+
+
 def _variadic(*texts: str) -> str:
     """Any number.
 
@@ -219,6 +227,7 @@ def named(name: str) -> Callable[[str], str]:
         (_untyped, "a type for each"),
         (_undocumented, "docstring"),
         (_undescribed, "describes each parameter"),
+        (_without_description, "with a description and, after it, an `Args:` section"),
         (_variadic, "Name each parameter"),
         (named("<lambda>"), "used as a tag"),
         (named("two words"), "used as a tag"),
@@ -263,6 +272,7 @@ class Pair(TypedDict):
         (list[dict], {"type": "array", "items": {"type": "object"}}, [{}]),
         (dict[str, list], {"type": "object", "additionalProperties": {"type": "array", "items": {}}}, {"a": [1]}),
         (tuple[int, str], {"type": "array", "prefixItems": [{"type": "integer"}, {"type": "string"}]}, [1, "a"]),
+        (tuple[int, ...], {"type": "array", "items": {"type": "integer"}}, [1, 2, 3]),
         (dict, {"type": "object"}, {"a": 1}),
         (Pair, {"type": "object"}, {"first": 1}),
         (Any, {}, [1]),
@@ -319,6 +329,26 @@ def test_a_value_that_is_no_choice_is_text_with_the_choices() -> None:
     assert call_once(annotated(Literal["red", "green"]), {"value": "blue"}).text == (
         "Error: tool: value must be one of 'red', 'green', got 'blue'."
     )
+
+
+@pytest.mark.parametrize(
+    ("hint", "schema"),
+    [
+        (str, {"type": "string"}),
+        (list, {"type": "array", "items": {}}),
+        (Sequence[str], None),
+        (set[str], None),
+        (np.ndarray[Any, np.dtype[np.float64]], None),
+        (Point, None),
+        ("OnlyForTypeCheckers", None),
+    ],
+)
+def test_the_schema_has_the_type_of_a_result_only_if_json_has_it(hint: Any, schema: dict[str, Any] | None) -> None:
+    tool = returning("x")
+    tool.__annotations__["return"] = hint
+    function = tool_spec(tool).schema["function"]
+    assert function.get("return") == schema
+    assert function["parameters"]["properties"]["text"]["type"] == "string"
 
 
 def test_a_docstring_may_repeat_the_types_of_parameters() -> None:
@@ -405,6 +435,8 @@ def test_sync_and_async_tools_return_their_text_under_their_tickets() -> None:
         (Point(1.5, [Point(0.0)]), '{"x": 1.5, "next": [{"x": 0.0, "next": null}]}'),
         (pydantic.RootModel[list[int]]([1, 2]), "[1, 2]"),
         (pandas.DataFrame({"city": ["Oslo"], "n": [3]}), "   city  n\n0  Oslo  3"),
+        (pandas.Series({"Oslo": 10, "Rome": 30}), "Oslo    10\nRome    30"),
+        (None, "(no output)"),
         ("", "(no output)"),
         (" \n", "(no output)"),
         (
@@ -460,7 +492,6 @@ class Leaving:
     ("value", "shown"),
     [
         (b"bytes", "bytes"),
-        (None, "NoneType"),
         (object(), "object"),
         ({1, 2}, "set"),
         (Leaving(), "Leaving"),

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -303,6 +303,15 @@ class Undocumented(Shop):
         return item
 
 
+if TYPE_CHECKING:
+    from decimal import Decimal
+
+
+class Inheriting(Shop):
+    def put(self, item: str) -> Decimal:
+        return super().put(item)
+
+
 class Odd(Shop):
     copyable = "yes"
 
@@ -327,6 +336,12 @@ def test_a_factory_that_cannot_work_is_an_error_at_the_start(factory, error, mes
 def test_methods_without_types_or_docstring_are_an_error_at_the_start(kind):
     with pytest.raises(ToolSpecError, match="tool 'take': no schema can be built for it"):
         ToolBox(environments_of(kind).tools)
+
+
+def test_a_method_has_the_docstring_of_the_one_that_it_overrides():
+    parent, child = (ToolBox(environments_of(kind).tools).specs["put"].schema for kind in (Shop, Inheriting))
+    assert child["function"]["parameters"] == parent["function"]["parameters"]
+    assert child["function"]["description"] == parent["function"]["description"]
 
 
 def test_an_environment_and_a_tool_of_one_name_are_an_error_at_the_start():

@@ -1,4 +1,5 @@
 import asyncio
+import functools
 import math
 import os
 import signal
@@ -56,6 +57,25 @@ def test_a_function_that_reads_environments_is_not_called_without_one():
     given = {"completions": ["x", "y"], "environments": [None, None]}
     assert checked_reward(best, interrupts)(**given) == [None, None]
     assert asyncio.run(checked_reward(best_async, interrupts)(**given)) == [None, None]
+
+
+def test_an_awaitable_that_a_sync_function_returns_is_awaited():
+    def decorated(function):
+        return functools.wraps(function)(lambda **columns: function(**columns))
+
+    @decorated
+    async def scores(completions):
+        await asyncio.sleep(0)
+        return [len(text) for text in completions]
+
+    @decorated
+    async def fails(completions):
+        raise ValueError("no such gold")
+
+    interrupts = SimpleNamespace(told=None, raising=nullcontext)
+    assert checked_reward(scores, interrupts)(completions=["x", "yy"]) == [1, 2]
+    with pytest.raises(RewardError, match="'fails' raised ValueError: no such gold"):
+        checked_reward(fails, interrupts)(completions=["x"])
 
 
 def test_an_error_before_an_async_function_awaits_names_the_function():

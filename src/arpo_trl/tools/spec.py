@@ -13,6 +13,7 @@ A tool can set these attributes on its function:
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 from collections.abc import Callable, Sequence
@@ -134,8 +135,8 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
         raise
     except Exception as error:  # parsing errors, and any exception that unusual annotations cause
         raise ToolSpecError(
-            f"tool {name!r}: no schema can be built for it: {str(error).rstrip('.!')}. It needs a docstring with an "
-            "`Args:` section that describes each parameter, and a type for each."
+            f"tool {name!r}: no schema can be built for it: {str(error).rstrip('.!')}. It needs a docstring with a "
+            "description and, after it, an `Args:` section that describes each parameter, and a type for each."
         ) from error
     properties = schema["function"]["parameters"]["properties"]
     required = [p.name for p in signature.parameters.values() if p.default is p.empty]
@@ -192,9 +193,14 @@ def _schema_of(tool: Callable[..., Any], signature: inspect.Signature) -> dict[s
     """Return the JSON schema that transformers makes of a function.
 
     A bare `list` or `tuple` is an array, and the docstring may repeat a type: `text (str): What to return.`
-    transformers makes an object of each class that it does not know, and refuses such a docstring.
+    transformers makes an object of each class that it does not know, and refuses such a docstring. The type of the
+    result is left out if it is not one of JSON values.
     """
-    hints = get_type_hints(tool)
+    hints = hints_of(tool)
+    if "return" in hints:
+        returned = hints.pop("return")
+        with contextlib.suppress(ToolSpecError):
+            hints["return"] = _json_hint(returned, "")
     doc = inspect.getdoc(tool) or ""
     start = _ARGUMENTS.search(doc)
     for name in signature.parameters:
@@ -215,6 +221,18 @@ def _schema_of(tool: Callable[..., Any], signature: inspect.Signature) -> dict[s
     return schema
 
 
+def hints_of(tool: Callable[..., Any]) -> dict[str, Any]:
+    """Return the types of a tool's parameters and result, without that of the result if it cannot be resolved."""
+    try:
+        return get_type_hints(tool)
+    except Exception:  # such as a name that is imported only for type checkers
+
+        def parameters() -> None: ...
+
+        parameters.__annotations__ = {name: hint for name, hint in tool.__annotations__.items() if name != "return"}
+        return get_type_hints(parameters, getattr(inspect.unwrap(tool), "__globals__", {}))
+
+
 def _json_hint(hint: Any, annotated: str) -> Any:
     """Return a type hint that transformers understands, with the same JSON values.
 
@@ -227,8 +245,10 @@ def _json_hint(hint: Any, annotated: str) -> Any:
     origin, parts = get_origin(hint), get_args(hint)
     if hint in (list, tuple):
         return list[Any]
-    if hint in (str, int, float, bool, dict, type(None), Any, ...) or origin is Literal or is_typeddict(hint):
+    if hint in (str, int, float, bool, dict, type(None), Any) or origin is Literal or is_typeddict(hint):
         return hint
+    if origin is tuple and parts[1:] == (...,):
+        return list[_json_hint(parts[0], annotated)]  # type: ignore[misc]  # known only when it runs
     if origin in (list, dict, tuple, Union, UnionType):
         known = tuple(_json_hint(part, annotated) for part in parts)
         return (Union if origin is UnionType else origin)[known] if known else hint

@@ -29,7 +29,7 @@ class NotText(Exception):
 
 
 def written_out(value: Any) -> str:
-    """Return a value that a tool returned as text.
+    """Return a value that a tool returned as text; "" for None.
 
     Raises:
         NotText: It has no obvious text form, or its class fails to make one.
@@ -39,6 +39,8 @@ def written_out(value: Any) -> str:
         value = _unwrapped(value)
     try:
         with _code_of_a_class():  # fails also if the value is not JSON or contains itself
+            if value is None:  # as methods return that only act
+                return ""
             if isinstance(value, str):
                 return str.__str__(value)
             if isinstance(value, _WRITTEN_OUT):
@@ -111,13 +113,13 @@ def _unwrapped(value: Any) -> Any:
     """Return what an enum, an array, a table, a dataclass or a pydantic model holds; other values unchanged."""
     if isinstance(value, Enum) and not isinstance(value, str):
         return value.value
+    if isinstance(value, type):
+        return value
+    if callable(to_string := getattr(value, "to_string", None)):  # a table or a series of pandas, with its names
+        return to_string()
     if callable(getattr(value, "tolist", None)) and hasattr(value, "dtype"):  # numpy, or a library with its interface
         is_short = getattr(value.dtype, "kind", "") == "f" and value.dtype.itemsize < 8
         return (value.astype(str).astype(float) if is_short else value).tolist()  # 0.1, not 0.10000000149011612
-    if isinstance(value, type):
-        return value
-    if callable(to_string := getattr(value, "to_string", None)):  # a table of pandas
-        return to_string()
     if is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in fields(value)}
     if callable(model_dump := getattr(value, "model_dump", None)):  # pydantic

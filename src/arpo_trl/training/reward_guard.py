@@ -8,7 +8,7 @@ import json
 import math
 import os
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -91,6 +91,8 @@ def checked_reward(function: Any, interrupts: Interrupts, *, removes_columns: bo
             try:
                 with _told(function, wrapper.__name__), interrupts.raising():
                     rewards = function(**select({**given, **logging}, wrapper.__name__))
+                    if inspect.isawaitable(rewards):  # a sync decorator around an async function
+                        rewards = _awaited(rewards)
             except Interrupted:
                 return [0.0] * len(completions)
             return _spread(_checked(rewards, wrapper.__name__, len(rows)), rows, len(completions))
@@ -106,6 +108,18 @@ def checked_reward(function: Any, interrupts: Interrupts, *, removes_columns: bo
 def _loop() -> LoopThread:
     """The event loop of async reward functions."""
     return LoopThread(f"arpo-rewards-{os.getpid()}")
+
+
+def _awaited(made: Awaitable[Any]) -> Any:
+    """Returns the result of `made`, or raises its exception. An interrupt cancels it."""
+    running = _loop().start(outcome_of(made))
+    try:
+        rewards, error = running.result()
+    finally:
+        running.cancel()
+    if error is not None:
+        raise error
+    return rewards
 
 
 @contextmanager

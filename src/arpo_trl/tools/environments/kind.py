@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import typing
 from collections.abc import Callable, Collection, Hashable, Mapping
 from concurrent.futures import wait
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from arpo_trl.common.columns import shown_columns
 from arpo_trl.common.user_code import text_of
 from arpo_trl.errors import ConfigError, DataError, ToolSpecError
 from arpo_trl.tools.environments.worker import GRACE_S, Worker, result_of
+from arpo_trl.tools.spec import hints_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -205,9 +205,10 @@ def as_function(method: Callable[..., Any]) -> Callable[..., Any]:
         raise AssertionError("the state of the path binds the method of its own instance")
 
     del function.__wrapped__  # it refers to the object
+    function.__doc__ = inspect.getdoc(method)  # also that of the method that it overrides
     function.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]
     try:
-        function.__annotations__ = typing.get_type_hints(method)  # resolved where the method was defined
+        function.__annotations__ = hints_of(method)  # resolved where the method was defined
     except Exception:  # types that cannot be resolved: the tool's specification reports the error
         function.__annotations__ = dict(getattr(method, "__annotations__", {}))
     return function
