@@ -185,6 +185,27 @@ def test_a_verl_row_with_a_blank_answer_is_left_out_and_reported(
             {"prompt": [user("q") | {"tool_calls": [{"function": {"name": "f"}}]}], "answer": "a"},
             "message 0 of 'prompt' has tool_calls, which load_arpo_dataset would drop",
         ),
+        (
+            {
+                "prompt": [user("q"), {"role": "assistant", "content": "", "tool_calls": [{"function": {}}]}],
+                "answer": "a",
+            },
+            "message 1 of 'prompt' has tool_calls, which load_arpo_dataset would drop",
+        ),
+        (
+            {"messages": [user("q"), {"role": "assistant", "content": "a"}], "answer": "a"},
+            "'messages' ends with a message of the role 'assistant', so the row is a demonstration",
+        ),
+        (
+            {"question": "q", "answer": "['12']"},
+            r"'answer' is .*, a list or a dict as Python prints it; expected JSON",
+        ),
+        ({"question": "q", "golden_answers": "['Poe'\n 'E. A. Poe']"}, "'golden_answers' is .* as Python prints it"),
+        ({"question": "q", "answer": """["O'Neil", 'o']"""}, "'answer' is .* as Python prints it"),
+        ({"question": "q", "answers": "{'text': array(['x'], dtype=object)}"}, "'answers' is .* as Python prints it"),
+        ({"prompt": "[{'role': 'user', 'content': 'q'}]", "answer": "a"}, "'prompt' is .* as Python prints it"),
+        ({"messages": "[{'content': 'q', 'role': 'user'}]", "answer": "a"}, "'messages' is .* as Python prints it"),
+        ({"question": "q", "reward_model": "{'ground_truth': '1'}"}, "'reward_model' is .* as Python prints it"),
         ({"prompt": [], "answer": "a"}, r"'prompt' is \[\]"),
         ({"prompt": 5, "answer": "a"}, "'prompt' is 5"),
         ({"prompt": ["hi"], "answer": "a"}, "message 0 of 'prompt' is 'hi'; expected role"),
@@ -201,8 +222,57 @@ def test_a_bad_row_is_named_with_its_field(tmp_path: Path, row: dict[str, Any], 
 
 
 @pytest.mark.parametrize(
+    "text",
+    ["{1, 2}", "[0, 1)", "['", "[1 2]", "{'a', 'b'}", "{'x': 1}", "['a'] + ['b']", r"\left[x'\right]", "[x]', [y]"],
+)
+def test_a_text_that_only_resembles_a_printed_list_is_an_answer_and_a_question(tmp_path: Path, text: str) -> None:
+    row = load_one(tmp_path, {"question": text, "answer": text, "task": "qa"})
+    assert (row["prompt"][-1]["content"], row["answer"]) == (text, [text])
+
+
+@pytest.mark.parametrize("question", ["['a', 'b']", "{'name': 'x'}", "['a', 'b'] has which length?", "[{'a': 1}] is?"])
+def test_a_question_may_be_a_list_of_python_and_an_answer_too_inside_a_list(tmp_path: Path, question: str) -> None:
+    row = load_one(tmp_path, {"question": question, "answer": ["['a', 'b']"], "task": "qa"})
+    assert (row["prompt"][-1]["content"], row["answer"]) == (question, ["['a', 'b']"])
+
+
+def test_messages_keep_the_texts_that_templates_read_and_no_other_fields(tmp_path: Path) -> None:
+    messages = [
+        user("q") | {"weight": 1},
+        {"role": "assistant", "content": "<search>x</search>", "reasoning_content": "I look it up."},
+        {"role": "tool", "name": "search", "tool_call_id": "9", "content": "y"},
+    ]
+    dataset = load_arpo_dataset(
+        write_jsonl(tmp_path / "rows.jsonl", [{"prompt": messages, "answer": "a", "task": "qa"}])
+    )
+    given = [{name: value for name, value in message.items() if value is not None} for message in dataset[0]["prompt"]]
+    assert given == [user("q"), *messages[1:]]
+    assert set(dataset[0]["prompt"][0]) == {"role", "content", "name", "tool_call_id", "reasoning_content"}
+
+
+def test_a_prompt_that_ends_with_the_assistant_s_message_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shown = {"messages": [user("q"), {"role": "assistant", "content": "a"}], "answer": "a", "task": "qa"}
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"messages": [user("q")], "answer": "a", "task": "qa"}, shown])
+    load_arpo_dataset(rows, columns={"prompt": "messages"})
+    assert "1 of 2 prompts end with a message of the assistant, after which the model writes" in caplog.text
+    assert f"remove it: {rows}, line 2" in caplog.text
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        (
+            "a.json",
+            b'{"question": {"0": "q"}, "answer": {"0": "1"}}',
+            r'contains one object of columns; .* orient="rec',
+        ),
+        (
+            "a.json",
+            b'{"question": ["q"], "answer": ["1"]}',
+            "contains one object of columns; expected a list of objects",
+        ),
         ("a.jsonl", b'{"question": "q", "answer": "1"}\n\n{"question"\n', "a.jsonl, line 3: not valid JSON"),
         ("a.jsonl", b"[1]\n", "a.jsonl, line 1: got a list; expected an object"),
         ("a.jsonl", b"", "a.jsonl .* contains no rows"),

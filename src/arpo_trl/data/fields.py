@@ -14,6 +14,9 @@ from arpo_trl.common.user_files import shown
 from arpo_trl.errors import DataError
 from arpo_trl.visible import WITHOUT_MEANING
 
+_QUOTED = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+_PRINTED_LIST = re.compile(rf"\[\s*{_QUOTED}(?:[\s,]+{_QUOTED})*,?\s*\]", re.DOTALL)
+_PRINTED_DICTS = re.compile(r"\[\s*\{\s*'.*\}\s*\]|\{\s*'.*\}", re.DOTALL)
 _LOST_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 
 
@@ -70,6 +73,25 @@ def decoded(value: Any) -> Any:
         with contextlib.suppress(ValueError, RecursionError):
             return json.loads(value)
     return value
+
+
+def is_printed_list(text: str) -> bool:
+    """Whether a text is a list of texts as Python or numpy prints it: `['a', 'b']` or `['a' 'b']`. Some lists in JSON
+    are too; sets, intervals and lists of numbers are not."""
+    return _PRINTED_LIST.fullmatch(text.strip()) is not None
+
+
+def has_printed_key(text: str, keys: Sequence[str]) -> bool:
+    """Whether a text is a dict, or a list of dicts, as Python prints it, with one of the keys at any depth."""
+    return _PRINTED_DICTS.fullmatch(text.strip()) is not None and any(f"'{key}':" in text for key in keys)
+
+
+def printed(value: str, field: str) -> DataError:
+    """The error for a text that is a list or a dict as Python prints it. pandas and datasets write such CSV files."""
+    return DataError(
+        f"{field!r} is {shown(value)}, a list or a dict as Python prints it; expected JSON. Save the rows as .jsonl "
+        "or .parquet, or write the value as JSON."
+    )
 
 
 def text_of(value: Any, field: str) -> str:

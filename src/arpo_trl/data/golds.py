@@ -13,7 +13,17 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from arpo_trl.common.user_files import shown
-from arpo_trl.data.fields import decoded, first, first_field, is_blank, named, text_of
+from arpo_trl.data.fields import (
+    decoded,
+    first,
+    first_field,
+    has_printed_key,
+    is_blank,
+    is_printed_list,
+    named,
+    printed,
+    text_of,
+)
 from arpo_trl.errors import DataError
 from arpo_trl.rewards.answers import extract_answer
 
@@ -67,6 +77,8 @@ def find_answer(row: Mapping[str, Any], mapped: Mapping[str, str]) -> tuple[Any,
     field = first_field(row, ANSWER_FIELDS)
     has_answer = field is not None and not is_blank(row[field])
     verl = decoded(row.get("reward_model"))
+    if isinstance(verl, str) and has_printed_key(verl, ("ground_truth",)):
+        raise printed(verl, "reward_model")
     if isinstance(verl, Mapping) and not (has_answer and is_blank(verl.get("ground_truth"))):
         gold = verl[named(verl, ("ground_truth",), "reward_model.ground_truth")]
         return None if isinstance(gold, str) and not gold.strip() else (gold, "reward_model.ground_truth")
@@ -122,6 +134,8 @@ def _flat(value: Any, field: str) -> Iterable[Any]:
         return golds + (list(_flat(other, field)) if not is_blank(other) else [])
     if isinstance(value, str):  # [1, 2] is a mathematical answer, ["a", "b"] is a list of answers
         is_list = isinstance(parsed, list) and parsed and all(isinstance(item, str) for item in parsed)
+        if parsed is value and (is_printed_list(value) or has_printed_key(value, _DICT_KEYS)):
+            raise DataError(f"{printed(value, field)} A text that is itself the answer goes into a list.")
         return parsed if is_list else [value]
     if not isinstance(value, list | tuple):
         return [value]

@@ -29,7 +29,7 @@ from typing import Any, Literal, get_args
 
 from arpo_trl.common.user_files import shown
 from arpo_trl.data.choices import CHOICE_FIELDS, chosen, find_choices
-from arpo_trl.data.fields import at, decoded, first, is_blank, named, text_of
+from arpo_trl.data.fields import at, decoded, first, has_printed_key, is_blank, named, printed, text_of
 from arpo_trl.data.golds import accepted, aliases, find_answer
 from arpo_trl.data.prompts import SYSTEM_PROMPTS
 from arpo_trl.errors import ConfigError, DataError
@@ -40,6 +40,9 @@ Message = dict[str, str]
 
 MAPPABLE = ("prompt", "question", "answer", "choices", "task", "id", "level")
 """The keys of a column map."""
+
+MESSAGE_FIELDS = ("role", "content", "name", "tool_call_id", "reasoning_content", "thinking")
+"""The fields of messages that a prompt keeps: those with text that chat templates read."""
 
 QUESTION_FIELDS = ("prompt", "question", "Question", "problem", "Problem", "question_stem", "Prompt", "query")
 _STORY_FIELDS = {"Question": "Body", "question": "body"}
@@ -306,10 +309,17 @@ def _stated_task(row: Mapping[str, Any]) -> Task | None:
 def _prompt(row: Mapping[str, Any]) -> Any:
     """The prompt of a row: text if it is a plain question, else messages, which are not checked yet."""
     messages = decoded(row.get("messages"))
-    if is_blank(first(row, QUESTION_FIELDS)) and isinstance(messages, list) and messages:
-        last = messages[-1]
-        if isinstance(last, Mapping) and last.get("role") == "user":  # else they are a demonstration
+    if is_blank(first(row, QUESTION_FIELDS)) and not is_blank(messages):
+        _refuse_printed(messages, "messages")
+        last = _message(messages[-1]) if isinstance(messages, list) else None
+        if isinstance(last, Mapping) and last.get("role") == "user":
             return messages
+        if isinstance(last, Mapping) and last.get("role") in ("assistant", "tool"):
+            raise DataError(
+                f"'messages' ends with a message of the role {last['role']!r}, so the row is a demonstration; "
+                "expected a question, which ends with the user's message. Train on demonstrations with sft.py, or "
+                "remove the answer from the messages."
+            )
     field = named(row, QUESTION_FIELDS, "prompt or question")
     prompt = row[field]
     if isinstance(prompt, str):
@@ -317,6 +327,7 @@ def _prompt(row: Mapping[str, Any]) -> Any:
         parsed = decoded(prompt)
         if isinstance(parsed, list) and parsed and any(map(_is_message, parsed)):
             return parsed
+        _refuse_printed(prompt, field)
         body = row.get(_STORY_FIELDS.get(field, ""))
         return f"{body.strip()} {prompt}" if isinstance(body, str) else prompt
     if isinstance(prompt, Mapping):
@@ -324,6 +335,12 @@ def _prompt(row: Mapping[str, Any]) -> Any:
             return prompt["text"]
         return [prompt] if _is_message(prompt) else prompt
     return prompt
+
+
+def _refuse_printed(value: Any, field: str) -> None:
+    """Only messages: a question may be about a list or a dict of Python."""
+    if isinstance(value, str) and has_printed_key(value, ("role", "from")):
+        raise printed(value, field)
 
 
 def _is_message(value: Any) -> bool:
@@ -364,15 +381,18 @@ def _checked_prompt(prompt: Any) -> list[Message]:
     messages = [_message(message) for message in messages] if isinstance(messages, list) else messages
     check_prompt(messages)
     for position, message in enumerate(messages):
-        content = message.get("content")
-        if not isinstance(content, str) or not (content.strip() or message["role"] == "system"):
-            raise DataError(f"message {position} of 'prompt' has the content {shown(content)}; expected text.")
         if message.get("tool_calls"):
             raise DataError(
                 f"message {position} of 'prompt' has tool_calls, which load_arpo_dataset would drop. Pass a dataset "
                 "with such prompts to ARPOTrainer directly."
             )
-    return [{"role": message["role"], "content": text_of(message["content"], "prompt")} for message in messages]
+        content = message.get("content")
+        if not isinstance(content, str) or not (content.strip() or message["role"] == "system"):
+            raise DataError(f"message {position} of 'prompt' has the content {shown(content)}; expected text.")
+    return [
+        {name: text_of(message[name], "prompt") for name in MESSAGE_FIELDS if message.get(name) is not None}
+        for message in messages
+    ]
 
 
 def _with_system(messages: list[Message], system_text: str | None) -> list[Message]:

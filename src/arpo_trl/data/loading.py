@@ -24,6 +24,7 @@ from arpo_trl.common.user_files import is_url, json_lines, not_utf_8, read_json,
 from arpo_trl.data.fields import text_of
 from arpo_trl.data.golds import NoResultError
 from arpo_trl.data.layouts import (
+    MESSAGE_FIELDS,
     QUESTION_FIELDS,
     TASKS,
     check_prompt,
@@ -153,6 +154,14 @@ def load_arpo_dataset(
     if 0 < len(without) < len(loaded):
         logger.warning(
             "%d of %d rows have no answer, so the reward gets None: %s", len(without), len(loaded), _listed(without)
+        )
+    if continued := [where for where, row, _ in loaded if row["prompt"][-1]["role"] == "assistant"]:
+        logger.warning(
+            "%d of %d prompts end with a message of the assistant, after which the model writes its own turn. If that "
+            "message is the answer, remove it: %s",
+            len(continued),
+            len(loaded),
+            _listed(continued),
         )
     _guess_task(loaded, path_or_hub_id, own_reward=own_reward)
     rows = [row for _, row, _ in loaded]
@@ -448,11 +457,24 @@ def _rows_of_json(path: Path) -> Iterable[tuple[str, Any]]:
     if isinstance(value, dict):
         lists = [part for part in value.values() if isinstance(part, list) and part and isinstance(part[0], dict)]
         # An object without such a list is JSON Lines with one line. Several lists may be splits, so neither is read.
-        has_question = any(name in value for name in ("messages", *QUESTION_FIELDS))
-        value = [value] if has_question else lists[0] if len(lists) == 1 else value
+        questions = [value[name] for name in ("messages", *QUESTION_FIELDS) if name in value]
+        if any(map(_is_column, questions)):
+            raise DataError(
+                f"{path} contains one object of columns; expected a list of objects, one per row. With pandas, save "
+                'it with to_json(…, orient="records").'
+            )
+        value = [value] if questions else lists[0] if len(lists) == 1 else value
     if not isinstance(value, list):
         raise DataError(f"{path} contains a {type(value).__name__}; expected a list of objects, one per row.")
     return numbered(path, value)
+
+
+def _is_column(question: Any) -> bool:
+    """Whether a question is in fact a column of them: a list without messages, or the dict of places that pandas
+    writes."""
+    if isinstance(question, list):
+        return bool(question) and not isinstance(question[0], dict)
+    return isinstance(question, dict) and "0" in question
 
 
 # Converting
@@ -514,8 +536,9 @@ def _guess_task(loaded: Sequence[_Loaded], source: str | Path, *, own_reward: bo
 
 def _as_dataset(rows: list[dict[str, Any]]) -> datasets.Dataset:
     text = datasets.Value("string")
+    used = {name for row in rows for message in row["prompt"] for name in message}
     features = {
-        "prompt": datasets.List({"role": text, "content": text}),
+        "prompt": datasets.List({name: text for name in MESSAGE_FIELDS if name in used}),
         "answer": datasets.List(text),
         "task": text,
         "id": text,
@@ -525,6 +548,7 @@ def _as_dataset(rows: list[dict[str, Any]]) -> datasets.Dataset:
         if all(row[name] is None for row in rows):
             del features[name]
     columns = {name: [row[name] for row in rows] for name in features}
+    columns["prompt"] = [[{**dict.fromkeys(used), **message} for message in prompt] for prompt in columns["prompt"]]
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
