@@ -130,7 +130,7 @@ def test_a_tool_and_a_reward_are_imported_from_the_current_folder(tmp_path, monk
     (reward,) = script("train").make_rewards(arguments)
     assert reward.__name__ == "good"
     for path, message in (
-        ("own_code:n", r"has no function 'n'; it has \['good', 'weather'\]"),
+        ("own_code:n", r"has no function or class 'n'; it has \['good', 'weather'\]"),
         ("no_such_module:f", "no_such_module cannot be imported .ModuleNotFoundError"),
         ("own_code", "expected an import path such as"),
     ):

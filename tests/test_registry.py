@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
+from arpo_trl import ARPOConfig
+from arpo_trl.command_line import parse_settings
 from arpo_trl.errors import ConfigError
 from arpo_trl.rollout.credit import CREDITS, register_credit
 from arpo_trl.rollout.credit.base import Credit
@@ -85,6 +88,81 @@ def test_a_static_method_needs_no_self(monkeypatch):
             return BranchDecision(fires=True)
 
     assert RULES.get("static") is Static
+
+
+OWN = """
+from dataclasses import dataclass
+from arpo_trl import BranchDecision, BranchRule, Credit
+
+@dataclass(frozen=True, kw_only=True)
+class Early(BranchRule):
+    until_depth: int = 2
+
+    def judge(self, candidate, context):
+        return BranchDecision(fires=candidate.depth <= self.until_depth)
+
+@dataclass(frozen=True)
+class Scaled(Credit):
+    factor: float = 1.0
+
+    def __call__(self, trees, rewards, advantages):
+        return self.factor * advantages, None
+
+class Other:
+    pass
+"""
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    for registry in (RULES, CREDITS):
+        monkeypatch.setattr(registry, "_classes", dict(registry._classes))
+    (tmp_path / "own_classes.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    yield
+    sys.modules.pop("own_classes", None)
+
+
+def test_a_configuration_file_selects_classes_by_their_import_path(tmp_path, own_module):
+    settings = tmp_path / "config.yaml"
+    settings.write_text(
+        "output_dir: run\nuse_cpu: true\nbranch_rule: own_classes:Early\nbranch_rule_kwargs: {until_depth: 3}\n"
+        "advantage_attribution: own_classes:Scaled\nadvantage_attribution_kwargs: {factor: 0.5}\n"
+    )
+    (config,) = parse_settings((ARPOConfig,), ["--config", str(settings)])
+    assert (config.branch_rule, config.advantage_attribution) == ("own_classes:Early", "own_classes:Scaled")
+    rule, credit = config.make_branch_rule(), config.make_credit()
+    assert (type(rule).__name__, rule.until_depth, rule.name) == ("Early", 3, "own_classes:Early")
+    assert (type(credit).__name__, credit.factor) == ("Scaled", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"branch_rule": "own_classes:Late"},
+            "branch_rule contains .* has no function or class 'Late'; it has .*'Early'",
+        ),
+        ({"branch_rule": "no_such:Early"}, "branch_rule contains .*, but no_such cannot be imported"),
+        (
+            {"branch_rule": "own_classes:Other"},
+            "Other .* as the branch rule .*: expected a class that derives from Br",
+        ),
+        (
+            {"advantage_attribution": "own_classes:Early"},
+            "Early .* as the credit .*: expected a class that derives from",
+        ),
+        ({"branch_rule": "early"}, "or the import path of a class of yours, such as my_module:MyClass"),
+        (
+            {"branch_rule": "own_classes:Early", "branch_rule_kwargs": {"depth": 1}},
+            r"branch_rule_kwargs has \['depth'\], but the branch rule 'own_classes:Early' has \['until_depth'\]",
+        ),
+    ],
+)
+def test_an_import_path_of_something_else_is_an_error(tmp_path, own_module, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        ARPOConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
 
 
 MEMBERS = ["vocab_size", "has_logprobs", "forward_s", "max_length", "session", "submit", "poll"]

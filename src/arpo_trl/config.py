@@ -15,6 +15,7 @@ from trl import GRPOConfig
 
 from arpo_trl.common.build_locks import remove_left_build_locks
 from arpo_trl.common.devices import has_accelerator
+from arpo_trl.common.imports import is_import_path
 from arpo_trl.common.settings import Range, ToolLimits, changed, check_fields, setting
 from arpo_trl.common.user_files import expect, read_json
 from arpo_trl.errors import ConfigError, DataError
@@ -195,7 +196,7 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     branch_rule: str = setting(
         "threshold",
         "Rule that decides where paths branch: 'threshold' (the paper's), another rule of the table "
-        "in docs/algorithm.md, or a rule registered in Python.",
+        "in docs/algorithm.md, or your own, by its import path, such as my_rules:Early, or a registered name.",
     )
     branch_rule_kwargs: dict[str, Any] | str | None = setting(
         None,
@@ -303,7 +304,8 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     advantage_attribution: str = setting(
         "soft",
         "Advantage of each token: 'soft' (its leaf's), 'hard' (the mean of the leaves that share "
-        "it), another credit of the table in docs/algorithm.md, or a credit registered in Python.",
+        "it), another credit of the table in docs/algorithm.md, or your own, by its import path, such as "
+        "my_credits:OwnTurns, or a registered name.",
     )
     advantage_attribution_kwargs: dict[str, Any] | str | None = setting(
         None, "Options of advantage_attribution, as in {option: value}; docs/algorithm.md lists them."
@@ -480,8 +482,11 @@ class ARPOConfig(ToolLimits, GRPOConfig):
                 "expected an integer with 1 ≤ N ≤ M. N = M is plain GRPO."
             )
         for name, known in (("branch_rule", RULES.names), ("advantage_attribution", attributions())):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {known}.")
+            if getattr(self, name) not in known and not is_import_path(getattr(self, name)):
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)!r}; expected one of {known}, or the import path of a class of "
+                    "yours, such as my_module:MyClass."
+                )
 
     def _check_branches(self) -> None:
         """Sets the default of N and checks that the branch rule can spend the other leaves."""

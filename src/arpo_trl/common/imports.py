@@ -21,8 +21,8 @@ def is_import_path(text: str) -> bool:
 
 
 def load_callable(path: str, setting: str) -> Any:
-    """The function or callable object at `path`, such as "my_rewards:exact". Modules in the current folder can be
-    imported.
+    """The function, class or callable object at `path`, such as "my_rewards:exact". Modules in the current folder
+    can be imported.
 
     Args:
         setting: The setting that names it, for errors.
@@ -46,8 +46,8 @@ def load_callable(path: str, setting: str) -> Any:
     if not callable(found):
         here = [other for other, value in vars(module).items() if callable(value) and not other.startswith("_")]
         raise ConfigError(
-            f"{setting} contains {path!r}, but {module_name} ({module.__file__}) has no function {name!r}; it has "
-            f"{sorted(here)[:10]}."
+            f"{setting} contains {path!r}, but {module_name} ({module.__file__}) has no function or class {name!r}; "
+            f"it has {sorted(here)[:10]}."
         )
     return found
 

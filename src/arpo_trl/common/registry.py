@@ -1,4 +1,4 @@
-"""Classes that a setting selects by name: one per file of a package, and classes registered by users.
+"""Classes that a setting selects: by name one per file of a package, and by name or import path those of users.
 
 The names of the package's classes are its file names, so listing them imports nothing. `get` imports the file.
 """
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Generic, TypeVar
 
+from arpo_trl.common.imports import is_import_path, load_callable
 from arpo_trl.common.settings import check_fields
 from arpo_trl.errors import ConfigError
 
@@ -31,10 +32,12 @@ class Registry(Generic[T]):
         package: The package's `__name__`. The names of its modules except `base` are the names of its classes.
         paths: The package's `__path__`.
         base: The name of the classes' base class, in the package's file `base`.
+        setting: The setting that selects a class. Their options are in the setting of that name and `_kwargs`.
     """
 
-    def __init__(self, kind: str, package: str, paths: Iterable[str], base: str):
+    def __init__(self, kind: str, package: str, paths: Iterable[str], base: str, setting: str):
         self.kind = kind
+        self._setting = setting
         self._base = base
         self._package = package
         self.own = [module.name for module in pkgutil.iter_modules(paths) if module.name != BASE]
@@ -93,33 +96,35 @@ class Registry(Generic[T]):
         return sorted({*self.own, *self._classes})
 
     def get(self, name: str) -> T:
-        """The class of that name.
+        """The class of that name, or at that import path, such as "my_module:MyClass".
 
         Raises:
-            ConfigError: There is no such class.
+            ConfigError: There is no such class, or `register` refuses it.
         """
+        if name not in self.names and is_import_path(name):
+            self.register(name)(load_callable(name, self._setting))
         if name not in self.names:
-            raise ConfigError(f"There is no {self.kind} {name!r}; expected one of {self.names}.")
+            raise ConfigError(
+                f"There is no {self.kind} {name!r}; expected one of {self.names}, or an import path such as "
+                "my_module:MyClass."
+            )
         if name not in self._classes:
             importlib.import_module(f"{self._package}.{name}")
         return self._classes[name]
 
-    def build(
-        self, name: str, options: Mapping[str, Any], setting: str, shared: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Create an object of the class of that name. The fields of a dataclass are its options. Other classes have
-        none.
+    def build(self, name: str, options: Mapping[str, Any], shared: Mapping[str, Any] | None = None) -> Any:
+        """Create an object of the class that `get` returns. The fields of a dataclass are its options. Other classes
+        have none.
 
         Args:
             options: Values for fields.
-            setting: The setting that contains `options`, for error messages.
             shared: Values that several classes share. The class gets the values for which it has fields.
 
         Raises:
             ConfigError: The class does not exist, has no field for an option, has a required field without a value, or
                 does not accept a value.
         """
-        made, shared = self.get(name), shared or {}
+        made, shared, setting = self.get(name), shared or {}, f"{self._setting}_kwargs"
         known = {field.name: field for field in fields(made) if field.init} if is_dataclass(made) else {}
         own = [field for field in known if field not in shared]
         if unknown := [option for option in options if option not in own]:

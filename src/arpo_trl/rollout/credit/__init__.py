@@ -1,6 +1,7 @@
 """Credits set the advantage and weight of each token. Each credit is one file; docs/algorithm.md has a table.
 
-Register a credit from outside the package under a name, and set `advantage_attribution` to that name:
+A credit from outside the package is a class. Set `advantage_attribution` to its import path, such as
+`my_credits:Halved`, or register it under a name, and set that name:
 
     from arpo_trl.rollout.credit import register_credit
     from arpo_trl.rollout.credit.base import Credit
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CREDITS", "SharedPrefixWeight", "attributions", "build_credit", "register_credit"]
 
-CREDITS: Registry[type[Credit]] = Registry("credit", __name__, __path__, "Credit")
+CREDITS: Registry[type[Credit]] = Registry("credit", __name__, __path__, "Credit", "advantage_attribution")
 register_credit = CREDITS.register
 
 
@@ -46,12 +47,13 @@ def attributions() -> list[str]:
 
 
 def build_credit(attribution: str, options: Mapping[str, Any], weight: SharedPrefixWeight) -> Credit:
-    """Create the credit registered as `attribution`, with options. Under "once" each node is trained only once.
+    """Create the credit called `attribution`, or at that import path, with options. Under "once" each node is
+    trained only once.
 
     Raises:
         ConfigError: The credit does not exist, or does not have one of the options.
     """
-    credit: Credit = CREDITS.build(attribution, options, "advantage_attribution_kwargs")
+    credit: Credit = CREDITS.build(attribution, options)
     if weight is SharedPrefixWeight.PER_LEAF:
         return credit
     from arpo_trl.rollout.credit.once import Once  # imports torch

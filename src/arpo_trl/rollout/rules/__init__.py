@@ -1,6 +1,7 @@
 """Branch rules decide whether an observation branches. Each rule is one file; docs/algorithm.md has a table.
 
-Register a rule from outside the package under a name, and set `branch_rule` to that name:
+A rule from outside the package is a class. Set `branch_rule` to its import path, such as `my_rules:Always`, or
+register it under a name, and set that name:
 
     from arpo_trl.rollout.rules import BranchContext, BranchDecision, BranchRule, Candidate, register_rule
 
@@ -52,12 +53,12 @@ __all__ = [
     "register_rule",
 ]
 
-RULES: Registry[type[BranchRule]] = Registry("branch rule", __name__, __path__, "BranchRule")
+RULES: Registry[type[BranchRule]] = Registry("branch rule", __name__, __path__, "BranchRule", "branch_rule")
 register_rule = RULES.register
 
 
 def build_rule(name: str, settings: Mapping[str, Any], options: Mapping[str, Any]) -> BranchRule:
-    """Create the rule registered as `name`.
+    """Create the rule called `name`, or at that import path.
 
     Args:
         settings: Values that several rules share. The rule gets the values for which it has fields.
@@ -66,5 +67,5 @@ def build_rule(name: str, settings: Mapping[str, Any], options: Mapping[str, Any
     Raises:
         ConfigError: The rule does not exist, has no field for an option, or has a required field without a value.
     """
-    rule: BranchRule = RULES.build(name, options, "branch_rule_kwargs", settings)
+    rule: BranchRule = RULES.build(name, options, settings)
     return rule
