@@ -1,4 +1,6 @@
 import math
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -142,6 +144,39 @@ def test_paths_with_equal_calls_and_results_stand_in_for_a_node_without_a_fork()
         grown.ends(grown.calls(0, query), i)
     # Three paths search for iron, with rewards 1 0 1: half the mean of the squares 1 0 1. Gold has one path.
     assert exchange((grown.tree, [1.0, 0.0, 1.0, 0.0])) == pytest.approx({"variance_below_random": 1 / 3})
+
+
+def test_histories_are_equal_call_by_call_at_any_depth():
+    reads = []
+
+    class Counted(dict):
+        def items(self):
+            reads.append(self)
+            return super().items()
+
+    grown = Growing()
+    for i, last in enumerate(["iron", "iron", "gold"]):
+        result = 0
+        for query in (*"abcd", last):
+            result = grown.calls(result, query)
+            call = grown.tree.nodes[result].calls[0]
+            grown.tree.nodes[result].calls[0] = replace(call, arguments=Counted(call.arguments))
+        grown.ends(result, i)
+    # At each of four depths (1, 0, 0) have mean squares 2 / 6, and at the fifth (1, 0) has 1 / 2.
+    assert exchange((grown.tree, [1.0, 0.0, 0.0])) == pytest.approx({"variance_below_random": (4 / 3 + 1 / 2) / 5})
+    assert len(set(Counter(map(id, reads)).values())) == 1  # no call is read once for each result below it
+    several = Growing()
+    for i, turns in enumerate([["a", "b"], ["ab"]]):  # two calls in two turns, or in one
+        result = 0
+        for queries in turns:
+            made = several.calls(result, queries[0])
+            several.tree.nodes[made].calls += [
+                replace(several.tree.nodes[made].calls[0], arguments={"query": query}, text=f"facts about {query}")
+                for query in queries[1:]
+            ]
+            result = made
+        several.ends(result, i)
+    assert exchange((several.tree, [1.0, 0.0])) == {"variance_below_random": 0.5}
 
 
 @pytest.mark.parametrize("rewards", [[1.0, 0.0], [NAN, NAN]])

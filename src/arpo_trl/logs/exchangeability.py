@@ -102,12 +102,19 @@ def _tally_random_nodes(tree: RolloutTree, below: Mapping[int, Mapping[Address, 
     A single node without a fork has only one leaf. So observations of different paths count as one node if all their
     calls and results are equal.
     """
-    alike: dict[tuple[tuple[str, str, str], ...], list[list[float]]] = defaultdict(list)
-    for node in tree.observations():
+    # A history's key is its last call and the number of the history before it, so keys do not grow with depth.
+    numbers: dict[tuple[int, str, str, str], int] = {}
+    history = {tree.root.index: 0}
+    alike: dict[int, list[list[float]]] = defaultdict(list)
+    for node in tree.nodes[1:]:  # a parent precedes its children
+        assert node.parent is not None
+        number = history[node.parent]
+        for call in node.calls:
+            last = (number, call.name, repr(sorted(call.arguments.items())), call.text)
+            number = numbers.setdefault(last, len(numbers) + 1)
+        history[node.index] = number
         if node.calls and node.index in below:
-            calls = [call for step in tree.path(node.index) for call in step.calls]
-            seen = tuple((call.name, repr(sorted(call.arguments.items())), call.text) for call in calls)
-            alike[seen].append(list(below[node.index].values()))
+            alike[number].append(list(below[node.index].values()))
     for rewards in alike.values():
         total, pairs = _half_squares(rewards)
         if pairs:
