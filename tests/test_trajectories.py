@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from arpo_trl.errors import DataError
-from arpo_trl.logs.trajectories import LoggedTree, TrajectoryLog, logged_trees, read_trees
+from arpo_trl.logs.trajectories import LoggedTree, TrajectoryLog, _node_row, logged_trees, read_trees
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.rollout.tree import BranchDecision, ExecutedCall, RolloutTree, StopReason
@@ -164,6 +164,18 @@ def test_the_log_is_plain_json_that_other_programs_can_read(tmp_path):
     assert sorted(row) == ["group", "leaves", "nodes", "prompt", "step"]
     assert row["leaves"] == [{"address": [0], "node": 3, "reward": 0.0, "advantage": 0.0}]
     assert [node["kind"] for node in row["nodes"]] == ["root", "turn", "observation", "turn"]
+
+
+def test_a_row_has_all_of_a_nodes_fields_and_no_copy_of_its_tokens():
+    for node in small().tree.nodes:
+        slow = dataclasses.asdict(node)
+        del slow["children"]
+        for call in slow["calls"]:
+            del call["changed"]
+        row = _node_row(node)
+        assert row == {key: value for key, value in slow.items() if value not in (None, [])} | {"parent": node.parent}
+        assert row["ids"] is node.ids
+        assert row.get("logprobs", node.logprobs) is node.logprobs
 
 
 def test_a_decision_of_an_older_log_has_no_reason(tmp_path):

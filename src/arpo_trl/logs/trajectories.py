@@ -253,11 +253,15 @@ _PLAIN = str | int | float | bool | None
 
 
 def _node_row(node: Node) -> dict[str, Any]:
-    row = dataclasses.asdict(node)
+    row = {part.name: getattr(node, part.name) for part in dataclasses.fields(node)}  # without copies of long lists
     row.pop("children")
-    for call in row["calls"] + row["unread"]:
-        if call["changed"] is None:
-            del call["changed"]
+    for name in ("calls", "unread"):
+        row[name] = [dataclasses.asdict(call) for call in row[name]]
+        for call in row[name]:
+            if call["changed"] is None:
+                del call["changed"]
+    if node.decision is not None:
+        row["decision"] = dataclasses.asdict(node.decision)
     return {key: value for key, value in row.items() if value not in (None, [])} | {"parent": node.parent}
 
 
