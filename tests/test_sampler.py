@@ -17,6 +17,7 @@ from arpo_trl.rollout.rules.probability import Probability
 from arpo_trl.rollout.rules.ranked import Ranked
 from arpo_trl.rollout.rules.released import Released
 from arpo_trl.rollout.rules.threshold import Threshold
+from arpo_trl.rollout.sampler import _Run
 from arpo_trl.rollout.tree import NodeKind, StopReason
 from support import ANSWER, Scripted
 
@@ -163,6 +164,34 @@ def test_ranked_waits_for_the_first_paths_and_branches_where_entropy_was_highest
     assert addresses(rollout) == [(0,), (0, 1, 0), (1,), (1, 1, 0)]
     # 3 turns, and the branches' 2 only after all of them
     assert rollout.turns_in_sequence == [5]
+
+
+def test_a_rule_that_waits_holds_no_copies_of_paths_and_its_branches_continue_the_tree(monkeypatch):
+    groups, held = [], []
+    start, decide = _Run._start, Ranked.decide
+
+    def started(run, request):
+        groups.append(start(run, request))
+        return groups[-1]
+
+    def decided(rule, candidates, context):
+        held.append([len(path.ids) for path, _ in groups[0].candidates])
+        return decide(rule, candidates, context)
+
+    monkeypatch.setattr(_Run, "_start", started)
+    monkeypatch.setattr(Ranked, "decide", decided)
+
+    def searches(request, context):
+        entropy = float(request.key[-1])  # rises along the path, so that deep results branch
+        return ScriptedTurn(text="<search>iron</search>" if request.key[-1] < 3 else ANSWER, entropies=[entropy])
+
+    made = Scripted(searches, leaves=4, at_root=2, rule=Ranked())
+    tree = made().trees[0]
+    assert held[0] == [0] * 6
+    requested = {request.key: request.ids for request in made.engine.requests}
+    for leaf in tree.leaves():
+        assert requested[(0, *leaf.address, 3)] == tree.ids_to(leaf.nodes[-1].parent)
+    assert any(len(leaf.address) > 1 for leaf in tree.leaves())
 
 
 def test_ranked_tops_up_leaves_that_no_result_can_use():

@@ -345,7 +345,8 @@ class _Run:
         """Submit an extra turn under the observation above the path's turn, with a fork of the states there."""
         assert path.states_for_branches is not None  # kept until the budget is used up
         states = self._opened(path.states_for_branches.fork())
-        self._begin(replace(path, address=address, states=states, states_for_branches=None, written=None))
+        ids = path.group.tree.ids_to(path.parent)
+        self._begin(replace(path, address=address, ids=ids, states=states, states_for_branches=None, written=None))
 
     # Events ----------------------------------------------------------------------------------------------------------
 
@@ -665,7 +666,7 @@ class _Run:
             before=path.last_entropies,
             root=path.root_entropies,
         )
-        path.group.candidates.append((path, candidate))
+        path.group.candidates.append((replace(path, ids=[]), candidate))  # `_write_branch` takes them from the tree
         return self._record_live(replace(path, decides=False, states_for_branches=None))
 
     def _branch(self, group: Group) -> None:
