@@ -234,6 +234,28 @@ def test_stop_strings_are_found_in_any_tokenization_and_ids_stay_as_sampled(piec
     assert "</search>" not in tok.decode(turns[0].ids[:-1])
 
 
+def test_a_token_that_may_end_a_stop_string_transfers_no_more_of_a_longer_turn(monkeypatch):
+    """A turn of 40 tokens, each of which could end `</search>`, with room for 60 tokens or for 600."""
+    (token,) = ContentEncoder(tokenizer())(">")
+    moved = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: moved.append(tensor.numel()) or tolist(tensor))
+    counts = []
+    for room in (60, 600):
+        model = tiny_model()
+        made = engine(model, stop=["</search>"], temperature=0.0)
+        script(model, [token] * 39 + [tokenizer().eos_token_id])
+        moved.clear()
+        request = TurnRequest(id=0, ids=PROMPTS[0], max_tokens=room, probe_tokens=5, seed=1, key=(0,))
+        turns, probes = finish(made, [request])
+        assert turns[0].ids == [token] * 39 + [tokenizer().eos_token_id]
+        assert len(turns[0].logprobs) == 40
+        assert probes[0].entropies == turns[0].entropies
+        counts.append(sum(moved))
+    # A step transfers the row, six facts and 11 ids: nine characters and two; an event the 40 tokens and 5 entropies.
+    assert counts[0] == counts[1] <= 40 * (1 + 6 + 11) + 2 * 40 + 2 * 5
+
+
 def test_warpers_shape_the_distribution_that_logprobs_and_entropies_speak_of(model):
     turns, _ = run(model, requests(), top_k=2, temperature=0.7)
     for turn in turns.values():

@@ -321,41 +321,56 @@ class TransformersEngine:
         out_of_room = count == limit
         ended, can_stop = self._is_eos[token], self._can_stop[token]
         diverged = logprob.isnan()
-        maybe = (out_of_room | ended | can_stop | (count == probe) | diverged).nonzero().flatten().tolist()
-        events: list[Probe | Turn] = []
-        finished: list[int] = []
-        # One transfer for all rows that may have an event, instead of one per row.
-        facts = torch.stack((count, position, ended, can_stop, out_of_room, diverged))[:, maybe].T.tolist()
-        ids, entropies = state.ids[maybe].tolist(), state.entropies[maybe].tolist()
-        logprobs = state.logprobs[maybe].tolist()
-        for i, (row, (written, length, eos, may_stop, full, is_nan)) in enumerate(zip(maybe, facts, strict=True)):
+        maybe = (out_of_room | ended | can_stop | (count == probe) | diverged).nonzero().flatten()
+        if not len(maybe):
+            return []
+        # One transfer for all rows that may have an event, instead of one per row: of facts and their last ids, in
+        # which a stop string is found. A long turn is transferred once, when it ends.
+        facts = torch.stack((count, position, ended, can_stop, out_of_room, diverged))[:, maybe].T
+        last = count[maybe].unsqueeze(1) - torch.arange(self._stop_tail, 0, -1, device=self._device)
+        tails = state.ids[maybe.unsqueeze(1), last.clamp(min=0)]
+        rows = torch.cat((maybe.unsqueeze(1), facts, tails), dim=1).tolist()
+        told: list[tuple[int, int, int, TurnStop | None]] = []
+        for row, written, length, eos, may_stop, full, is_nan, *tail in rows:
             if is_nan:
                 raise EngineError(
                     "The model's probabilities are NaN: its weights have diverged. Lower learning_rate, or set "
                     "max_grad_norm, and resume from an earlier checkpoint."
                 )
-            request = self._rows[row]
             if eos:
-                stop = TurnStop.EOS
-            elif may_stop and self._found_stop(ids[i][max(0, written - self._stop_tail) : written]):
-                stop = TurnStop.STOP_STRING
+                told.append((row, written, length, TurnStop.EOS))
+            elif may_stop and self._found_stop(tail[max(0, self._stop_tail - written) :]):
+                told.append((row, written, length, TurnStop.STOP_STRING))
             elif full:
-                stop = TurnStop.LENGTH
-            else:
-                if written == request.probe_tokens:
-                    events.append(Probe(id=request.id, entropies=entropies[i][:written]))
+                told.append((row, written, length, TurnStop.LENGTH))
+            elif written == self._rows[row].probe_tokens:
+                told.append((row, written, length, None))
+        return self._told(told) if told else []
+
+    def _told(self, told: list[tuple[int, int, int, TurnStop | None]]) -> list[Probe | Turn]:
+        """Return an event for each (row, tokens written, tokens with the prompt, why the turn ends or None for a
+        probe), and free the rows of the turns that end."""
+        state = self._state
+        finished = [row for row, _, _, stop in told if stop is not None]
+        longest = max(written for _, written, _, _ in told)
+        ids = dict(zip(finished, state.ids[finished, :longest].tolist() if finished else (), strict=True))
+        logprobs = dict(zip(finished, state.logprobs[finished, :longest].tolist() if finished else (), strict=True))
+        entropies = state.entropies[[row for row, *_ in told]].tolist()
+        events: list[Probe | Turn] = []
+        for (row, written, length, stop), of_row in zip(told, entropies, strict=True):
+            request = self._rows[row]
+            if stop is None:
+                events.append(Probe(id=request.id, entropies=of_row[:written]))
                 continue
-            probed = min(written, request.probe_tokens)
             events.append(
                 Turn(
                     id=request.id,
-                    ids=ids[i][:written],
-                    logprobs=logprobs[i][:written],
-                    entropies=entropies[i][:probed],
+                    ids=ids[row][:written],
+                    logprobs=logprobs[row][:written],
+                    entropies=of_row[: min(written, request.probe_tokens)],
                     stop=stop,
                 )
             )
-            finished.append(row)
             if stop is self._continued:
                 self._retained.keep(request.id, self._cache.read(row, length))
         if finished:
