@@ -1,5 +1,6 @@
 """Datasets: every layout becomes {prompt, answer, task, id}, and errors name each bad row."""
 
+import difflib
 import json
 import logging
 import re
@@ -544,6 +545,16 @@ def test_good_rows_are_valid(tmp_path: Path) -> None:
     called = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
     messages = [user("") | {"role": "system"}, user("a"), called, {"role": "tool", "name": "f", "content": ""}]
     validate_rows(datasets.Dataset.from_list([{"prompt": messages, "answer": None}]))
+
+
+def test_a_role_is_compared_with_the_known_ones_once_for_all_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    compare, compared = difflib.get_close_matches, []
+    monkeypatch.setattr(
+        difflib, "get_close_matches", lambda role, *of, **how: compared.append(role) or compare(role, *of, **how)
+    )
+    messages = [user("a"), {"role": "observation-of-tool", "content": "b"}] * 20
+    validate_rows(datasets.Dataset.from_list([{"prompt": messages}] * 20))
+    assert len(compared) <= 2
 
 
 @pytest.mark.parametrize(

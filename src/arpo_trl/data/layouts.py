@@ -25,6 +25,7 @@ import difflib
 import json
 import math
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 from arpo_trl.common.user_files import shown
@@ -231,10 +232,14 @@ def check_role(role: str, message: str) -> None:
     Raises:
         DataError: The role is almost a known one, or ShareGPT's name of one.
     """
-    near = difflib.get_close_matches(role.lower(), _ROLES, n=1, cutoff=_NEAR_ROLE)
-    meant = _SHAREGPT_ROLES.get(role, near[0] if near else role)
-    if role != meant:
+    if role != (meant := _meant_role(role)):
         raise DataError(f"{message} has the role {role!r}; did you mean {meant!r}?")
+
+
+@lru_cache  # a dataset repeats a few roles in all its messages
+def _meant_role(role: str) -> str:
+    near = difflib.get_close_matches(role.lower(), _ROLES, n=1, cutoff=_NEAR_ROLE)
+    return _SHAREGPT_ROLES.get(role, near[0] if near else role)
 
 
 # Fields
