@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -424,3 +425,18 @@ def test_a_tokenizer_is_left_as_it_was():
     made = with_template("qwen3")
     ChatTemplateProtocol(made, {"search": tool_spec(search)})
     assert getattr(made, "response_template", None) is None
+
+
+def test_at_the_start_the_template_is_rendered_twice_for_each_tool(monkeypatch):
+    """Each text has all tools, so that the time grows with the square of their number."""
+    made = with_template("qwen3")
+    render, counts = made.apply_chat_template, []
+    monkeypatch.setattr(
+        made, "apply_chat_template", lambda *given, **how: counts.append(len(counts)) or render(*given, **how)
+    )
+    rendered = []
+    for names in ("ab", "abcdef"):
+        counts.clear()
+        ChatTemplateProtocol(made, {name: replace(tool_spec(search), name=name) for name in names})
+        rendered.append(len(counts))
+    assert rendered[1] - rendered[0] == 2 * 4

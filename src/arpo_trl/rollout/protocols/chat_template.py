@@ -62,8 +62,9 @@ class ChatTemplateProtocol(ToolProtocol):
             self._several = self._shows_several_calls()
             self._call_end = self._end_of_call()
             self.eos_ids = tuple(dict.fromkeys((self._id(self._call_end), *self.eos_ids)))
+            turn = self._sample_turn(self._exchange((sample.NAME,), [RESULT], self._form))
             self.tool_parser: ToolParser = fitting_parser(
-                self._wanted_parser, tokenizer, Rendered(turn=self._sample_turn(), opening=self._opening)
+                self._wanted_parser, tokenizer, Rendered(turn=turn, opening=self._opening)
             )
             self._suffix = lru_cache(maxsize=1000)(self._render_suffix)  # the model may write any names
             for name in tools or (sample.NAME,):
@@ -285,9 +286,8 @@ class ChatTemplateProtocol(ToolProtocol):
         messages = [sample.user(), sample.calls(names, form), *sample.results(names, texts)]
         return self._template.render(messages, opens_turn=True)
 
-    def _sample_turn(self, name: str = sample.NAME) -> str:
-        """Return the turn of a sample call: the text after the common prefix with the prompt."""
-        text = self._exchange((name,), [RESULT], self._form)
+    def _sample_turn(self, text: str) -> str:
+        """Return the turn in the exchange `text`: its part after the common prefix with the prompt."""
         return text[self._template.shared(text, self._prompt) : self._cut(text)]
 
     def _cut(self, text: str) -> int:
@@ -324,8 +324,8 @@ class ChatTemplateProtocol(ToolProtocol):
         Raises:
             ConfigError: The ids differ.
         """
-        turn = self._sample_turn(name)
         text = self._exchange((name,), [RESULT], self._form)
+        turn = self._sample_turn(text)
         text = text[self._cut(text) - len(turn) :]
         before, _, after = text.partition(RESULT)
         expected = self._encode(before) + self._encode_text(RESULT) + self._encode(after)

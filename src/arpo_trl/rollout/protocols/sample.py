@@ -97,16 +97,10 @@ class Template:
 
     def shared(self, text: str, other: str) -> int:
         """Return the length of the common prefix of `text` and `other`. It never ends inside an added token."""
-        length = 0
-        for piece, counterpart in zip(self._pieces(text), self._pieces(other), strict=False):
-            if piece != counterpart:
-                break
-            length += len(piece)
-        return length
-
-    def _pieces(self, text: str) -> list[str]:
-        """Split `text` into added tokens and single characters."""
-        return re.findall(rf"{self._added.pattern}|.", text, re.DOTALL)
+        end = min(len(text), len(other))
+        length = next((i for i in range(end) if text[i] != other[i]), end)
+        tokens = (token for whole in (text, other) for token in self._added.finditer(whole))
+        return min((token.start() for token in tokens if token.start() < length < token.end()), default=length)
 
     def end_of_answer(self, eos: Sequence[str]) -> str | None:
         """Return the token that ends an answer: one of `eos`, otherwise the first added token; None if there is none.
