@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,24 +71,32 @@ def completions_of(
     if not isinstance(prompts[0], list):
         return list(tokenizer.batch_decode(ids, skip_special_tokens=True))
     if tools:
-        return [
-            completion_messages(before, leaf, protocol)
-            for before, leaf, protocol in zip(prompt_ids, leaves, protocols, strict=True)
-        ]
+        return completion_messages(prompt_ids, leaves, protocols)
     return [[message_of(tokenizer, of_leaf, before, [])] for before, of_leaf in zip(prompt_ids, ids, strict=True)]
 
 
-def completion_messages(prompt_ids: Sequence[int], leaf: Leaf, protocol: ToolProtocol) -> list[dict[str, Any]]:
-    """The leaf's path as assistant and tool messages, as TRL's tool loop passes them to reward functions.
+def completion_messages(
+    prompt_ids: Sequence[Sequence[int]], leaves: Sequence[Leaf], protocols: Sequence[ToolProtocol]
+) -> list[list[dict[str, Any]]]:
+    """Each leaf's path as assistant and tool messages, as TRL's tool loop passes them to reward functions.
 
-    `ToolProtocol.as_message` documents the contents of an assistant message.
+    `ToolProtocol.as_message` documents the contents of an assistant message. Paths do not share messages, so a reward
+    function may change them.
+
+    Args:
+        prompt_ids, protocols: Those of each leaf.
     """
-    messages: list[dict[str, Any]] = []
-    seen = list(prompt_ids)
-    for node in leaf.nodes:
-        if node.kind is NodeKind.TURN:
-            messages.append(protocol.as_message(node.ids, seen))
-        else:
-            messages += node.messages
-        seen += node.ids
-    return messages
+    parsed: dict[int, dict[str, Any]] = {}  # by the identity of the turn's node: paths of a tree share nodes
+    completions = []
+    for before, leaf, protocol in zip(prompt_ids, leaves, protocols, strict=True):
+        messages: list[dict[str, Any]] = []
+        for node in leaf.nodes:
+            if node.kind is NodeKind.TURN:
+                if id(node) not in parsed:
+                    parsed[id(node)] = protocol.as_message(node.ids, before)
+                messages.append(copy.deepcopy(parsed[id(node)]))
+            else:
+                messages += node.messages
+                before = node.ids if protocol.results_open_turns else []
+        completions.append(messages)
+    return completions

@@ -328,10 +328,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         assert self._last is not None
         leaves = self._last.leaves
         if isinstance(prompts[0], list):
-            completions = [
-                completion_messages(ids, leaf, self._kits.protocol(row))
-                for ids, leaf, row in zip(prompt_ids, leaves, self._rows, strict=True)
-            ]
+            completions = completion_messages(prompt_ids, leaves, [self._kits.protocol(row) for row in self._rows])
         return tool_loop_output(leaves, completion_ids, completions, logprobs)
 
     def _rollout(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, Any]:

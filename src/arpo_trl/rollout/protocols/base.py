@@ -149,6 +149,8 @@ class ToolProtocol(ABC):
 
     stop_strings: tuple[str, ...] = ()
     """Strings that end a turn, in addition to `eos_ids`."""
+    results_open_turns: bool = True
+    """Whether an observation ends with the text that opens the next turn, as the prompt does."""
     eos_ids: tuple[int, ...]
     """Ids that end a turn: the tokenizer's EOS, the model's, and the token with which the chat template ends answers.
     The first one closes a turn if an engine does not report which id ended it."""
@@ -236,7 +238,8 @@ class ToolProtocol(ABC):
     def as_message(self, ids: Sequence[int], before: Sequence[int]) -> dict[str, Any]:
         """Return the turn as TRL's tool loop passes it to rewards: role, content and, if it has calls, `tool_calls`.
 
-        The content has no special tokens and no final EOS. `before` are the ids that the model saw before the turn.
+        The content has no special tokens and no final EOS. `before` are the ids that open the turn: those of the
+        prompt, or of the observation above the turn. Empty, if it does not open a turn (`results_open_turns`).
         """
         return message_of(self._parser, ids, before, self._schemas or None)
 

@@ -35,6 +35,8 @@ class TagProtocol(ToolProtocol):
         ConfigError: `tool_parser` is set, although it applies only to chat templates, or the tokenizer changes text.
     """
 
+    results_open_turns = False  # a result is text in the model's message
+
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tools: Mapping[str, ToolSpec], **settings: Any):
         self._parameters = {name: spec.tag_parameter for name, spec in tools.items()}
         super().__init__(tokenizer, tools, **settings)
