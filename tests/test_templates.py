@@ -6,18 +6,22 @@ tests/cases/templates.jsonl contains the expected reading of each template, or t
 import copy
 import json
 import re
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trl
+from datasets import Dataset
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from arpo_trl.errors import ConfigError
 from arpo_trl.rollout.protocols import BadCall, ChatTemplateProtocol, TagProtocol
+from arpo_trl.rollout.protocols.sample import Template
 from arpo_trl.tools.calls import ToolCall
 from arpo_trl.tools.spec import tool_spec
+from arpo_trl.training.preflight import _check_prompts_fit
 from support import cases, python, search, tokenizer
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -89,6 +93,21 @@ def test_a_turn_is_read_and_continued_as_the_template_has_it(row: dict[str, Any]
     end = made.convert_tokens_to_ids(row["call_end"])
     assert protocol.parse_turn(turn, end) == (ToolCall(name="search", arguments={"query": "iron ore"}),)
     assert protocol.parse_turn("It rains.", made.convert_tokens_to_ids(row["answer_end"])) == ()
+
+
+@pytest.mark.parametrize(("row", "eos"), each([row for row in ROWS if "parser" in row]))
+def test_a_result_contains_all_that_opens_the_next_turn(row: dict[str, Any], eos: str) -> None:
+    """A turn is the same message after its result as after the whole path."""
+    protocol = ChatTemplateProtocol(family_tokenizer(row, eos), {"search": tool_spec(search)})
+    call = turn_with_call(protocol, row, "search", {"query": "iron ore"})
+    path = list(protocol.encode_prompt([{"role": "user", "content": "hi"}]))
+    for end in protocol.eos_ids:
+        path += [*protocol._encode(call), end]
+        result = protocol.encode_observation([("search", "<think>facts")], end)
+        path += result
+        for text in (call, "It rains.", "so</think>It rains.", "<think>so</think>It rains.", ""):
+            turn = [*protocol._encode(text), end]
+            assert protocol.as_message(turn, result) == protocol.as_message(turn, path)
 
 
 @pytest.mark.parametrize(("row", "eos"), each([row | {"eos": row["eos"][:1]} for row in ROWS if "parser" in row]))
@@ -270,6 +289,33 @@ def test_a_model_may_call_a_tool_by_the_words_of_the_sample_call(name: str) -> N
     """gemma4's template writes a call's name in the result again, behind the call."""
     protocol = protocol_of("gemma4", BY_NAME["gemma4"]["eos"][0])
     assert protocol.encode_observation([(name, "no such tool")], protocol.eos_ids[0])
+
+
+def test_the_shared_start_of_two_texts_ends_between_tokens() -> None:
+    made = Template(tokenizer=family_tokenizer(BY_NAME["qwen2_5"], "<|im_end|>"), tools=[], settings={})
+    assert made.shared("a<|im_start|>b", "a<|im_start|>c") == len("a<|im_start|>")
+    assert made.shared("a<|im_start|>b", "a<|im_end|>b") == 1
+    assert made.shared("a<|im_start|>", "a<|im_st") == made.shared("a<|im_st", "a<|im_start|>") == 1
+    assert made.shared("a<b", "a<c") == 2
+    assert made.shared("abc", "ab") == 2 and made.shared("", "ab") == 0
+    assert made.shared("abc", "abc") == 3
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, id=row["template"]) for row in ROWS])
+def test_a_prompt_that_is_too_long_is_found_after_shorter_ones_of_its_roles(row: dict[str, Any]) -> None:
+    protocol = TagProtocol(family_tokenizer(row, row["eos"][0]), {})
+    contents = ["", "a", " \n\n", "\n\n<think>x</think> y", "漢\x00" * 20, "<|im_end|>" * 4]
+    for roles in (["user"], ["system", "user"], ["user", "assistant", "user"]):
+        prompts = [[{"role": role, "content": content} for role in roles] for content in contents]
+        try:
+            lengths = [len(protocol.encode_prompt(prompt)) for prompt in prompts]
+        except Exception:  # the template does not take these roles
+            continue
+        for prompt, length in zip(prompts, lengths, strict=True):
+            shorter = [other for other, size in zip(prompts, lengths, strict=True) if size < length]
+            rows = Dataset.from_list([{"prompt": given} for given in (*shorter, prompt)])
+            with pytest.raises(ConfigError, match=f"row {len(shorter)}: its prompt has {length} tokens, but the"):
+                _check_prompts_fit(rows, lambda _: repeat(protocol), length, "")
 
 
 def test_an_unknown_template_revision_is_identified_by_its_output() -> None:

@@ -405,27 +405,39 @@ def check_encoding(datasets: Sequence[Any], protocols: Protocols, embeddings: in
             _check_embeddings(dataset, protocols, embeddings)
 
 
+Form = tuple[tuple[Any, ...], ...]
+
+
+def _form(prompt: Any) -> Form:
+    """The role, the type of the content, and the filled fields of each message, on which a template's own text
+    depends. Empty for plain text."""
+    messages = [] if isinstance(prompt, str) else prompt
+    return tuple(
+        (message["role"], type(message["content"]), *(field for field, value in message.items() if value))
+        for message in messages
+    )
+
+
 def _check_roles(dataset: Dataset, protocols: Protocols) -> None:
     tried = set()
     for i, (prompt, protocol) in enumerate(zip(dataset["prompt"], protocols(dataset), strict=False)):
-        messages = [] if isinstance(prompt, str) else prompt
-        roles = tuple((message["role"], type(message["content"])) for message in messages)
-        if roles in tried:
+        form = _form(prompt)
+        if form in tried:
             continue
-        tried.add(roles)
+        tried.add(form)
         try:
             protocol.encode_prompt(prompt)
         except ConfigError:
             raise
         except Exception as error:  # a template can raise anything
-            if any(kind is list for _, kind in roles):
+            if any(kind is list for _, kind, *_ in form):
                 raise DataError(
                     f"Dataset row {i}: the content of a message is a list of parts, and the tokenizer's chat template "
                     f"takes text: {error}. Write the parts as one text. Images are not supported."
                 ) from error
             raise DataError(
                 f"Dataset row {i}: the tokenizer's chat template rejects its messages, whose roles are "
-                f"{[role for role, _ in roles]}: {error}. Use roles that the template accepts (for example, put the "
+                f"{[role for role, *_ in form]}: {error}. Use roles that the template accepts (for example, put the "
                 "system message at the start of the first user message), or set `tokenizer.chat_template`."
             ) from error
 
@@ -504,15 +516,17 @@ def check_prompts(
 
 def _check_prompts_fit(dataset: Dataset, protocols: Protocols, context: int, advice: str) -> None:
     most = context - 1
-    templates: dict[ToolProtocol, int] = {}
+    # The length of the shortest encoded prompt of a form: the template's own text has no more tokens.
+    shortest: dict[tuple[ToolProtocol, Form], int] = {}
     for i, (prompt, protocol) in enumerate(zip(dataset["prompt"], protocols(dataset), strict=False)):
-        if protocol not in templates:
-            templates[protocol] = len(protocol.encode_prompt(prompt))
-        template = templates[protocol]
+        alike = protocol, _form(prompt)
         parts = [prompt] if isinstance(prompt, str) else [str(message) for message in prompt]
         # A token covers at least one byte, so only prompts with that many bytes need tokenization.
-        longest = sum(len(part.encode()) + template for part in parts)
-        if longest > most and (length := len(protocol.encode_prompt(prompt))) > most:
+        if alike in shortest and shortest[alike] + sum(len(part.encode()) for part in parts) <= most:
+            continue
+        length = len(protocol.encode_prompt(prompt))
+        shortest[alike] = min(length, shortest.get(alike, length))
+        if length > most:
             raise ConfigError(
                 f"Dataset row {i}: its prompt has {length} tokens, but the context is {context}, which leaves no room "
                 f"for a completion. Shorten or drop the row{advice}."
