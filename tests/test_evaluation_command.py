@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,23 @@ def test_an_engine_in_process_takes_any_dataset_several_samples_and_yaml(monkeyp
     (folder,) = (here / "runs/eval").iterdir()
     results = json.loads((folder / "results.json").read_text())
     assert results["benchmarks"]["rows"]["pass_at_k"] == {"1": 0.0, "2": 0.0}
+
+
+def test_evaluations_that_start_in_the_same_second_have_folders_of_their_own(monkeypatch, capsys, here):
+    class Frozen(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2026, 1, 2, 3, 4, 5, tzinfo=tz)
+
+    monkeypatch.setattr("arpo_trl.evaluation.command.datetime", Frozen)
+    data(here)
+    with Loopback(completions(answers)) as server:
+        words = flags(here, server.url)[:-2]
+        for _ in range(3):
+            assert run(monkeypatch, capsys, *words)[0] == 0
+        assert run(monkeypatch, capsys, *words, "--tool-call-limits", "nonsense=1")[0] == 2
+    name = "tokenizer-20260102-030405"
+    assert {path.name for path in (here / "runs/eval").iterdir()} == {name, f"{name}-2", f"{name}-3"}
 
 
 def test_greedy_answers_are_the_same_through_transformers_and_through_a_server(monkeypatch, capsys, here, model):

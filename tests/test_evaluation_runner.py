@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -422,6 +424,35 @@ def test_folders_with_other_files_or_that_cannot_be_created_are_rejected(tmp_pat
         RunFolder(tmp_path / "file/below", IDENTITY, resume=False)
     (tmp_path / "empty").mkdir()
     RunFolder(tmp_path / "empty", IDENTITY, resume=False).log.close()
+
+
+HOLDER = """
+import sys
+from arpo_trl.evaluation.runner import RunFolder
+with RunFolder(sys.argv[1], {}, resume=False) as folder:
+    folder.log.write({"number": 0})
+    print("running", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_live_run_keeps_its_folder_and_its_samples(tmp_path):
+    words = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as live:
+        assert live.stdout is not None and live.stdout.readline() == "running\n"
+        said = rf"output .*run is in use by another run \(process {live.pid} on .+\).* or choose another output\."
+        with pytest.raises(ConfigError, match=said):
+            RunFolder(tmp_path / "run", {}, resume=True)
+        assert (tmp_path / "run/samples.jsonl").read_text() == '{"number": 0}\n'
+        live.communicate()
+    with RunFolder(tmp_path / "run", {}, resume=True):
+        pass
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["run.json", "samples.jsonl"]
+
+
+def test_the_lock_of_a_run_that_was_killed_at_its_start_is_no_other_file(tmp_path):
+    (tmp_path / "_lock").touch()
+    RunFolder(tmp_path, IDENTITY, resume=False).log.close()
 
 
 def test_a_half_written_description_of_a_killed_run_is_ignored(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import statistics
@@ -66,7 +67,17 @@ def evaluate(settings: EvalSettings, tool_arguments: ToolArguments) -> int:
         return DONE
     if settings.self_check:
         return _self_check(load_all(settings), settings, console)
-    output = user_path(settings.output, "output") if settings.output is not None else _new_folder(settings)
+    if settings.output is not None:
+        return _evaluated(settings, tool_arguments, user_path(settings.output, "output"), console)
+    output = _new_folder(settings)
+    try:
+        return _evaluated(settings, tool_arguments, output, console)
+    finally:
+        with contextlib.suppress(OSError):  # something was written
+            output.rmdir()
+
+
+def _evaluated(settings: EvalSettings, tool_arguments: ToolArguments, output: Path, console: Console) -> int:
     tools = cache(partial(build_tools, tool_arguments, run=str(output)))
     tags = settings.tool_protocol == ProtocolKind.TAGS
     chosen = load_all(settings, partial(default_system_prompt, tool_arguments.offered, tools, tags=tags))
@@ -90,7 +101,7 @@ def evaluate(settings: EvalSettings, tool_arguments: ToolArguments) -> int:
         identity = {**described, "questions": {each.benchmark.name: each.fingerprint for each in chosen}}
         with RunFolder(output, identity, resume=settings.resume) as folder:
             ended_early = _run_all(evaluator, chosen, folder)
-    results = write_results(output, described, chosen, settings)
+            results = write_results(output, described, chosen, settings)
     _print(console, *report.table(results), "", f"{output / 'report.html'}   {output / 'results.json'}")
     if ended_early is not None:
         _print(console, f"{ended_early} Finished samples are kept.")
@@ -329,8 +340,18 @@ def _is_named_after_benchmarks(data: str, custom: Sequence[Benchmark]) -> bool:
 
 
 def _new_folder(settings: EvalSettings) -> Path:
+    """Create a folder for the results. Of several evaluations in the same second, each gets its own."""
     name = Path(urlsplit(str(settings.model)).path).name or "model"
-    return Path("runs/eval") / f"{name}-{datetime.now().strftime('%Y%m%d-%H%M%S')}"
+    first = path = Path("runs/eval") / f"{name}-{datetime.now().strftime('%Y%m%d-%H%M%S')}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            number += 1
+            path = first.with_name(f"{first.name}-{number}")
 
 
 def _registry_table() -> Table:

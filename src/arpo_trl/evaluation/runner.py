@@ -33,6 +33,7 @@ from arpo_trl.rollout.batch import Finished, GroupRequest, error_text
 from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.rollout.tree import NodeKind
 from arpo_trl.runs.identity import differences_between
+from arpo_trl.runs.output_folder import LOCK, sole_run
 
 SCORING_THREADS = 16
 
@@ -198,7 +199,7 @@ class Evaluator:
 
 
 class RunFolder:
-    """The output folder of one run: its description and its samples.
+    """The output folder of one run: its description and its samples. Until it is closed, no other run can use it.
 
     Args:
         path: Created if it does not exist.
@@ -206,18 +207,29 @@ class RunFolder:
         resume: Whether the folder may already contain this run.
 
     Raises:
-        ConfigError: The folder contains another run, this run without `resume`, or other files, or it is not writable.
+        ConfigError: The folder contains another run, this run without `resume`, or other files, another process uses
+            it, or it is not writable.
         DataError: The description of the run in the folder cannot be read.
     """
 
     def __init__(self, path: str | Path, identity: dict[str, Any], *, resume: bool):
         self.path = path = user_path(path, "path")
         self.samples_file = path / "samples.jsonl"
-        description = path / "run.json"
-        identity = json.loads(json.dumps(identity))
+        with contextlib.ExitStack() as held:
+            held.enter_context(sole_run(str(path), "output"))
+            self._prepare(json.loads(json.dumps(identity)), resume)
+            self.done, self.unjudged = repair(self.samples_file)
+            self.log = SampleLog(self.samples_file)
+            self._held = held.pop_all()
+
+    def _prepare(self, identity: dict[str, Any], resume: bool) -> None:
+        """Check that the folder contains this run, or write the run's description into an empty folder."""
+        path, description = self.path, self.path / "run.json"
         if description.exists():
             self._check_same(description, identity, resume)
-        elif path.exists() and (not path.is_dir() or any(file.suffix != ".partial" for file in path.iterdir())):
+        elif path.exists() and (
+            not path.is_dir() or any(file.suffix != ".partial" and file.name != LOCK for file in path.iterdir())
+        ):
             raise ConfigError(f"{path} is not empty and contains no evaluation. Choose another output folder.")
         else:
             try:
@@ -227,8 +239,6 @@ class RunFolder:
                 if is_full_disk(error):
                     raise
                 raise ConfigError(f"The output folder {path} cannot be written: {error}.") from error
-        self.done, self.unjudged = repair(self.samples_file)
-        self.log = SampleLog(self.samples_file)
 
     def _check_same(self, description: Path, identity: dict[str, Any], resume: bool) -> None:
         try:
@@ -249,6 +259,7 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         self.log.close()
+        self._held.close()
 
 
 def run_benchmark(

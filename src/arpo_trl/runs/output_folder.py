@@ -19,7 +19,7 @@ _WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safe
 _FOLDERS = (".unfinished", "trajectories", "curves")
 _FILES = ("trainer_state.json", "training_config.yaml", "training_args.bin", "adapter_config.json", "evaluation.md")
 
-_LOCK = "_lock"
+LOCK = "_lock"
 """The name begins with _ so that transformers does not push the file to the Hub."""
 _ATTEMPTS = 10
 """On a file system on which a file cannot be recognized, a lock is not attempted for ever."""
@@ -42,11 +42,14 @@ def wants_to_resume(wanted: str | PathLike[str] | bool | None) -> str | bool:
 
 
 @contextmanager
-def sole_run(folder: str) -> Iterator[None]:
-    """A context in which no other run uses `folder` as its output_dir: rank 0 locks a file in it.
+def sole_run(folder: str, setting: str = "output_dir") -> Iterator[None]:
+    """A context in which no other run uses `folder` for its output: rank 0 locks a file in it.
 
     The system releases the lock when the process ends, also if it is killed. Where files cannot be locked, such as on
     some network file systems, or the folder cannot be written, the context has no effect.
+
+    Args:
+        setting: The setting that names the folder, for errors.
 
     Raises:
         ConfigError: Another run uses the folder. Names its process and host.
@@ -55,22 +58,22 @@ def sole_run(folder: str) -> Iterator[None]:
     if os.environ.get("RANK", "0") != "0":
         yield
         return
-    output = user_path(folder, "output_dir").absolute()
+    output = user_path(folder, setting).absolute()
     is_new = not output.exists()
-    file = _locked(output / _LOCK, folder)
+    file = _locked(output / LOCK, f"{setting} {folder}", setting)
     try:
         yield
     finally:
         if file is not None:
             with suppress(OSError):
-                (output / _LOCK).unlink(missing_ok=True)  # while it is locked: later it may be that of another run
+                (output / LOCK).unlink(missing_ok=True)  # while it is locked: later it may be that of another run
             file.close()
         if is_new:
             with suppress(OSError):  # something was written
                 output.rmdir()
 
 
-def _locked(path: Path, folder: str) -> FileIO | None:
+def _locked(path: Path, subject: str, setting: str) -> FileIO | None:
     """The open file `path`, locked and with this process in it; None if the system cannot lock it."""
     try:
         import fcntl
@@ -90,8 +93,8 @@ def _locked(path: Path, folder: str) -> FileIO | None:
                 file.seek(0)
                 holder = file.read().decode("utf-8", "replace")
             raise ConfigError(
-                f"output_dir {folder} is in use by another run ({holder or 'unknown process'}), and both would write "
-                "the same files. Wait until that run has ended, or choose another output_dir."
+                f"{subject} is in use by another run ({holder or 'unknown process'}), and both would write the same "
+                f"files. Wait until that run has ended, or choose another {setting}."
             ) from None
         except OSError:  # a file system without locks
             file.close()
