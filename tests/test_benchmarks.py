@@ -100,6 +100,15 @@ def test_the_gold_of_math_is_the_last_box_of_the_solution_and_its_level_is_kept(
     assert (row["answer"], row["level"]) == ([r"\frac{1}{2}"], "Level 3")
 
 
+def test_the_gold_of_math_is_never_the_prose_of_a_solution(tmp_path):
+    prose = {"problem": "3+4?", "solution": "Add the numbers: the sum is 7.", "level": "Level 1"}
+    write(tmp_path / "math.jsonl", {**prose, "answer": "7"})
+    assert answers("math", tmp_path) == [["7"]]
+    file = write(tmp_path / "math.jsonl", prose)
+    with pytest.raises(DataError, match=rf"{file}, line 1: 'solution' has no \\boxed"):
+        load_questions(BENCHMARKS["math"], file)
+
+
 def test_hotpotqa_has_lists_of_answers_under_either_name(tmp_path):
     write(
         tmp_path / "hotpotqa.jsonl",

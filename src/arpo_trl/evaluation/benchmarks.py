@@ -121,7 +121,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         Benchmark(
             name="math", title="MATH", suite="reasoning", scorer=Scorer.MATH, size=5000,
             hub_id="DigitalLearningGmbH/MATH-lighteval",
-            question="problem", answer="solution", level="level",
+            question="problem", level="level",
             system_prompt="reasoning",
             note=r"MIT. The gold is the last \boxed of the solution.",
         ),
