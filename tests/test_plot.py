@@ -16,8 +16,11 @@ import pytest
 
 from arpo_trl import cli
 from arpo_trl.errors import ConfigError, DataError
+from arpo_trl.evaluation.engines import fingerprint
+from arpo_trl.evaluation.settings import EvalSettings
 from arpo_trl.logs.trajectories import TrajectoryLog, logged_trees
 from arpo_trl.options import RolloutSchedule
+from arpo_trl.publishing.push import Snapshot
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.viewing.command import KINDS_OF_PLOTS
@@ -114,6 +117,14 @@ def test_runs_whose_folders_have_the_same_name_are_told_apart() -> None:
     assert [text.get_text() for text in legend.get_texts()] == ["seed0/rl: reward", "seed1/rl: reward"]
 
 
+def test_the_legend_has_the_name_of_each_run_as_it_is_written(tmp_path: Path) -> None:
+    runs = {Path(name): {"reward": [(1, 0.5)]} for name in ("_x", "p$1$_{")}
+    figure = picture(PANELS[0], runs)
+    figure.savefig(tmp_path / "both.svg")
+    text = (tmp_path / "both.svg").read_text()
+    assert "<!-- _x: reward -->" in text and "<!-- p$1$_{: reward -->" in text
+
+
 def test_a_run_without_such_metrics_and_an_unknown_format_are_refused(tmp_path: Path) -> None:
     run = run_with(tmp_path / "a", {"step": 1, "reward": 0.5})
     with pytest.raises(DataError, match=r"has no logged phases. Pass the output_dir"):
@@ -204,11 +215,22 @@ def test_the_timeline_is_that_of_the_newest_rollout_or_of_a_step(tmp_path: Path)
         log.write(f"step-{step:06d}", [logged(step)])
     log.write("eval-000013", [logged(13)])
     path = write_timeline(tmp_path, None)
-    assert path == tmp_path / "timeline-step-000012.json"
+    assert path == write_timeline(tmp_path / "trajectories", 12) == tmp_path / "trajectories/timeline-step-000012.json"
     assert len(json.loads(path.read_text())["traceEvents"]) == 8
     assert write_timeline(tmp_path, 3, tmp_path / "t.json") == tmp_path / "t.json"
     with pytest.raises(DataError, match="has no logged training rollout of step 13"):
         write_timeline(tmp_path, 13)
+
+
+def test_a_timeline_is_no_part_of_the_runs_model(tmp_path: Path) -> None:
+    """A push would publish texts of turns and tool results, and an evaluation could not be resumed."""
+    (tmp_path / "config.json").write_text("{}")
+    TrajectoryLog(tmp_path / "trajectories", 1.0, 0, 0).write("step-000000", [logged()])
+    before = fingerprint(EvalSettings(model=str(tmp_path)))
+    write_timeline(tmp_path, None)
+    assert fingerprint(EvalSettings(model=str(tmp_path))) == before
+    with Snapshot(run=tmp_path, model=tmp_path) as pushed:
+        assert [path.name for path in pushed.iterdir()] == ["config.json"]
 
 
 def test_trees_without_times_have_no_timeline(tmp_path: Path) -> None:

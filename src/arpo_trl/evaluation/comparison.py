@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -135,9 +136,10 @@ def draw(comparisons: list[Comparison], names: Sequence[str], path: Path) -> Non
         certain = difference.low > 0 or difference.high < 0
         axes.errorbar(difference.mean, y, xerr=errors, fmt="o", capsize=4, color="tab:blue" if certain else "grey")
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(comparisons)), [f"{one.benchmark} ({one.metric})" for one in reversed(comparisons)])
+    # A dollar sign in a name must not start a formula.
+    rows = [f"{one.benchmark} ({one.metric})".replace("$", r"\$") for one in reversed(comparisons)]
+    axes.set_yticks(range(len(comparisons)), rows)
     axes.set_ylim(-0.5, len(comparisons) - 0.5)
-    # A dollar sign in a folder name must not start a formula.
     axes.set_xlabel(f"{names[1]} minus {names[0]}, 95 % interval".replace("$", r"\$"))
     with whole_file(path) as partial:
         figure.savefig(partial, dpi=150, format=path.suffix[1:] or "png")
@@ -174,6 +176,6 @@ def _scores(folder: Path, metrics: Mapping[str, str]) -> dict[str, dict[tuple[st
         if count:
             raise ConfigError(
                 f"{count} sample(s) of {name} in {folder} have no verdict of the judge; expected one for each. Run "
-                f"`arpo-trl eval` with --output {folder} --resume."
+                f"`arpo-trl eval` with --output {shlex.quote(str(folder))} --resume."
             )
     return {name: {key: statistics.fmean(values) for key, values in found[name].items()} for name in metrics}

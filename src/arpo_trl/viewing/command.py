@@ -68,7 +68,7 @@ def add_commands(commands: Any) -> None:
     )
     timeline.add_argument("run_folder", metavar="RUN", type=Path, help="output_dir of the run")
     timeline.add_argument("--step", type=int, help="step of the rollout (default: the newest)")
-    timeline.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: in RUN)")
+    timeline.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: in RUN/trajectories)")
     timeline.set_defaults(call=timeline_run)
 
 

@@ -83,17 +83,23 @@ def picture(panel: Panel, lines: Mapping[Path, Mapping[str, Points]]) -> Figure:
     labels = list(dict.fromkeys(label for of_run in lines.values() for label in of_run))
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
+    drawn, shown = [], []
     for i, of_run in enumerate(lines.values()):
         for label, points in of_run.items():
             j = labels.index(label)
             colour, style = (i, j + len(labels) * (i // len(COLOURS))) if len(lines) > 1 else (j, j // len(COLOURS))
-            axes.plot(
-                *zip(*points, strict=True),
-                **look(colour, style, len(points)),
-                label=f"{names[i]}: {label}" if len(lines) > 1 else label,
-            )
+            drawn += axes.plot(*zip(*points, strict=True), **look(colour, style, len(points)))
+            shown.append(f"{names[i]}: {label}" if len(lines) > 1 else label)
     axes.set(title=panel.title, xlabel="step", ylabel=panel.unit)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=3, fontsize="small", frameon=False)
+    # By itself, matplotlib leaves out names that begin with _, and takes text between dollar signs as a formula.
+    figure.legend(
+        drawn,
+        [text.replace("$", r"\$") for text in shown],
+        loc="outside lower center",
+        ncols=3,
+        fontsize="small",
+        frameon=False,
+    )
     return figure

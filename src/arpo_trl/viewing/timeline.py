@@ -29,6 +29,9 @@ def write_timeline(run: Path, step: int | None, output: Path | None = None) -> P
     """Writes the timeline of a training rollout and returns the file's path. If `step` is None, uses the newest
     rollout.
 
+    Args:
+        output: The file. Default: `timeline-<rollout>.json` in the folder of the log, which is no part of the model.
+
     Raises:
         DataError: The run has no logged trees of that step, or none with times.
     """
@@ -47,7 +50,7 @@ def write_timeline(run: Path, step: int | None, output: Path | None = None) -> P
         raise DataError(f"{run} has no readable trees of step {listed(sorted({file.step for file in files}))}.")
     if not any(tree.spans for _, tree in chosen):
         raise DataError(f"The trees of {rollout} in {run} have no times: an older version of arpo-trl logged them.")
-    output = output or run / f"timeline-{rollout}.json"
+    output = output or files[0].path.with_name(f"timeline-{rollout}.json")
     events = [event for pid, (rank, tree) in enumerate(chosen, 1) for event in tree_events(tree, rank, pid)]
     write_whole(output, json.dumps({"displayTimeUnit": "ms", "traceEvents": visible_data(events)}))
     return output
