@@ -1,7 +1,9 @@
 import dataclasses
 import io
 import json
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -95,6 +97,29 @@ def test_help_waits_for_no_heavy_import():
     assert "COMMAND" in done.stdout
 
 
+@pytest.mark.parametrize("words", [("--help",), ("train", "--help"), ("doctor",), ("view",)])
+def test_output_that_nobody_reads_any_more_is_no_error(log, words):
+    words = (*words, str(log.parent.parent)) if words == ("view",) else words
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = "import sys; from arpo_trl.cli import main; main()"
+    with open(writer, "wb") as unread:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words], stdout=unread, stderr=subprocess.PIPE, text=True, timeout=120
+        )
+    # argparse ends a program by itself after its help
+    assert (done.returncode, done.stderr) == (0 if "--help" in words else 1, "")
+
+
+def test_a_broken_pipe_other_than_standard_outputs_keeps_its_traceback():
+    @command_line.report_errors
+    def main() -> None:
+        raise BrokenPipeError("of a socket")
+
+    with pytest.raises(BrokenPipeError, match="of a socket"):
+        main()
+
+
 def test_tree_shows_every_tree_of_a_log(monkeypatch, capsys, log):
     status, out, err = run(monkeypatch, capsys, "tree", str(log))
     assert (status, err) == (0, "")
@@ -113,7 +138,8 @@ def test_tree_of_a_run_lists_its_steps_and_shows_one(monkeypatch, capsys, log):
     later = json.loads(log.read_text().splitlines()[0]) | {"step": 5, "prompt": "a later one"}
     (log.parent / "step-000005-rank0.jsonl").write_text(json.dumps(later) + "\n")
     (log.parent / "eval-000004-rank0.jsonl").write_text(json.dumps(later | {"step": 4, "prompt": "held out"}) + "\n")
-    for folder in (log.parent.parent, log.parent):
+    (log.parent.parent / "a run").symlink_to(log.parent)
+    for folder in (log.parent.parent, log.parent, log.parent.parent / "a run"):
         _, out, _ = run(monkeypatch, capsys, "tree", str(folder))
         # two trees of two leaves with rewards 1 and 0; each path searches once
         assert [line.split() for line in out.splitlines()[1:4]] == [
@@ -121,7 +147,7 @@ def test_tree_of_a_run_lists_its_steps_and_shows_one(monkeypatch, capsys, log):
             *(["4", "training", "2", "4", "0.50", "2", "0", "4", "0"],),
             *(["5", "training", "1", "2", "0.50", "1", "0", "2", "0"],),
         ]
-        assert f"arpo-trl tree {folder} --step 5" in out
+        assert f"arpo-trl tree {shlex.quote(str(folder))} --step 5" in out
     _, out, _ = run(monkeypatch, capsys, "tree", str(log.parent), "--step", "4")
     assert "step 4, group 0, evaluation  held out" in out and "question 1" in out and "later" not in out
     assert "H: mean entropy" in out  # the legend
@@ -197,7 +223,7 @@ def test_a_runs_name_does_not_steer_the_terminal(monkeypatch, capsys, tmp_path, 
     shutil.copytree(log.parent, run_folder / "trajectories")
     status, out, _ = run(monkeypatch, capsys, "tree", str(run_folder))
     assert status == 0
-    assert f"arpo-trl tree {tmp_path}/a␛[2J‹U+202E› --step" in out
+    assert f"arpo-trl tree '{tmp_path}/a␛[2J‹U+202E›' --step" in out
 
 
 def test_tree_passes_nothing_on_that_steers_the_terminal(monkeypatch, capsys, log):

@@ -123,14 +123,14 @@ def test_failed_samples_are_status_1_and_resume_tries_them_again(monkeypatch, ca
         return 3 if broken.is_set() and asked_number(prompt) == "1" else answers(prompt)
 
     with Loopback(completions(writes)) as server:
-        status, out, _ = run(monkeypatch, capsys, *flags(here, server.url))
+        words = flags(here, server.url, **{"--output": str(here / "a run")})
+        status, out, _ = run(monkeypatch, capsys, *words)
         assert status == 1
-        assert re.search(
-            r"1 sample\(s\) failed or are missing. To try again, run the command with: --output \S+ --resume", out
-        )
+        again = f"To try again, run the command with: --output '{here}/a run' --resume"
+        assert f"1 sample(s) failed or are missing. {again}" in out
         broken.clear()
         before = len(server.asked)
-        status, out, _ = run(monkeypatch, capsys, *flags(here, server.url), "--resume")
+        status, out, _ = run(monkeypatch, capsys, *words, "--resume")
     assert status == 0 and "| 0.750 |" in out
     assert len(server.asked) - before <= 4  # models, probe, and two turns of the one that was missing
 

@@ -38,15 +38,16 @@ def files(folder: Path) -> set[str]:
 def test_a_failure_leaves_nothing_and_the_command_can_run_again(
     monkeypatch, capsys, tmp_path, error, status, said, exists
 ):
-    folder = tmp_path / "mine"
+    folder = tmp_path / "my own"
     if exists:
         folder.mkdir()
     assert new(monkeypatch, folder, error) == status
     assert capsys.readouterr().err.splitlines()[-1].startswith(said.format(folder))
-    assert [path.name for path in tmp_path.rglob("*")] == (["mine"] if exists else [])
+    assert [path.name for path in tmp_path.rglob("*")] == (["my own"] if exists else [])
     assert new(monkeypatch, folder, None) == 0
     assert {"README.md", "config.yaml", "questions.jsonl", ".gitignore", "model/model.safetensors"} <= files(folder)
-    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert [path.name for path in tmp_path.iterdir()] == ["my own"]
+    assert f"cd '{folder}'\n" in capsys.readouterr().out
 
 
 def test_the_current_folder_can_become_the_project(monkeypatch, tmp_path):

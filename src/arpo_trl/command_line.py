@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import io
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -28,8 +29,9 @@ def report_errors(main: Callable[[], T]) -> Callable[[], T]:
     """Wraps `main`: prints this package's errors, and that a disk is full, in one line and exits with status 2. Other
     errors keep their traceback.
 
-    Ctrl-C, and an interrupted training run, also print one line, and exit with 128 plus the signal's number. On a
-    terminal whose encoding lacks a character, a question mark is printed in its place.
+    Ctrl-C, and an interrupted training run, also print one line, and exit with 128 plus the signal's number. If the
+    output goes to a program that has ended, such as `head`, nothing is printed, and the status is 1. On a terminal
+    whose encoding lacks a character, a question mark is printed in its place.
     """
 
     @functools.wraps(main)
@@ -37,7 +39,9 @@ def report_errors(main: Callable[[], T]) -> Callable[[], T]:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")
         try:
-            return main()
+            value = main()
+            print(end="", flush=True)
+            return value
         except ArpoError as error:
             say(f"{type(error).__name__}: {error}", to=sys.stderr)
             raise SystemExit(2) from None
@@ -50,13 +54,34 @@ def report_errors(main: Callable[[], T]) -> Callable[[], T]:
         except KeyboardInterrupt:
             say_interrupted()
             raise SystemExit(128 + signal.SIGINT) from None
+        except BrokenPipeError:  # also that of a socket or of another process
+            if not _is_unread():
+                raise
+            raise SystemExit(1) from None
         except Exception as error:
             if not is_full_disk(error) or os.environ.get("ARPO_TRACEBACK") == "1":
                 raise
             say(f"{type(error).__name__}: {full_disk_message(error)}", to=sys.stderr)
             raise SystemExit(2) from None
+        finally:
+            _is_unread()
 
     return wrapped
+
+
+def _is_unread() -> bool:
+    """Whether the program that read standard output has ended. If so, discards the rest of the output, which Python
+    would otherwise write, with an error, when it exits."""
+    try:
+        output = sys.stdout.fileno()
+        poll = select.poll()
+        poll.register(output, 0)  # reports only that the other end is closed
+    except (AttributeError, OSError):  # no standard output, or Windows, or a stream without a descriptor
+        return False
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
 
 
 def parse_settings(

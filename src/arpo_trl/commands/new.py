@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,9 +37,9 @@ def main(words: Sequence[str]) -> int:
         raise ConfigError(f"{folder} exists and is not an empty folder. Choose another name.")
     with _whole_project(folder) as partial:
         _write_project(partial)
+    change = f"cd {shlex.quote(str(folder))}"
     say(
-        f"{folder} is ready. Next:\n\n    cd {folder}\n    arpo-trl train --config config.yaml\n\nSee README.md for "
-        f"more."
+        f"{folder} is ready. Next:\n\n    {change}\n    arpo-trl train --config config.yaml\n\nSee README.md for more."
     )
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shlex
 import statistics
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -111,7 +112,8 @@ def _evaluated(settings: EvalSettings, tool_arguments: ToolArguments, output: Pa
     if unjudged:
         said.append(f"{unjudged} sample(s) have no verdict of the judge, so its score is open.")
     if said:
-        _print(console, f"{' '.join(said)} To try again, run the command with: --output {output} --resume")
+        again = f"--output {shlex.quote(str(output))} --resume"
+        _print(console, f"{' '.join(said)} To try again, run the command with: {again}")
     return SOME_FAILED if said else DONE
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def _print_steps(console: Console, run: Path, files: Iterable[LogFile]) -> None:
         raise DataError(f"{run} has no readable trees.")
     console.print(table)
     console.print(Text("wrong: leaves with a reward of 0 or less. failed: tool calls that failed.", style="dim"))
-    say(f"One step's trees: arpo-trl tree {run} --step {step}")
+    say(f"One step's trees: arpo-trl tree {shlex.quote(str(run))} --step {step}")
 
 
 def _counts(trees: list[LoggedTree]) -> list[str]:
