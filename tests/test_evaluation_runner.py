@@ -1,4 +1,5 @@
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -9,9 +10,10 @@ import pytest
 
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.evaluation.benchmarks import Scorer
-from arpo_trl.evaluation.runner import SCORING_THREADS, RunFolder, run_benchmark
+from arpo_trl.evaluation.runner import MOST_WAITING, SCORING_THREADS, RunFolder, run_benchmark
 from arpo_trl.evaluation.samples import Records, SampleLog, key_of, repair
 from arpo_trl.rewards.judge import LLMJudge
+from arpo_trl.rollout.batch import Finished
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.protocols import ChatTemplateProtocol
 from evaluating import Evaluating, asked_number, boxed, questions, record, write_lines
@@ -281,6 +283,44 @@ def test_an_interrupt_while_samples_wait_for_the_judge_records_them_without_aski
 
 
 # Resuming ------------------------------------------------------------------------------------------------------------
+
+
+def test_few_samples_wait_for_their_scores_and_an_interrupt_loses_none_of_them():
+    full, beyond, scored = threading.Event(), threading.Event(), threading.Event()
+    excess, written = [], []
+
+    def outcomes(*_):
+        for number in range(MOST_WAITING + 1):
+            event = {MOST_WAITING - 1: full, MOST_WAITING: beyond}.get(number, threading.Event())
+            event.set()
+            yield Finished(id=number, tree=None, error="lost", seconds=0.0)
+
+    def sink(record):
+        scored.wait()
+        written.append(record["number"])
+
+    def watch():
+        full.wait()
+        excess.append(beyond.wait(0.2))
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    def interrupt(*_):
+        scored.set()
+        raise KeyboardInterrupt
+
+    evaluating = Evaluating(sums)
+    evaluating.evaluator.outcomes = outcomes
+    watcher = threading.Thread(target=watch)
+    handler = signal.signal(signal.SIGINT, interrupt)
+    try:
+        watcher.start()
+        with evaluating.scripted.toolbox, pytest.raises(KeyboardInterrupt):
+            evaluating.evaluator.run(questions(*["0"] * MOST_WAITING), [], sink)
+    finally:
+        watcher.join()
+        signal.signal(signal.SIGINT, handler)
+    assert excess == [False]
+    assert sorted(written) == list(range(MOST_WAITING))
 
 
 def run_in(folder_path, asked, script=sums, *, resume=False, samples=1):

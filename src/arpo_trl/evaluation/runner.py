@@ -36,6 +36,9 @@ from arpo_trl.runs.identity import differences_between
 from arpo_trl.runs.output_folder import LOCK, sole_run
 
 SCORING_THREADS = 16
+MOST_WAITING = 256
+"""The maximum number of samples that wait for their scores, with their trees. If the judge is slower than the engine,
+sampling waits too."""
 
 
 class Evaluator:
@@ -76,7 +79,8 @@ class Evaluator:
         After an interrupt or an error, the judge is not asked any more. Samples that wait for it get a record without
         a verdict, which a resumed run asks for.
         """
-        pending: set[Future[None]] = set()
+        done: SimpleQueue[Future[None]] = SimpleQueue()
+        waiting = 0
         ended_early = threading.Event()
 
         def deliver(finished: Finished) -> None:
@@ -85,16 +89,16 @@ class Evaluator:
         with ThreadPoolExecutor(SCORING_THREADS, "arpo-scoring") as scoring:
             try:
                 for finished in self.outcomes(questions, keys):
-                    pending.add(scoring.submit(deliver, finished))
-                    done = {future for future in pending if future.done()}
-                    pending -= done
-                    for future in done:
-                        future.result()  # raises at once if `sink` failed, for example because the disk is full
+                    scoring.submit(deliver, finished).add_done_callback(done.put)
+                    waiting += 1
+                    while waiting >= MOST_WAITING or not done.empty():
+                        done.get().result()  # raises at once if `sink` failed, for example because the disk is full
+                        waiting -= 1
             except BaseException:
                 ended_early.set()
                 raise
-        for future in pending:
-            future.result()
+        for _ in range(waiting):
+            done.get().result()
 
     def rescore(self, questions: Questions, records: Sequence[Record], sink: Callable[[Record], None]) -> None:
         """Score samples without the judge's verdict again. Call `sink` with each new record as soon as it is complete.
