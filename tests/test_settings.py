@@ -21,7 +21,7 @@ from arpo_trl import options
 from arpo_trl.command_line import parse_settings
 from arpo_trl.common.settings import JudgeArguments, Range, ToolLimits, check_fields, setting
 from arpo_trl.config import ARPOConfig
-from arpo_trl.errors import ConfigError
+from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.evaluation.settings import EvalSettings
 from arpo_trl.scripts.start import required_model
 from arpo_trl.tools.builtin import ToolArguments
@@ -346,6 +346,17 @@ def test_one_target_module_is_a_name_and_not_a_pattern(given, used):
     config = ModelConfig("m", use_peft=True, lora_target_modules=given)
     required_model(config)
     assert config.lora_target_modules == used
+
+
+def test_a_model_may_be_in_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = ModelConfig("~/m")
+    assert required_model(config) == config.model_name_or_path == f"{tmp_path}/m"
+    settings = EvalSettings(model="~/m", adapter="~/a")
+    assert (settings.model, settings.adapter) == (f"{tmp_path}/m", f"{tmp_path}/a")
+    assert EvalSettings(model="me/m~1").model == required_model(ModelConfig("me/m~1")) == "me/m~1"
+    with pytest.raises(DataError, match=r"~nobody-here/m begins with a user who has no home directory"):
+        EvalSettings(model="~nobody-here/m")
 
 
 def test_settings_of_lora_without_lora_are_a_warning(caplog):

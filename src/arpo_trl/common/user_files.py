@@ -58,6 +58,11 @@ def user_path(name: str | Path, setting: str) -> Path:
     return path
 
 
+def model_name(name: str, setting: str) -> str:
+    """The folder or the Hub id of a model that a user named, with the path in place of ~. Raises as `user_path`."""
+    return str(user_path(name, setting)) if name.startswith("~") else name
+
+
 def short_names(paths: Sequence[Path]) -> list[str]:
     """The last parts of the paths, as many as it takes to tell the paths apart: rl and sft, but seed0/rl and
     seed1/rl."""

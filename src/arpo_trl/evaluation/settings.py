@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from arpo_trl.common.settings import JudgeArguments, ToolLimits, check_fields, setting
+from arpo_trl.common.user_files import model_name
 from arpo_trl.errors import ConfigError
 
 
@@ -30,6 +31,7 @@ class EvalSettings(ToolLimits, JudgeArguments):
 
     Raises:
         ConfigError: A value is out of its range, or two values contradict each other.
+        DataError: The model or the adapter is in the home directory of an unknown user.
     """
 
     model: str | None = setting(None, "Folder or Hub id of the model; with --base-url, of its tokenizer.")
@@ -119,6 +121,8 @@ class EvalSettings(ToolLimits, JudgeArguments):
         elif limits in ("none", ["none"]):
             self.tool_call_limits = []
         check_fields(self, {"chat_template_kwargs": {"options": True}})
+        self.model = None if self.model is None else model_name(self.model, "model")
+        self.adapter = None if self.adapter is None else model_name(self.adapter, "adapter")
         self.chat_template_kwargs = self.template_arguments()
         if self.base_url is not None and (self.adapter is not None or self.engine != EngineKind.TRANSFORMERS):
             raise ConfigError(

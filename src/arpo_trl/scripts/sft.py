@@ -220,13 +220,13 @@ def main() -> None:
 
 
 def _train(arguments: ColdStartArguments, config: ColdStartConfig, model_config: ModelConfig) -> None:
+    name = required_model(model_config)
     check_output(
         config.output_dir,
         resume=config.resume_from_checkpoint,
         overwrite=arguments.overwrite_output_dir,
-        model=model_config.model_name_or_path,
+        model=name,
     )
-    name = required_model(model_config)
     quantization, adapter = get_quantization_config(model_config), get_peft_config(model_config)
     if quantization is not None:
         check_quantized_training(adapter)

@@ -17,6 +17,7 @@ from trl import ModelConfig
 
 from arpo_trl.common.full_disk import as_free_space, is_full_disk
 from arpo_trl.common.settings import Range, changed, check_fields
+from arpo_trl.common.user_files import model_name
 from arpo_trl.errors import ArpoError, CheckpointError, ConfigError
 from arpo_trl.runs.output_folder import remove_earlier_run
 from arpo_trl.visible import get_logger
@@ -55,10 +56,12 @@ def overwrite(config: TrainingArguments) -> None:
 
 
 def required_model(model_config: ModelConfig) -> str:
-    """The model to train. Warns about settings of LoRA without `use_peft`, and makes a single target module a list.
+    """The model to train, with the path in place of ~, in the settings too. Warns about settings of LoRA without
+    `use_peft`, and makes a single target module a list.
 
     Raises:
         ConfigError: `model_name_or_path` is not set, or is no text, or another setting of the model is not valid.
+        DataError: It is in the home directory of an unknown user.
     """
     name: Any = model_config.model_name_or_path
     expected = "expected a folder or a Hub id of the model to train."
@@ -66,6 +69,7 @@ def required_model(model_config: ModelConfig) -> str:
         raise ConfigError(f"model_name_or_path is not set; {expected}")
     if not isinstance(name, str):
         raise ConfigError(f"model_name_or_path is {name!r}; {expected}")
+    model_config.model_name_or_path = name = model_name(name, "model_name_or_path")
     check_fields(model_config, MODEL_SETTINGS)
     modules: Any = model_config.lora_target_modules
     if isinstance(modules, str) and modules.isidentifier():

@@ -128,13 +128,13 @@ def main() -> None:
 def _train(
     arguments: TrainArguments, tool_arguments: ToolArguments, config: ARPOConfig, model_config: ModelConfig
 ) -> None:
+    name = required_model(model_config)
     check_output(
         config.output_dir,
         resume=config.resume_from_checkpoint,
         overwrite=arguments.overwrite_output_dir,
-        model=model_config.model_name_or_path,
+        model=name,
     )
-    name = required_model(model_config)
     config.model_init_kwargs = loading_arguments(config, model_config)
 
     tags = config.tool_protocol == ProtocolKind.TAGS
