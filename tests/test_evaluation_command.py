@@ -5,6 +5,7 @@ import json
 import logging
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import signal
@@ -16,20 +17,21 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+from rich.progress import Progress
 from transformers import GenerationConfig
 
 from arpo_trl import cli, command_line
 from arpo_trl.common.adapters import of_revision
 from arpo_trl.errors import ConfigError
 from arpo_trl.evaluation.benchmarks import BENCHMARKS
-from arpo_trl.evaluation.command import compare_runs, load_all
+from arpo_trl.evaluation.command import _ProgressBar, compare_runs, load_all
 from arpo_trl.evaluation.engines import load_tokenizer, make_sampler
 from arpo_trl.evaluation.samples import Records, key_of
 from arpo_trl.evaluation.settings import EvalSettings
 from arpo_trl.rollout.engines.completions import CompletionsEngine
 from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.tools.toolbox import ToolBox
-from evaluating import asked_number, boxed, completions, save_tokenizer
+from evaluating import asked_number, boxed, completions, record, save_tokenizer
 from loopback import Loopback, Reply
 from support import save_tiny_model, search, tokenizer
 
@@ -434,6 +436,21 @@ def test_two_runs_are_compared(monkeypatch, capsys, here):
     assert (here / "b/against-a.png").exists()
     status, _, err = run(monkeypatch, capsys, "compare", "a", "nowhere")
     assert status == 2 and "nowhere contains no results.json" in err
+
+
+def test_the_progress_bar_has_the_score_so_far_and_does_not_grow():
+    with Progress(disable=True) as progress:
+        task = progress.add_task("sums", total=300, score="")
+        bar = _ProgressBar(progress, task, BENCHMARKS["gsm8k"])
+        sizes = []
+        for number in range(300):
+            bar.add(record(number, float(number % 4 > 0)))
+            sizes.append(len(pickle.dumps({name: each for name, each in vars(bar).items() if name != "_progress"})))
+        assert progress.tasks[0].fields["score"] == "score 0.750"  # 225 of 300
+        assert max(sizes) - min(sizes) < 20  # digits of the counts
+        bar.add(record(300, None))
+        bar.add(record(301, 1.0, scores={"math": None, "judge": None}))
+        assert progress.tasks[0].fields["score"] == " [red]1 failed[/] [red]1 without a verdict[/]"
 
 
 def test_the_benchmarks_are_listed_and_no_id_is_broken(monkeypatch, capsys):

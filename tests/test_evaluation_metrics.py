@@ -52,6 +52,17 @@ def test_the_majority_is_the_answer_that_most_samples_gave(predictions, winner):
     assert majority(predictions, lambda x, y: x.lower() == y.lower()) == winner
 
 
+def test_the_majority_compares_only_different_texts():
+    compared = []
+
+    def same(x, y):
+        compared.append((x, y))
+        return x.lower() == y.lower()
+
+    assert majority(["a", "b", "B"] * 50, same) == 1
+    assert compared == [("a", "b"), ("a", "B"), ("b", "B")]
+
+
 def test_the_bootstrap_interval_is_that_of_the_binomial_for_many_questions():
     estimate = bootstrap([1.0] * 400 + [0.0] * 600, seed=0)
     half = 1.96 * math.sqrt(0.4 * 0.6 / 1000)  # 0.030

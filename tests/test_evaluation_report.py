@@ -208,9 +208,11 @@ def test_wrong_answers_come_first_and_every_sample_is_on_some_page():
     assert numbers[:6] == [300, 0, 90, 180, 270, 360] and numbers[6:] == sorted(numbers[6:])
     assert sorted(numbers) == list(range(450))
     first = page_of(*records)
-    assert first.count('<a href="samples-1-2.html">page 2</a>') == first.count('<a href="samples-1-3.html">') == 2
+    assert first.count('<a href="samples-1-2.html">next</a> <a href="samples-1-3.html">last</a>') == 2
+    assert "<b>page 1 of 3</b> <a" in first
     last = report.samples_html("GSM8K", pages[2])
-    assert "question-449-" in last and '<a href="report.html">page 1</a>' in last and "<b>page 3</b>" in last
+    assert "question-449-" in last and "<b>page 3 of 3</b> <a" in last
+    assert '<a href="report.html">first</a> <a href="samples-1-2.html">previous</a> </p>' in last
     assert Page(last).open == []
 
 
@@ -256,6 +258,15 @@ def test_the_markdown_escapes_untrusted_text():
 
 def test_a_table_is_markdown():
     assert report.pipe_table(("a", "b"), [("x", "1")], texts=1) == ["| a | b |", "| --- | ---: |", "| x | 1 |"]
+
+
+def test_the_links_of_a_page_do_not_grow_with_the_number_of_pages():
+    def size(count):
+        files = ["report.html", *(f"samples-1-{i:04d}.html" for i in range(2, count + 1))]
+        return len(report.samples_html("T", report.SamplePage(benchmark="b", number=1, files=files, samples=[])))
+
+    assert size(3000) == size(1000)
+    assert abs(size(1000) - size(3)) < 20  # digits
 
 
 # In a browser --------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import shlex
-import statistics
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import cache, partial
@@ -302,18 +301,19 @@ class _ProgressBar:
 
     def __init__(self, progress: Progress, task: TaskID, benchmark: Benchmark):
         self._progress, self._task, self._benchmark = progress, task, benchmark
-        self._values: list[float | None] = []
-        self._failed = self._unjudged = 0
+        self._sum = 0.0
+        self._scored = self._open = self._failed = self._unjudged = 0
 
     def add(self, record: Record) -> None:
         if record["error"] is not None:
             self._failed += 1
         else:
-            self._values.append(record["scores"][main_metric(self._benchmark, list(record["scores"]))])
+            value = record["scores"][main_metric(self._benchmark, list(record["scores"]))]
+            self._sum += value or 0.0
+            self._scored += value is not None
+            self._open += value is None
             self._unjudged += lacks_verdict(record)
-        values = [value for value in self._values if value is not None]
-        complete = bool(values) and len(values) == len(self._values)
-        shown = f"score {statistics.fmean(values):.3f}" if complete else ""
+        shown = f"score {self._sum / self._scored:.3f}" if self._scored and not self._open else ""
         if self._failed:
             shown += f" [red]{self._failed} failed[/]"
         if self._unjudged:

@@ -42,12 +42,16 @@ def pass_at_k(scores: Sequence[float], k: int) -> float:
 def majority(predictions: Sequence[str | None], same: Callable[[str, str], bool]) -> int | None:
     """Return the index of the first sample with the most frequent answer; None if no sample has an answer.
 
-    `same` decides whether two answers are equal. In a tie, the answer that occurs first wins.
+    `same`, which may be slow, decides whether two different texts are the same answer. In a tie, the answer that
+    occurs first wins.
     """
     votes: dict[int, int] = {}
+    first_of: dict[str, int] = {}
     for i, prediction in enumerate(predictions):
         if prediction:
-            first = next((j for j in votes if same(str(predictions[j]), prediction)), i)
+            if prediction not in first_of:
+                first_of[prediction] = next((j for j in votes if same(str(predictions[j]), prediction)), i)
+            first = first_of[prediction]
             votes[first] = votes.get(first, 0) + 1
     return max(votes, key=lambda i: (votes[i], -i), default=None)
 
