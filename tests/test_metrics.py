@@ -396,7 +396,7 @@ def test_every_alarm_listens_to_a_mean_that_exists(alarm):
     scored = ScoredLeaves(leaves=(), rewards=rewards, of_all_ranks=rewards, trained=rewards > 0, size=2)
     tally_baseline(scored, rewards, rewards, tally)
     rule = Schedule()
-    other = {"leaves": 4, "spent": None, "planned": 0.5}
+    other = {"ends": [0.0, 1.0], "leaves": 4, "made": 0.5}
     rule.load_state_dict({"score": [1.0, 1.0], "calls": [1.0, 0.0], "variance": {0: 0.2, 1: 0.1}} | other)
     for name, value in rule.metrics().items():
         tally.add(name, value)

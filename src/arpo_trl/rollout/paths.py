@@ -33,7 +33,6 @@ class Group:
     error: Exception | None = None
     """The error that ended the group, in a stream."""
     starts: int = 0
-    topups: int = 0
     longest_chain: int = 0
     spans: dict[int, Span] = field(default_factory=dict)
     live: dict[Address, LivePath] = field(default_factory=dict)

@@ -189,7 +189,7 @@ class _Run:
             times=RolloutTimes(
                 total_s=end - start, forward_s=forward_s, tool_wait_s=tool_wait_s, sync_s=sync_s + end - closing
             ),
-            topups=[group.topups for group in groups],
+            topups=[group.tree.topups for group in groups],
             turns_in_sequence=[group.longest_chain for group in groups],
             spans=[group.spans for group in groups],
         )
@@ -242,7 +242,7 @@ class _Run:
             tree=group.tree,
             error=None,
             seconds=seconds,
-            topups=group.topups,
+            topups=group.tree.topups,
             turns_in_sequence=group.longest_chain,
             spans=group.spans,
         )
@@ -338,7 +338,7 @@ class _Run:
             )
         del path.group.live[path.address]
         self._close(path.states)
-        path.group.topups += 1
+        path.group.tree.topups += 1
         self._start_at_root(path.group, 1, waited=path.waited)
 
     def _write_branch(self, path: Path, address: Address) -> None:
@@ -701,7 +701,7 @@ class _Run:
             for path, _ in offered:
                 if path.states_for_branches is not None:
                     self._close(path.states_for_branches)
-        group.topups += topups
+        group.tree.topups += topups
         self._start_at_root(group, topups, waited=group.longest_chain)
 
     def _draw(self, what: str, key: tuple[int, ...]) -> int:

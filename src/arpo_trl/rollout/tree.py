@@ -231,6 +231,8 @@ class RolloutTree:
     def __init__(self, prompt_ids: Sequence[int]):
         self.nodes: list[Node] = [Node(index=0, parent=None, kind=NodeKind.ROOT, ids=list(prompt_ids), text="")]
         self._leaves: dict[Address, int] = {}
+        self.topups = 0
+        """Leaves that started at the root because branches could no longer supply them. They started last."""
 
     @property
     def root(self) -> Node:

@@ -33,6 +33,14 @@ class EstimatedWidths(Planned):
             below=True,
             count=10,
         ),
+        Alarm(
+            metric="schedule/budget_used",
+            limit=1.25,
+            advice="The trees make {share} of the calls that calls_share allows: many paths end before their results "
+            "branch, and others start at the root. Raise calls_share in branch_rule_kwargs, or set initial_rollouts "
+            "to num_generations (GRPO).",
+            count=20,
+        ),
     )
 
     calls_share: float | None = setting(
@@ -47,18 +55,23 @@ class EstimatedWidths(Planned):
     memory: float = setting(0.8, "Weight of earlier steps in the estimates.", at_least=0, at_most=1)
     estimates: DepthEstimates = field(default_factory=DepthEstimates, init=False, repr=False, compare=False)
 
+    @property
+    def reads_logprobs(self) -> bool:
+        """Whether the widths are estimated."""
+        return True
+
     def plan(self, leaves: int, planned: int, context: BranchContext) -> Sequence[int]:
         widths = self.estimates.widths(leaves, self._share) or [float(planned), float(leaves)]
         factors, explores = [], False
         for depth, (above, width) in enumerate(zip([1.0, *widths], widths, strict=False)):
             draws = context.generator(-1, depth)
-            factors.append(max(1, math.floor(width / above + draws.random())))
+            drawn = max(1, math.floor(width / above + draws.random()))
             extra = draws.random() < self.exploration
-            factors[-1] += extra
+            factors.append(leaves if width >= leaves else drawn + extra)
             explores |= extra and depth > 0
         if explores:
             factors[0] = min(factors[0], leaves - 1)  # leaves one to branch
-        return factors if len(widths) == 1 else [*factors[:-1], leaves]
+        return factors
 
     def expected_widths(self) -> Sequence[float]:
         """Return the number of turns at each depth, for the metrics; empty if it is not known yet."""
@@ -68,10 +81,13 @@ class EstimatedWidths(Planned):
         return depth_sums(trees, rewards)
 
     def learn(self, lessons: Sequence[Any]) -> None:
-        self.estimates.update(lessons, self.memory, self._share)
+        self.estimates.update(lessons, self.memory)
 
     def metrics(self) -> Mapping[str, float]:
-        return {f"schedule/{name}": value for name, value in self.estimates.metrics(self.expected_widths()).items()}
+        values = self.estimates.metrics(self.expected_widths())
+        if self.reads_logprobs and (share := self.estimates.calls_share) is not None:
+            values["budget_used"] = share / self._share
+        return {f"schedule/{name}": value for name, value in values.items()}
 
     def state_dict(self) -> Any:
         return self.estimates.state_dict()
