@@ -135,6 +135,25 @@ def test_surprisal_rounds_follow_one_another():
     ]
 
 
+@pytest.mark.parametrize("rule", [Surprisal(rounds=2), Uniform(rounds=2)])
+def test_without_tool_calls_there_are_no_more_waves_than_rounds(rule):
+    # K = 4, and the root is the only place
+    rollout = Scripted(lambda request, context: ScriptedTurn(text=ANSWER), leaves=16, at_root=8, rule=rule)()
+    assert len(rollout.trees[0].leaves()) == 16
+    assert rollout.turns_in_sequence == [1 + 2]
+    assert rollout.topups == [8]
+
+
+def test_the_rest_of_a_round_starts_at_the_root():
+    # K = 6 and the root and two results are places: one path at each, and three more at the root
+    rollout = Scripted(one_search, leaves=8, at_root=2, rule=Surprisal(rounds=1))()
+    found = [leaf.address for leaf in rollout.trees[0].leaves()]
+    assert found == [(0,), (0, 1, 0), (1,), (1, 1, 0), (2,), (3,), (4,), (5,)]
+    assert rollout.turns_in_sequence == [4]  # two waves of two turns
+    reasons = [node.decision.reason for node in rollout.trees[0].observations() if node.decision]
+    assert reasons == ["round 1: 1 of 6 paths, score 0.500 nats"] * 2
+
+
 # uniform -------------------------------------------------------------------------------------------------------------
 
 

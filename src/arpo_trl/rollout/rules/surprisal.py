@@ -2,7 +2,8 @@
 
 Reads the sampling logprobs of whole turns and the number of siblings, when no path is live. After the N first paths
 have ended, L rounds of K = (M − N) / L branches start, one at each of the K best places. A place is the root or an
-observation. A path that starts at the root counts as a top-up in the metrics.
+observation. If there are fewer than K places, the other paths of the round start at the root, too. A path that starts
+at the root counts as a top-up in the metrics.
 
 Bias: multiplicity, and look-ahead over a whole turn: the turn whose tokens determined the place is itself trained.
 """

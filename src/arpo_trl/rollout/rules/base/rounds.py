@@ -33,7 +33,7 @@ class Rounds(BranchRule):
     """A rule that waits, and then adds the other M − N leaves in rounds, below the root or observations.
 
     The sizes of rounds differ by at most 1, the larger ones first. A round starts when all paths of the round before
-    have ended. A subclass defines `pick`:
+    have ended. Paths of a round for which no start is picked start at the root. A subclass defines `pick`:
 
         @register_rule("at_the_root")
         @dataclass(frozen=True, kw_only=True)
@@ -81,8 +81,7 @@ class Rounds(BranchRule):
     def decide(self, candidates: Sequence[Candidate], context: BranchContext) -> list[BranchDecision]:
         nodes = context.tree.nodes
         places = [context.tree.root, *(nodes[candidate.node] for candidate in candidates)]
-        rounds_left = max(1, self.rounds - context.state.number)
-        count = math.ceil(context.remaining / rounds_left)
+        count = math.ceil(context.remaining / (self.rounds - context.state.number))
         chosen = self.pick(places, count, context)
         if not are_whole(chosen, 0, len(places) - 1) or len(chosen) > count:
             raise ConfigError(
@@ -90,6 +89,7 @@ class Rounds(BranchRule):
                 f"{len(places) - 1}. Correct its `pick`."
             )
         picked = Counter(map(int, chosen))
+        picked[0] += count - len(chosen)  # a round for the rest would not be one of L
         context.state.at_root = picked[0]
         context.state.number += 1
         decisions = []
