@@ -329,6 +329,17 @@ def test_cbpo_reserves_leaves_for_the_maximum_branches_of_a_result():
     assert CBPO().supply([LivePath(address=(0,), node=0, results=2)], Grown(remaining=20)) == 15
 
 
+def test_cbpo_counts_branches_without_overflow_and_without_a_loop_over_its_limits():
+    # 2^−500 < .25: one branch, also with 5000, where 2^5000 is no float
+    assert CBPO(power=500.0).most_branches() == CBPO(power=5000.0).most_branches() == 1
+    with pytest.raises(ConfigError, match="the N = 6 first paths become at most 12 of M = 16 leaves"):
+        settings("cbpo", branch_rule_kwargs={"power": 5000.0})
+    # (1 + j)² < 4^5 = 1024 for j ≤ 30: 31 branches
+    assert CBPO(per_node=10**12, per_path=10**12).most_branches() == 31
+    # P does not fall
+    assert CBPO(power=0.0, per_node=10**12, per_path=10**12).most_branches(1) == 10**12 - 1
+
+
 def test_cbpo_starts_with_6_of_16():
     assert settings("cbpo").initial_rollouts == 6
     with pytest.raises(ConfigError, match="per_node is 0; expected an integer of at least 1"):

@@ -230,6 +230,7 @@ def test_the_tree_does_not_depend_on_the_order_in_which_paths_finish(rule, sched
         ({"widths": "1-3-4"}, "widths is '1-3-4'; expected integers"),
         ({"widths": [True, 12]}, r"widths is \[True, 12\]; expected integers"),
         ({"widths": [1, 12], "calls_share": 0.5}, "widths and calls_share are both set"),
+        ({"widths": [1, 12], "exploration": 0.5}, "widths and exploration are both set"),
         ({"calls_share": 0}, r"calls_share is 0; expected a number in \(0, 1\]"),
         ({"exploration": 2.0}, r"exploration is 2.0; expected a number in \[0, 1\]"),
         ({"memory": "long"}, r"memory is 'long'; expected a number in \[0, 1\]"),

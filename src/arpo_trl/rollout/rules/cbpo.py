@@ -1,13 +1,13 @@
 """CBPO's balanced probability (arXiv 2608.24300): branch at an increase of entropy, less after earlier branches.
 
-Reads, after the first k tokens under an observation, their entropies, those of the path's first turn, and the
-branches above. The paper also branches inside turns, every 64 tokens. Its entropies cover the ten most likely tokens.
+Reads the entropies of the first k tokens under an observation and of the path's first turn, and the branches above.
 
 Bias: multiplicity, look-ahead.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -53,8 +53,8 @@ class CBPO(BranchRule):
     def _wanted(self, delta: float, above: int) -> int:
         """The number of branches at an observation below `above` branches. P decreases with each."""
         most = range(min(self.per_node, self.per_path - above))
-        return sum(self.probability(delta, above + j, j) > self.least for j in most)
+        return bisect_left(most, True, key=lambda j: self.probability(delta, above + j, j) <= self.least)
 
     def probability(self, delta: float, path: int, node: int) -> float:
         """P with L = `path` and l = `node`."""
-        return clipped(self.base + self.slope * delta) / ((1 + path) * (1 + node)) ** self.power
+        return clipped(self.base + self.slope * delta) * ((1 + path) * (1 + node)) ** -self.power

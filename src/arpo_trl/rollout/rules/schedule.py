@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from arpo_trl.common.settings import changed
 from arpo_trl.errors import ConfigError
 from arpo_trl.rollout.rules import register_rule
 from arpo_trl.rollout.rules.base import BranchContext, EstimatedWidths, check_widths, checked_widths
@@ -31,8 +32,8 @@ class Schedule(EstimatedWidths):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.widths and self.calls_share is not None:
-            raise ConfigError("widths and calls_share are both set, but widths determine the calls. Remove one.")
+        if self.widths and (unused := [name for name in changed(self) if name in ("calls_share", "exploration")]):
+            raise ConfigError(f"widths and {unused[0]} are both set, but widths determine the calls. Remove one.")
         object.__setattr__(self, "widths", checked_widths(self.widths))
 
     @property
