@@ -188,6 +188,51 @@ def test_a_child_that_lives_on_does_not_hold_up_the_end():
     child.join()
 
 
+@pytest.mark.parametrize("in_main_thread", [True, False])
+def test_a_forked_process_ends_by_sigterm_ignores_ctrl_c_and_stops_nothing(in_main_thread):
+    """A reward that runs code with a time limit in a process: in the main thread, or ahead of the update."""
+    interrupts, ends = Interrupts(), []
+
+    def fork() -> None:
+        context = multiprocessing.get_context("fork")
+        for target, arguments in ((time.sleep, (60,)), (signal.raise_signal, (signal.SIGINT,))):
+            child = context.Process(target=target, args=arguments)
+            child.start()
+            if target is time.sleep:
+                child.terminate()  # perhaps before the child runs at all
+            child.join()
+            ends.append(child.exitcode)
+
+    with interrupts.listening():
+        if in_main_thread:
+            fork()
+        else:
+            thread = threading.Thread(target=fork)
+            thread.start()
+            thread.join()
+        time.sleep(0.2)  # what a child wrote into the pipe would be read by now
+        interrupts.check()
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()).isdisjoint((signal.SIGINT, signal.SIGTERM))
+    assert ends == [-signal.SIGTERM, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="macOS does not tell who sent a signal")
+def test_workers_that_load_data_are_ended_by_the_run_only(model, tmp_path):
+    """A batch system sends SIGTERM to all processes of a job, and the run still has to save."""
+    trainer = make_trainer(model, tmp_path, dataloader_num_workers=1)
+    batches = iter(trainer.get_train_dataloader())
+    next(batches)  # the worker has begun
+    (worker,) = multiprocessing.active_children()
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    next(batches)
+    worker.join(0.2)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(BOUND_S)
+    assert worker.exitcode == 0
+
+
 def test_outside_the_main_thread_signals_stay_with_whoever_has_them():
     seen = []
 

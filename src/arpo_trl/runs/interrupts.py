@@ -7,6 +7,9 @@ at points that all ranks reach, and the ranks decide together.
     SIGTERM, Ctrl-C ─▶ told ─┬─▶ check()      ends a wait of this rank: `Interrupted`
                              └─▶ the trainer  polls all ranks, and all raise `Interrupted` at the same place
     Ctrl-C again ──────────────▶ this process and its children are killed
+
+A process that a reward or a tool forks meanwhile listens to nothing: SIGTERM ends it, and it ignores Ctrl-C, which a
+terminal sends to all processes and which this process handles.
 """
 
 from __future__ import annotations
@@ -20,10 +23,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import psutil
 from torch import distributed
@@ -60,6 +63,8 @@ class Interrupts:
         self._told_at = 0.0
         self._raises = False
         self._shared: _SharedFlag | None = None
+        self._before: dict[signal.Signals, Any] = {}
+        """The handlers outside of `listening`."""
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -73,21 +78,30 @@ class Interrupts:
         # for that, so a thread reads the pipe to which the interpreter writes each signal's number.
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
-        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        _Forks.listener = self
         wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         watcher = threading.Thread(target=self._watch, args=(reader,), name="arpo-interrupts", daemon=True)
         watcher.start()
         try:
             yield
         finally:
+            _Forks.listener = None
             signal.set_wakeup_fd(wakeup)
-            for number, handler in before.items():
+            for number, handler in self._before.items():
                 signal.signal(number, handler)
             os.write(writer, _END)  # closing the pipe is not enough: a forked child may keep it open
             watcher.join()
             os.close(writer)
             os.close(reader)
             self.active = False
+
+    def stop_listening_in_child(self) -> None:
+        """Restores SIGTERM in a forked process, and ignores SIGINT."""
+        signal.set_wakeup_fd(-1)  # the parent's thread reads the pipe
+        signal.signal(signal.SIGTERM, self._before[signal.SIGTERM])
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self.active = False
 
     def check(self) -> None:
         """Raises `Interrupted` if this rank has received a signal, or has been notified that another rank has."""
@@ -149,6 +163,55 @@ class Interrupts:
             self.told = signum
             again = " Ctrl-C again stops immediately." if signum == signal.SIGINT else ""
             say(f"\n{signal.Signals(signum).name}: stopping with a checkpoint.{again}", to=sys.stderr)
+
+
+class _Forks(threading.local):
+    """Blocks the signals while a process forks: a child that gets one at once would report it through the pipe."""
+
+    listener: ClassVar[Interrupts | None] = None
+    """The one that listens now."""
+    mask: set[Any] | None = None
+    """The signals that were blocked before the fork of this thread."""
+
+    def before(self) -> None:
+        if _Forks.listener is not None:
+            self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+    def in_parent(self) -> None:
+        if self.mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
+            self.mask = None
+
+    def in_child(self) -> None:
+        listener, _Forks.listener = _Forks.listener, None
+        if listener is not None:
+            listener.stop_listening_in_child()
+        self.in_parent()
+
+
+_forks = _Forks()
+# At import, since it cannot be undone.
+os.register_at_fork(before=_forks.before, after_in_parent=_forks.in_parent, after_in_child=_forks.in_child)
+
+
+def begin_worker(begin: Callable[[int], None] | None, number: int) -> None:
+    """`worker_init_fn` of a data loader, after its own (`begin`): only its parent ends the worker.
+
+    A job may send SIGTERM to all its processes, and torch raises an error when a worker ends. Then the parent could
+    not save. The parent itself sends SIGTERM to workers that are left at its exit, and waits for them.
+    """
+    if begin is not None:
+        begin(number)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_by_parent, name="arpo-worker-end", daemon=True).start()
+
+
+def _end_by_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def stop_at_once(exit_status: int) -> None:

@@ -8,6 +8,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from arpo_trl.runs.checkpoints import (
     frozen_weights,
     model_identity,
 )
-from arpo_trl.runs.interrupts import Interrupts
+from arpo_trl.runs.interrupts import Interrupts, begin_worker
 from arpo_trl.runs.output_folder import wants_to_resume
 from arpo_trl.runs.tied_weights import without_tied_keys
 from arpo_trl.trl_seam import get_callable_name
@@ -55,6 +56,7 @@ class Resumable(GRPOTrainer):
     - `training_step`, `_evaluate`: check for interrupts. A subclass may check at more places.
     - `_save_checkpoint`, `_get_output_dir`, `_push_from_checkpoint`: write a checkpoint to a temporary folder, then
       move it to its final path and push it.
+    - `_get_dataloader`: a SIGTERM to all processes of a job does not end its workers.
     - `_load_best_model`: counts, for engines with a copy of the weights.
     - `_issue_warnings_after_load`: a checkpoint has tied weights under one of their names.
     - `_save_rng_state`, `_load_rng_state`: also save and load the trainer's state in memory between two steps.
@@ -311,6 +313,12 @@ class Resumable(GRPOTrainer):
             for callback, state in zip(callbacks, states[-len(callbacks) :], strict=False):
                 for attribute, value in state.get("attributes", {}).items():
                     setattr(callback, attribute, value)
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        loader = super()._get_dataloader(*args, **kwargs)
+        inner = loader.base_dataloader  # accelerate's own class passes attributes on, but does not take them
+        inner.worker_init_fn = partial(begin_worker, inner.worker_init_fn)
+        return loader
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         self._sampler = super()._get_train_sampler(dataset)
