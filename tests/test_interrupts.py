@@ -217,6 +217,36 @@ def test_a_forked_process_ends_by_sigterm_ignores_ctrl_c_and_stops_nothing(in_ma
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("writes", [True, False])
+def test_a_run_whose_log_has_no_reader_goes_on_to_its_last_line(writes):
+    """As after Ctrl-C in `… | tee run.log`, which ends `tee`."""
+    script = f"""
+        import sys
+        from arpo_trl.runs.interrupts import Interrupts
+        stream = sys.stdout  # as of a progress bar from before
+        with Interrupts().listening():
+            print("trains", flush=True)
+            sys.stdin.readline()
+            if {writes}:
+                print("saves", file=stream, flush=True)
+                print("held until the exit")
+        assert not {{"write", "flush"}} & vars(stream).keys()
+        print("how to resume", flush=True)
+    """
+    run = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert run.stdout.readline() == "trains\n"
+    run.stdout.close()
+    _, said = run.communicate("\n", timeout=BOUND_S)
+    assert (run.returncode, "BrokenPipeError" in said) == (0, False), said
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="macOS does not tell who sent a signal")
 def test_workers_that_load_data_are_ended_by_the_run_only(model, tmp_path):
     """A batch system sends SIGTERM to all processes of a job, and the run still has to save."""

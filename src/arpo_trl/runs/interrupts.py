@@ -84,7 +84,8 @@ class Interrupts:
         watcher = threading.Thread(target=self._watch, args=(reader,), name="arpo-interrupts", daemon=True)
         watcher.start()
         try:
-            yield
+            with _lasting(sys.stdout), _lasting(sys.stderr):
+                yield
         finally:
             _Forks.listener = None
             signal.set_wakeup_fd(wakeup)
@@ -163,6 +164,62 @@ class Interrupts:
             self.told = signum
             again = " Ctrl-C again stops immediately." if signum == signal.SIGINT else ""
             say(f"\n{signal.Signals(signum).name}: stopping with a checkpoint.{again}", to=sys.stderr)
+
+
+@contextmanager
+def _lasting(stream: Any) -> Iterator[None]:
+    """A context in which the stream loses its text if its reader is gone.
+
+    A Ctrl-C also ends the `tee` of `… | tee run.log`. Then a line of the log must not raise before the checkpoint is
+    saved.
+    """
+    before: dict[str, Any] = {}
+    own: dict[str, Any] = {}
+
+    def lasting(method: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any) -> Any:
+            try:
+                return method(*args)
+            except BrokenPipeError:
+                _lead_nowhere(stream)
+                return len(args[0]) if args else None
+
+        return called
+
+    with contextlib.suppress(AttributeError, TypeError):  # there is no stream, or it cannot be changed
+        for name in ("write", "flush"):
+            before[name] = vars(stream).get(name)
+            # Methods, since progress bars and loggers hold the stream itself.
+            setattr(stream, name, lasting(getattr(stream, name)))
+            own[name] = vars(stream)[name]
+    try:
+        yield
+    finally:
+        for name, method in own.items():
+            if vars(stream).get(name) is not method:  # replaced by another library, such as a tracker
+                continue
+            delattr(stream, name)
+            if before[name] is not None:
+                setattr(stream, name, before[name])
+        if own and _is_broken(stream):  # the last line of the program must not raise either
+            _lead_nowhere(stream)
+
+
+def _is_broken(stream: Any) -> bool:
+    """Whether the stream is a pipe without a reader."""
+    with contextlib.suppress(OSError, ValueError):  # not a file, or closed
+        poller = select.poll()
+        poller.register(stream.fileno(), 0)
+        return any(events & select.POLLERR for _, events in poller.poll(0))
+    return False
+
+
+def _lead_nowhere(stream: Any) -> None:
+    """Redirects the file of the stream, which may still hold text that Python flushes at its exit."""
+    with contextlib.suppress(OSError, ValueError):  # not a file, or closed
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
 
 
 class _Forks(threading.local):
