@@ -11,7 +11,7 @@ import pytest
 from arpo_trl.errors import RewardError
 from arpo_trl.rewards import exact_match, extract_answer, math_equal, paper_f1, task_accuracy, token_f1
 from arpo_trl.rewards.answers import MAX_MATH_CHARS, normalized_tokens
-from arpo_trl.rewards.math_worker import MathWorker, math_worker
+from arpo_trl.rewards.math_worker import MathWorker, _started, math_worker
 
 
 @pytest.mark.parametrize(
@@ -172,6 +172,13 @@ def test_an_interrupt_during_the_start_of_the_worker_does_not_shift_later_answer
         signal.signal(signal.SIGALRM, before)
     assert [worker.equal(*pair) for pair in (("1/2", "0.5"), ("3", "4"), ("2", "2"))] == [True, False, True]
     worker.close()
+
+
+def test_a_ctrl_c_of_the_terminal_does_not_reach_the_worker_not_even_while_it_starts() -> None:
+    process = _started(1.0)
+    assert os.getsid(process.pid) == process.pid
+    process.kill()
+    process.communicate()
 
 
 def test_a_worker_that_cannot_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,10 @@ import functools
 import math
 import os
 import signal
-from contextlib import nullcontext
+import subprocess
+import threading
 from datetime import datetime
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_the_total_weights_applicable_rewards_and_is_nan_without_any():
 
 
 def test_a_wrapped_function_has_the_file_and_the_name_by_which_a_checkpoint_knows_it():
-    interrupts = SimpleNamespace(told=None)
+    interrupts = Interrupts()
     assert checked_reward(total_rewards, interrupts).origin == "reward_guard.py:total_rewards"
     hierarchical = checked_reward(HierarchicalReward("paper_f1", bonus_tools=["lookup"]), interrupts)
     assert hierarchical.origin == "hierarchical.py:hierarchical"
@@ -38,7 +38,7 @@ def test_a_wrapped_function_has_the_file_and_the_name_by_which_a_checkpoint_know
 
 
 def test_names_of_rewards_are_distinct_and_the_first_keeps_its_own():
-    functions = [checked_reward(lambda completions: [], SimpleNamespace(told=None)) for _ in range(4)]
+    functions = [checked_reward(lambda completions: [], Interrupts()) for _ in range(4)]
     names = ["reward", "reward", "reward_2", "reward"]
     assert named_apart(functions, names) == ["reward", "reward_3", "reward_2", "reward_4"]
     assert [function.__name__ for function in functions] == ["reward", "reward_3", "reward_2", "reward_4"]
@@ -53,7 +53,7 @@ def test_a_function_that_reads_environments_is_not_called_without_one():
     async def best_async(completions, environments):
         return best(completions, environments)
 
-    interrupts = SimpleNamespace(told=None, raising=nullcontext)
+    interrupts = Interrupts()
     given = {"completions": ["x", "y"], "environments": [None, None]}
     assert checked_reward(best, interrupts)(**given) == [None, None]
     assert asyncio.run(checked_reward(best_async, interrupts)(**given)) == [None, None]
@@ -82,9 +82,35 @@ def test_an_error_before_an_async_function_awaits_names_the_function():
     async def scores(completions, *, gold):
         return [0.0]
 
-    interrupts = SimpleNamespace(told=None, raising=nullcontext)
     with pytest.raises(RewardError, match="scores"):
-        asyncio.run(checked_reward(scores, interrupts)(completions=["x"]))
+        asyncio.run(checked_reward(scores, Interrupts())(completions=["x"]))
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("result", [subprocess.CalledProcessError(-signal.SIGINT, "tests"), math.nan])
+def test_a_function_that_fails_because_ctrl_c_ended_its_program_gives_placeholders(is_async, result):
+    """Outside the main thread, as with rollouts_ahead: nothing interrupts the function itself."""
+
+    def scores(completions):
+        os.kill(os.getpid(), signal.SIGINT)
+        until(lambda: interrupts.told is not None)
+        if isinstance(result, Exception):
+            raise result
+        return [result]
+
+    async def scores_async(completions):
+        return scores(completions)
+
+    def call() -> None:
+        got.append(asyncio.run(checked(completions=["x"])) if is_async else checked(completions=["x"]))
+
+    interrupts, got = Interrupts(), []
+    checked = checked_reward(scores_async if is_async else scores, interrupts)
+    with interrupts.listening():
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+    assert got == [[0.0]]
 
 
 def test_after_an_interrupted_training_an_async_function_is_waited_for():
@@ -117,7 +143,7 @@ def test_columns_of_log_extra_become_plain_data_that_a_checkpoint_and_a_table_ca
         return [0.0, 0.0]
 
     found = {}
-    interrupts = SimpleNamespace(told=None, raising=nullcontext)
+    interrupts = Interrupts()
     checked_reward(reward, interrupts)(completions=["x", "y"], log_extra=found.__setitem__)
     assert found == {"seen": logged} and [type(value) for value in found["seen"]] == [type(each) for each in logged]
 
@@ -141,7 +167,7 @@ def test_a_wrong_log_names_the_reward_function(call, message):
         call(log_metric, log_extra)
         return [0.0, 0.0]
 
-    interrupts = SimpleNamespace(told=None, raising=nullcontext)
+    interrupts = Interrupts()
     functions = {"log_metric": {}.__setitem__, "log_extra": {}.__setitem__}
     with pytest.raises(RewardError, match=message):
         checked_reward(reward, interrupts)(completions=["x", "y"], **functions)
@@ -154,6 +180,6 @@ def test_a_function_that_changes_a_list_of_a_row_changes_its_own_copy(first):
         return [0.0] * len(completions)
 
     gold = [first, ["a"]]
-    interrupts = SimpleNamespace(told=None, raising=nullcontext)
+    interrupts = Interrupts()
     assert checked_reward(spoils, interrupts)(completions=["x", "y"], gold=gold) == [0.0, 0.0]
     assert gold == [first, ["a"]]

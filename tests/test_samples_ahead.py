@@ -699,3 +699,19 @@ def test_an_engine_that_cannot_change_its_weights_during_sampling_is_refused(mod
     monkeypatch.delattr(ahead_run.EngineWithVersions, "sync")
     with pytest.raises(ConfigError, match="EngineWithVersions cannot update its weights during sampling"):
         make_trainer(model_path, tmp_path)
+
+
+def test_an_engine_that_fails_after_a_signal_costs_no_step(model_path, tmp_path):
+    """Ctrl-C also ends a server of the same terminal."""
+
+    def failing(request, context):
+        if made.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while made._interrupts.told is None:
+                time.sleep(0.01)
+            raise EngineError("The server has ended.")
+        return searching(request, context)
+
+    made = make_trainer(model_path, tmp_path, failing, max_steps=6)
+    with pytest.raises(Interrupted, match=r"Step \d is saved"):
+        made.train()

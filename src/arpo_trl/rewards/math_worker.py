@@ -124,6 +124,7 @@ def _started(cpu_limit_s: float) -> subprocess.Popen[str]:
                 stdout=subprocess.PIPE,
                 encoding="utf-8",
                 env={},
+                start_new_session=True,  # the parent handles Ctrl-C; the worker exits when stdin closes
             )
         except OSError as error:
             if time.monotonic() >= deadline:
@@ -166,7 +167,6 @@ def _serve(cpu_limit_s: float) -> None:
 
     logging.disable(logging.CRITICAL)
     equal(r"\frac{1}{2}", "0.5")  # fills caches before the CPU time of questions is measured
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C; this process exits when stdin closes
 
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     null = os.open(os.devnull, os.O_WRONLY)

@@ -110,6 +110,16 @@ class Interrupts:
             raise Interrupted(self.told)
 
     @contextmanager
+    def over_errors(self) -> Iterator[None]:
+        """A context in which an error after a signal becomes `Interrupted`: Ctrl-C also reaches the programs that a
+        reward, an environment or an engine has started, and they fail."""
+        try:
+            yield
+        except Exception:
+            self.check()
+            raise
+
+    @contextmanager
     def raising(self) -> Iterator[None]:
         """A context in which a signal raises `Interrupted` at any point of the main thread, for code without `check`.
 

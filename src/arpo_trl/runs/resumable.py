@@ -340,8 +340,9 @@ class Resumable(GRPOTrainer):
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """A context. If its code is interrupted on a rank, all ranks raise `Interrupted` at its end. A collective."""
-        with suppress(Interrupted):
+        """A context. If its code is interrupted on a rank, or fails on it after a signal, all ranks raise
+        `Interrupted` at its end. A collective."""
+        with suppress(Interrupted), self._interrupts.over_errors():
             yield
         self.stop_together()
 

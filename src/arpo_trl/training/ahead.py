@@ -157,6 +157,11 @@ class RolloutsAhead:
             lambda: not self._open and not self._queue and all(batch.sampled for batch in self._batches.values())
         )
 
+    @property
+    def failed(self) -> bool:
+        """Whether an error has stopped the sampling thread."""
+        return self._error is not None
+
     def raise_error(self) -> None:
         """Raise the error that stopped the sampling thread, if there is one."""
         if self._error is not None:

@@ -40,7 +40,8 @@ def checked_reward(function: Any, interrupts: Interrupts, *, removes_columns: bo
     - If an environment could not be created (None in `environments`), a function that names `environments` gives its
       completion no reward. The wrapper passes only the other completions.
     - The wrapper checks the rewards. TRL would silently treat NaN as "not applicable".
-    - On an interrupt the wrapper returns zeros, so that this rank still reaches the point where all ranks stop.
+    - On an interrupt the wrapper returns zeros, so that this rank still reaches the point where all ranks stop. So it
+      does if the function fails after a signal: Ctrl-C also ends a program that the function runs.
 
     The wrapper's `origin` is the file and the name of the function, and its `reward_settings` are those of a
     `HierarchicalReward`, else None: a run resumes only with the same. Errors name the function by the wrapper's
@@ -70,15 +71,18 @@ def checked_reward(function: Any, interrupts: Interrupts, *, removes_columns: bo
                 made = function(**select({**given, **logging}, wrapper.__name__))
             # Not on TRL's loop, which a SystemExit in a task of the function would end.
             running = _loop().start(outcome_of(made))
-            while not (await asyncio.wait([asyncio.wrap_future(running)], timeout=REWARD_POLL_S))[0]:
-                if interrupts.active and interrupts.told is not None:
-                    running.cancel()
-                    return [0.0] * len(completions)
-            with _told(function, wrapper.__name__):
-                rewards, error = running.result()
-                if error is not None:
-                    raise error
-            return _spread(_checked(rewards, wrapper.__name__, len(rows)), rows, len(completions))
+            try:
+                while not (await asyncio.wait([asyncio.wrap_future(running)], timeout=REWARD_POLL_S))[0]:
+                    interrupts.check()
+                with interrupts.over_errors():
+                    with _told(function, wrapper.__name__):
+                        rewards, error = running.result()
+                        if error is not None:
+                            raise error
+                    return _spread(_checked(rewards, wrapper.__name__, len(rows)), rows, len(completions))
+            except Interrupted:
+                running.cancel()
+                return [0.0] * len(completions)
 
         wrapper: Any = checked_async
     else:
@@ -89,13 +93,14 @@ def checked_reward(function: Any, interrupts: Interrupts, *, removes_columns: bo
                 return [None] * len(completions)
             logging = _checked_logs(given, wrapper.__name__, rows, len(completions))
             try:
-                with _told(function, wrapper.__name__), interrupts.raising():
-                    rewards = function(**select({**given, **logging}, wrapper.__name__))
-                    if inspect.isawaitable(rewards):  # a sync decorator around an async function
-                        rewards = _awaited(rewards)
+                with interrupts.over_errors():
+                    with _told(function, wrapper.__name__), interrupts.raising():
+                        rewards = function(**select({**given, **logging}, wrapper.__name__))
+                        if inspect.isawaitable(rewards):  # a sync decorator around an async function
+                            rewards = _awaited(rewards)
+                    return _spread(_checked(rewards, wrapper.__name__, len(rows)), rows, len(completions))
             except Interrupted:
                 return [0.0] * len(completions)
-            return _spread(_checked(rewards, wrapper.__name__, len(rows)), rows, len(completions))
 
         wrapper = checked
     wrapper.__name__ = name

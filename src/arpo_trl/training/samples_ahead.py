@@ -188,7 +188,8 @@ class SamplesAhead(Resumable):
         return self._sampled.rollout
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self._ahead is not None:
+        if self._ahead is not None and self._ahead.failed:
+            self.stop_together()  # the other ranks do so in their `training_step`
             self._ahead.raise_error()
         loss = super().training_step(*args, **kwargs)
         if self._coming is not None:
