@@ -99,6 +99,37 @@ def ended_after(whole: Path, step: int, folder: Path) -> Path:
 
 
 @pytest.mark.slow
+def test_a_training_after_one_that_failed_within_a_step_begins_anew(model, tmp_path, monkeypatch):
+    """As in a notebook. A rollout serves 8 micro-batches, that is 4 steps."""
+    trainer = made(model, tmp_path, **{**RUNS["buffered"], "max_steps": 4, "save_strategy": "no"})
+    events: list[str] = []
+    weights: list[tuple[int, int]] = []
+    generate, compute = trainer._generate_and_score_completions, trainer.compute_loss
+
+    def rollout(rows):
+        assert not trainer._metrics["train"]
+        events.append("rollout")
+        weights.append((trainer.state.global_step, trainer.loads))  # by which an engine knows the weights it has
+        return generate(rows)
+
+    def update(*args, **kwargs):
+        events.append("update")
+        if len(weights) == 1 and events.count("update") == 3:
+            raise RuntimeError("CUDA out of memory")
+        return compute(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "_generate_and_score_completions", rollout)
+    monkeypatch.setattr(trainer, "compute_loss", update)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+    assert events == ["rollout", *["update"] * 3]
+    events.clear()
+    trainer.train()
+    assert events == ["rollout", *["update"] * 8]
+    assert len(set(weights)) == 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("run", "step"),
     [

@@ -308,6 +308,7 @@ def test_the_trainer_has_the_attributes_that_ours_reads(trainer):
     assert isinstance(trainer.reward_weights, torch.Tensor)
     assert trainer.model_wrapped is trainer.model
     assert trainer.num_iterations == 1
+    assert trainer._current_train_step_time >= 0.0  # of the current step
     assert (trainer.vllm_importance_sampling_clip_min, trainer.vllm_importance_sampling_clip_max) == (None, 3.0)
 
 

@@ -57,7 +57,7 @@ class Resumable(GRPOTrainer):
     - `_save_checkpoint`, `_get_output_dir`, `_push_from_checkpoint`: write a checkpoint to a temporary folder, then
       move it to its final path and push it.
     - `_get_dataloader`: a SIGTERM to all processes of a job does not end its workers.
-    - `_load_best_model`: counts, for engines with a copy of the weights.
+    - `_load_best_model`: counts, as `train` does, for engines with a copy of the weights.
     - `_issue_warnings_after_load`: a checkpoint has tied weights under one of their names.
     - `_save_rng_state`, `_load_rng_state`: also save and load the trainer's state in memory between two steps.
     - `_run_epoch`: a resumed epoch has the same order of rows, and a finished run takes no further step.
@@ -71,7 +71,8 @@ class Resumable(GRPOTrainer):
     """The working folder at the start of training, on which a relative `output_dir` depends; None outside of training.
     Rollouts ahead may run functions that change it at any time."""
     loads = 0
-    """How many times a checkpoint has replaced the weights: when training resumes, and at its end by the best ones."""
+    """How many times training has begun or a checkpoint has replaced the weights. With the step, it identifies the
+    weights: the step begins anew with each training."""
     _evaluation_is_owed = False
     _is_restored = True
     _passes = 0
@@ -190,7 +191,8 @@ class Resumable(GRPOTrainer):
         elif self.args.should_save:
             self._begin_logs()
         folder = None if self._resumed is None else str(self._resumed.folder)
-        self.started_in, self.loads = working_folder(), self.loads + (folder is not None)
+        self.started_in, self.loads = working_folder(), self.loads + 1
+        self._forget_training()
         try:
             with self._interrupts.listening():
                 try:
@@ -200,6 +202,13 @@ class Resumable(GRPOTrainer):
                     raise Interrupted(interrupted.signum, self._stop(interrupted)) from None
         finally:
             self.started_in = None
+
+    def _forget_training(self) -> None:
+        """Removes what an earlier `train` of this trainer has left, perhaps in the middle of a step. What a resumed
+        run continues comes from its checkpoint."""
+        self._step, self._buffered_inputs, self._current_train_step_time = 0, None, 0.0
+        for gathered in (*self._metrics.values(), self._pending_metrics, self._pending_extra_logs):
+            gathered.clear()
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

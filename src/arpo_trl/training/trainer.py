@@ -490,6 +490,10 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         readable(rule.state_dict(), f"The state_dict of the branch rule {rule.name!r}")
         super()._save_rng_state(output_dir)
 
+    def _forget_training(self) -> None:
+        super()._forget_training()
+        self._counted, self._spans = Tally(), Spans()
+
     def _begin_logs(self) -> None:
         self._trajectories.warn_of_earlier_run()
 
