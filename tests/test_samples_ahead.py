@@ -715,3 +715,38 @@ def test_an_engine_that_fails_after_a_signal_costs_no_step(model_path, tmp_path)
     made = make_trainer(model_path, tmp_path, failing, max_steps=6)
     with pytest.raises(Interrupted, match=r"Step \d is saved"):
         made.train()
+
+
+class EndEpoch(TrainerCallback):
+    """Ends each epoch after `steps` steps."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+
+    def on_epoch_begin(self, args, state, control, **_):
+        self.began = state.global_step
+
+    def on_step_end(self, args, state, control, **_):
+        control.should_epoch_stop = state.global_step - self.began >= self.steps
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 1, "steps_per_generation": 2}])
+def test_an_epoch_that_a_callback_ends_is_trained_as_without_rollouts_ahead(model_path, tmp_path, settings):
+    """The second case also ends in the middle of a generation batch."""
+    rows: dict[int, list] = {}
+    for ahead in (0, 2):
+        made = make_trainer(
+            model_path, tmp_path / str(ahead), rollouts_ahead=ahead, num_train_epochs=3, max_steps=-1, **settings
+        )
+        made.add_callback(EndEpoch(3))
+        generate, seen = made._generate_and_score_completions, rows.setdefault(ahead, [])
+
+        def noted(given, generate=generate, seen=seen, made=made):
+            seen.append((made.state.global_step, [row["prompt"] for row in given]))
+            return generate(given)
+
+        made._generate_and_score_completions = noted
+        made.train()
+        assert made.state.global_step == 9
+        assert made._ahead is None
+    assert rows[0] == rows[2]

@@ -202,6 +202,10 @@ class Resumable(GRPOTrainer):
                     raise Interrupted(interrupted.signum, self._stop(interrupted)) from None
         finally:
             self.started_in = None
+            self._end_training()
+
+    def _end_training(self) -> None:
+        """Called at the end of each training, also after an error. A subclass overrides it."""
 
     def _forget_training(self) -> None:
         """Removes what an earlier `train` of this trainer has left, perhaps in the middle of a step. What a resumed

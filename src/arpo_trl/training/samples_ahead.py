@@ -41,7 +41,7 @@ class SamplesAhead(Resumable):
     - `_generate_and_score_completions`: in training it moves the weights, starts rollouts, and adds metrics. In
       evaluation a subclass calls `pause_rollouts` before.
     - `_calculate_rewards`: returns the rewards that were computed after the rollout.
-    - `_run_epoch`: stops all rollouts after the last epoch, and on an error.
+    - `_run_epoch`: stops all rollouts after the last epoch, after one that a callback has ended, and on an error.
     """
 
     args: ARPOConfig
@@ -93,8 +93,12 @@ class SamplesAhead(Resumable):
         except BaseException:
             self._end_rollouts()
             raise
-        if self.control.should_training_stop:
+        if self.control.should_training_stop or self.control.should_epoch_stop:  # then the next rows are others
             self._end_rollouts()
+
+    def _end_training(self) -> None:
+        super()._end_training()
+        self._end_rollouts()
 
     def _end_rollouts(self) -> None:
         if self._ahead is not None:
