@@ -72,7 +72,7 @@ def test_an_awaitable_that_a_sync_function_returns_is_awaited():
     async def fails(completions):
         raise ValueError("no such gold")
 
-    interrupts = SimpleNamespace(told=None, raising=nullcontext)
+    interrupts = Interrupts()
     assert checked_reward(scores, interrupts)(completions=["x", "yy"]) == [1, 2]
     with pytest.raises(RewardError, match="'fails' raised ValueError: no such gold"):
         checked_reward(fails, interrupts)(completions=["x"])
