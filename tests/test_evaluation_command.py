@@ -298,6 +298,24 @@ def test_an_adapter_is_evaluated_with_its_revision_and_its_tokenizer(monkeypatch
     assert found.chat_template == "{{ 'own' }}"
 
 
+def test_code_of_a_model_runs_only_if_it_is_trusted(monkeypatch, capsys, here):
+    save_tiny_model(here / "model")
+    code = "from transformers import Qwen3Config, Qwen3ForCausalLM\n"
+    code += "class OwnConfig(Qwen3Config):\n    model_type = 'own'\n"
+    code += "class Own(Qwen3ForCausalLM):\n    config_class = OwnConfig\n"
+    (here / "model/own.py").write_text(code)
+    config = json.loads((here / "model/config.json").read_text())
+    own = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
+    (here / "model/config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": own}))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(here / "modules"))
+    data(here, count=1)
+    words = ("eval", "--model", here / "model", "--data", here, "--max-completion-length", "4", "--tools", "search")
+    words += ("--search-recorded", recorded(here))
+    status, _, err = run(monkeypatch, capsys, *words, "--output", "refused")
+    assert status == 2 and "trust_remote_code" in err
+    assert run(monkeypatch, capsys, *words, "--trust-remote-code", "--output", "trusted")[0] == 0
+
+
 # Killed --------------------------------------------------------------------------------------------------------------
 
 

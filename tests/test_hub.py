@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset, load_dataset
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
@@ -222,6 +223,17 @@ def test_a_snapshot_has_the_state_of_training_only_in_a_checkpoint(tmp_path):
     with Snapshot(run=tmp_path, model=checkpoint, checkpoint=(checkpoint, "last-checkpoint")) as folder:
         assert {path.name for path in folder.iterdir()} == {*model, "last-checkpoint"}
         assert {path.name for path in (folder / "last-checkpoint").iterdir()} == {*model, *state}
+
+
+def test_a_card_of_peft_goes_up_without_paths_of_this_machine(hub, model_path, tmp_path):
+    run = whole_run(tmp_path / "run", model_path)
+    paths = f"base_model: {model_path}\ndatasets:\n- rows.jsonl\n- me/rows\n"
+    tags = f"tags:\n- lora\n- base_model:adapter:{model_path}\n- base_model:adapter:me/base\n"
+    (run / "README.md").write_text(f"---\n{paths}{tags}---\n# Mine\n")
+    push_run(run, "me/policy", None)
+    card = ModelCard(hub.repos["models", "me/policy"]["README.md"].decode())
+    assert card.data.to_dict() == {"datasets": ["me/rows"], "tags": ["lora", "base_model:adapter:me/base"]}
+    assert card.text.strip() == "# Mine"
 
 
 @pytest.mark.slow

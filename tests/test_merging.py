@@ -64,16 +64,17 @@ def test_an_adapter_without_a_tokenizer_gets_its_bases(base, adapter, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == tokenizer().chat_template
 
 
-def test_an_adapter_of_tied_embeddings_leaves_the_head_as_it_was(base, adapter, tmp_path):
+@pytest.mark.parametrize("layers", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]], ids=" ".join)
+def test_an_adapter_of_one_of_two_tied_layers_leaves_the_other_as_it_was(base, tmp_path, layers):
     tied = AutoModelForCausalLM.from_pretrained(base)
     tied.config.tie_word_embeddings = True
     tied.tie_weights()
     tied.save_pretrained(tmp_path / "tied")
-    layers = LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], init_lora_weights=False)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "tied"), layers)
-    model.save_pretrained(tmp_path / "of-embeddings")
-    tokenizer().save_pretrained(tmp_path / "of-embeddings")
-    merge_adapter(str(tmp_path / "of-embeddings"), tmp_path / "merged")
+    lora = LoraConfig(r=4, target_modules=["q_proj", *layers], init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "tied"), lora)
+    model.save_pretrained(tmp_path / "adapter-of-layers")
+    tokenizer().save_pretrained(tmp_path / "adapter-of-layers")
+    merge_adapter(str(tmp_path / "adapter-of-layers"), tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     with torch.no_grad():
         assert torch.allclose(merged(IDS).logits, model.eval()(IDS).logits, atol=1e-5)

@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--output", type=Path, required=True, help="new folder for the merged model")
     merge.add_argument("--base", help="base model (default: the one named in the adapter)")
     merge.add_argument("--dtype", help="dtype such as bfloat16 (default: the base model's)")
+    merge.add_argument("--trust-remote-code", action="store_true", help="allow the base model to run code of its own")
     merge.add_argument("--push-to-hub", metavar="REPO", help="repository to push the merged model to")
 
     push = commands.add_parser(
@@ -176,7 +177,12 @@ def _merge(arguments: argparse.Namespace) -> None:
 
         repo_id = prepare_repo(arguments.push_to_hub, setting="--push-to-hub")  # before the work, not after it
     merge_adapter(
-        arguments.adapter, arguments.output, base=arguments.base, dtype=arguments.dtype, repo_id=arguments.push_to_hub
+        arguments.adapter,
+        arguments.output,
+        base=arguments.base,
+        dtype=arguments.dtype,
+        repo_id=arguments.push_to_hub,
+        trust_remote_code=arguments.trust_remote_code,
     )
     say(f"Merged model saved in {arguments.output}")
     if arguments.push_to_hub is not None:

@@ -67,8 +67,8 @@ def merged(model: Any, adapter: str) -> Any:
     """The model with the weights of the adapter in the folder or repository `adapter` added to its own.
 
     A cold start with new tokens (`chat_template_path`) changes the number of embeddings. The adapter then contains the
-    embeddings, and the model gets as many. An adapter of the embeddings changes only what a model reads, so a head
-    that shares their weights gets its own.
+    embeddings, and the model gets as many. An adapter of the embeddings or of the head changes only one of them, so
+    if they share their weights, the head gets its own.
     """
     from peft import PeftModel, load_peft_weights
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -84,8 +84,9 @@ def merged(model: Any, adapter: str) -> Any:
     if own and len(own[0]) != embeddings.num_embeddings:
         model.resize_token_embeddings(len(own[0]), mean_resizing=False)
     adapted = PeftModel.from_pretrained(model, adapter)
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    if isinstance(embeddings, BaseTunerLayer) and head.weight is embeddings.get_base_layer().weight:
+    layers = model.get_output_embeddings(), model.get_input_embeddings()
+    head, embeddings = (layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers)
+    if layers != (head, embeddings) and head.weight is embeddings.weight:
         head.weight = Parameter(head.weight.detach().clone())
         model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
     return adapted.merge_and_unload(safe_merge=True)

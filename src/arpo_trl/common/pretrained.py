@@ -38,6 +38,8 @@ def load_pretrained(what: str, name: str, load: Callable[..., T], **arguments: A
 
 def _reason(what: str, name: str, error: Exception) -> str:
     folder = Path(name)
+    if "trust_remote_code" in str(error):
+        return "loading it runs code of its repository. If you trust that code, set trust_remote_code."
     told = f"{type(error).__name__}: {' '.join(without_secrets(str(error)).split())[:300].rstrip('.')}"
     if not os.path.exists(folder):  # unlike Path.exists, false for a name that the system refuses
         if is_url(name):

@@ -48,10 +48,13 @@ def load_tokenizer(settings: EvalSettings) -> PreTrainedTokenizerBase:
             "model is missing. Set it to a folder or a Hub id; with base_url it is needed for its tokenizer."
         )
     base, revision, adapter = _weights(settings)
+    trusted = settings.trust_remote_code
     if adapter is not None and has_tokenizer(adapter):
-        tokenizer = load_pretrained("tokenizer", adapter, AutoTokenizer.from_pretrained)
+        tokenizer = load_pretrained("tokenizer", adapter, AutoTokenizer.from_pretrained, trust_remote_code=trusted)
     else:
-        tokenizer = load_pretrained("tokenizer", base, AutoTokenizer.from_pretrained, revision=revision)
+        tokenizer = load_pretrained(
+            "tokenizer", base, AutoTokenizer.from_pretrained, revision=revision, trust_remote_code=trusted
+        )
     if tokenizer.chat_template is None:
         raise ConfigError(
             f"The tokenizer of {tokenizer.name_or_path} has no chat template; expected one, to render questions as "
@@ -70,7 +73,7 @@ def make_sampler(settings: EvalSettings, toolbox: ToolBox, tokenizer: PreTrained
         EngineError: A server does not respond.
     """
     base, revision, _ = _weights(settings)
-    saved = saved_generation_config(base, revision=revision)
+    saved = saved_generation_config(base, revision=revision, trust_remote_code=settings.trust_remote_code)
     _refuse_ignored_rules(settings, saved)
     protocol = PROTOCOLS[ProtocolKind(settings.tool_protocol)](
         tokenizer,
@@ -179,7 +182,12 @@ def _load_model(settings: EvalSettings) -> Any:
 
     base, revision, adapter = _weights(settings)
     model = load_pretrained(
-        "weights", base, AutoModelForCausalLM.from_pretrained, revision=revision, dtype=settings.dtype
+        "weights",
+        base,
+        AutoModelForCausalLM.from_pretrained,
+        revision=revision,
+        dtype=settings.dtype,
+        trust_remote_code=settings.trust_remote_code,
     )
     if adapter is None:
         return model
@@ -201,7 +209,10 @@ def _vllm(settings: EvalSettings, tokenizer: PreTrainedTokenizerBase) -> LocalVL
         ) from error
     prepare_cpu()
     base, revision, adapter = _weights(settings)
-    loaded = load_pretrained("configuration", base, AutoConfig.from_pretrained, revision=revision)
+    trusted = settings.trust_remote_code
+    loaded = load_pretrained(
+        "configuration", base, AutoConfig.from_pretrained, revision=revision, trust_remote_code=trusted
+    )
     config = loaded.get_text_config()
     with tempfile.TemporaryDirectory() as folder:
         path = base
@@ -213,6 +224,7 @@ def _vllm(settings: EvalSettings, tokenizer: PreTrainedTokenizerBase) -> LocalVL
             "weights",
             path,
             LLM,
+            trust_remote_code=trusted,
             dtype=settings.dtype,
             max_model_len=min(settings.context, config.max_position_embeddings),
             max_num_seqs=settings.concurrency,

@@ -45,6 +45,9 @@ class EvalSettings(ToolLimits, JudgeArguments):
         "COMPLETIONS_API_KEY.",
     )
     served_model: str | None = setting(None, "The model's name on the server, if it serves several models.")
+    trust_remote_code: bool = setting(
+        False, "Allow the model's repository to run code of its own. Never taken from a run's settings."
+    )
     dtype: str = setting("auto", "Precision of the weights.", choices=["auto", "bfloat16", "float16", "float32"])
 
     benchmarks: list[str] = setting(

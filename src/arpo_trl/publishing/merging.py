@@ -23,7 +23,13 @@ _CARRIED = (CONFIG_NAME, EVALUATION_NAME, "trainer_state.json")
 
 
 def merge_adapter(
-    adapter: str, output: Path, *, base: str | None = None, dtype: str | None = None, repo_id: str | None = None
+    adapter: str,
+    output: Path,
+    *,
+    base: str | None = None,
+    dtype: str | None = None,
+    repo_id: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Saves base model + adapter to the new folder `output`, with the adapter's tokenizer, chat template and card.
 
@@ -32,6 +38,7 @@ def merge_adapter(
         base: The base model. None: the model named in the adapter's configuration, in the revision named there.
         dtype: The dtype in which the sum is computed and saved. None: the base model's.
         repo_id: The repository named in the card. None: the name of the folder.
+        trust_remote_code: Whether code of the base model's repository may run.
 
     Raises:
         ConfigError: `output` exists, there is no such dtype, or the tokenizer cannot be loaded.
@@ -55,11 +62,11 @@ def merge_adapter(
     name = base or config.base_model_name_or_path
     if not name:
         raise DataError(f"{adapter} does not name its base model. Name it with --base.")
-    revision = base_revision(config, name)
+    revision, trusted = base_revision(config, name), {"trust_remote_code": trust_remote_code}
     try:
         # Not quantized, even if the model was quantized in training: rounding the sum to 4 bits would lose the trained
         # difference.
-        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype or "auto")
+        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype or "auto", **trusted)
     except Exception as error:  # transformers and safetensors raise many kinds of errors, some without a text
         told = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(
@@ -72,9 +79,9 @@ def merge_adapter(
             f"{adapter} does not fit its base model {name!r}: {without_secrets(str(error))[:300]}"
         ) from error
     if has_tokenizer(adapter):
-        tokenizer = load_pretrained("tokenizer", adapter, AutoTokenizer.from_pretrained)
+        tokenizer = load_pretrained("tokenizer", adapter, AutoTokenizer.from_pretrained, **trusted)
     else:
-        tokenizer = load_pretrained("tokenizer", name, AutoTokenizer.from_pretrained, revision=revision)
+        tokenizer = load_pretrained("tokenizer", name, AutoTokenizer.from_pretrained, revision=revision, **trusted)
     ends = eos_ids_of(model.generation_config)
     if tokenizer.eos_token_id not in (None, *ends):  # that of a cold start with another eos_token
         model.config.get_text_config().eos_token_id = tokenizer.eos_token_id

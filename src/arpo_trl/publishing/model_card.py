@@ -275,6 +275,21 @@ def is_hub_id(name: str) -> bool:
     return _has_form_of_id(name) and not Path(name).exists()
 
 
+def keep_hub_ids(path: Path) -> None:
+    """Removes paths of this machine from the metadata of a card that peft or TRL wrote. The Hub rejects them."""
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(path)
+    data = card.data.to_dict()
+    for name, prefix in (("base_model", ""), ("datasets", ""), ("tags", "base_model:")):
+        given = data.get(name) or []
+        named = [given] if isinstance(given, str) else given
+        kept = [each for each in named if not each.startswith(prefix) or is_hub_id(each.split(":")[-1])]
+        if kept != named:
+            setattr(card.data, name, kept or None)
+            write_whole(path, str(card))
+
+
 def as_path(name: Any) -> Any:
     """`name`, or a list of names, with ./ before each path on this machine that has the form of a repository id.
 

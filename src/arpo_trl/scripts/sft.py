@@ -39,6 +39,7 @@ from arpo_trl.data.demonstrations import encode_dataset, has_text_prompts
 from arpo_trl.data.loading import read_file
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.logs.progress import closed_bars, show_compactly
+from arpo_trl.publishing.model_card import is_hub_id
 from arpo_trl.rollout.protocols import TagProtocol
 from arpo_trl.runs.output_folder import check_output, sole_run, wants_to_resume
 from arpo_trl.runs.tied_weights import without_tied_keys
@@ -269,7 +270,8 @@ def _train(arguments: ColdStartArguments, config: ColdStartConfig, model_config:
         trainer.train(resume_from_checkpoint=resume)
     with final_save(config.output_dir):
         if config.push_to_hub:
-            trainer.push_to_hub(dataset_name=arguments.dataset)  # also saves the model
+            named = arguments.dataset if is_hub_id(arguments.dataset) else None  # the Hub rejects cards with paths
+            trainer.push_to_hub(dataset_name=named)  # also saves the model
         else:
             trainer.save_model(config.output_dir)
 
