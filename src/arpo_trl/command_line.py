@@ -40,7 +40,8 @@ def report_errors(main: Callable[[], T]) -> Callable[[], T]:
             sys.stdout.reconfigure(errors="replace")
         try:
             value = main()
-            print(end="", flush=True)
+            if sys.stdout is not None:
+                sys.stdout.flush()
             return value
         except ArpoError as error:
             say(f"{type(error).__name__}: {error}", to=sys.stderr)
