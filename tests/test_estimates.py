@@ -113,13 +113,13 @@ def test_calls_include_the_paths_that_replace_unsplit_shares():
     # e = .25, .25, .5 and calls .75, .5, 0: C = 1.25
     made = estimates([1.0, 1.0, 1.0], [0.75, 0.5, 0.0], {0: 0.4, 1: 0.3, 2: 0.1}, [0.25, 0.25, 0.5])
     # widths 2, 4, 8: .75 · 2 + .5 · 4 = 3.5 calls; .25 · (8 − 2) + .25 · (8 − 4) = 2.5 leaves start at the root
-    assert made.restarts([2.0, 4.0, 8.0]) == 2.5
-    assert made.calls_of([2.0, 4.0, 8.0]) == 3.5 + 2.5 * 1.25
+    assert made.restarts([2.0, 4.0, 8.0], 8.0) == 2.5
+    assert made.calls_of([2.0, 4.0, 8.0], 8.0) == 3.5 + 2.5 * 1.25
     # one path until all have ended, and seven others: the calls of independent paths, and their variance
-    assert made.calls_of([8.0, 8.0, 8.0]) == 10.0
+    assert made.calls_of([8.0, 8.0, 8.0], 8.0) == 10.0
     # g = .75 − .3125, .5 − .3125, −.625. 10 − .4375 · 6 − .1875 · 4 is the same
     assert made.costs() == pytest.approx([0.4375, 0.1875, -0.625])
-    assert made.calls_of([2.0, 4.0, 8.0]) == pytest.approx(10 - 0.4375 * 6 - 0.1875 * 4)
+    assert made.calls_of([2.0, 4.0, 8.0], 8.0) == pytest.approx(10 - 0.4375 * 6 - 0.1875 * 4)
     # a = .1, .5, .6; ρ = 2.5 / 8: .6875 · (.1 / 2 + .5 / 4 + .6 / 8) + .3125 · 1.2 / 8 = .171875 + .046875
     assert made.gain_of([2.0, 4.0, 8.0]) == pytest.approx(1.2 * 1.25 / (0.21875 * 6.625))
     assert made.gain_of([8.0]) == pytest.approx(1.0)
@@ -127,6 +127,14 @@ def test_calls_include_the_paths_that_replace_unsplit_shares():
     assert made.widths(8, 0.7) == pytest.approx([0.4781 * 3.8808, 1.6330 * 3.8808, 8.0], rel=1e-4)
     # the fewest calls, 10 − 7 · .625 = 5.625, have one path until depth 2: half the calls are not possible
     assert made.widths(8, 0.5) == pytest.approx([1.0, 1.0, 8.0])
+
+
+def test_widths_may_be_deeper_than_all_paths_so_far():
+    # All paths end after one result, when M = 6 leaves have 3 paths: e_1 · (6 − 3) = 3 leaves start at the root.
+    made = estimates([1.0, 1.0], [1.0, 0.0], {0: 0.25, 1: 0.2}, [0.0, 1.0])
+    # a = .05, .05 + .4: ρ = ½, V = ½ · (.05 / 1 + .45 / 3) + ½ · .5 / 6, T = 1 + 3
+    variance = (0.05 + 0.15) / 2 + 0.5 / 12
+    assert made.gain_of([1.0, 3.0, 6.0]) == pytest.approx(0.5 / (variance * 4))
 
 
 def test_all_is_split_before_the_depth_at_which_paths_end():
@@ -140,7 +148,7 @@ def test_all_is_split_before_the_depth_at_which_paths_end():
 def test_where_most_paths_end_at_once_independent_paths_are_best():
     # nine of ten paths answer without a call: a path has C = .1, all at depth 0, and g_0 = .1 − .1 · .9 = .01
     made = estimates([1.0, 1.0], [0.1, 0.0], {0: 0.2, 1: 0.02}, [0.9, 0.1])
-    assert made.calls_of([1.0, 8.0]) == pytest.approx(0.8 - 7 * 0.01)
+    assert made.calls_of([1.0, 8.0], 8.0) == pytest.approx(0.8 - 7 * 0.01)
     assert made.gain() == pytest.approx(1.0)
 
 

@@ -227,13 +227,22 @@ def test_a_snapshot_has_the_state_of_training_only_in_a_checkpoint(tmp_path):
 
 def test_a_card_of_peft_goes_up_without_paths_of_this_machine(hub, model_path, tmp_path):
     run = whole_run(tmp_path / "run", model_path)
-    paths = f"base_model: {model_path}\ndatasets:\n- rows.jsonl\n- me/rows\n"
-    tags = f"tags:\n- lora\n- base_model:adapter:{model_path}\n- base_model:adapter:me/base\n"
+    paths = f"base_model: {model_path}\ndatasets:\n- rows.jsonl\n- me/rows\n- gsm8k\n"
+    tags = f"tags:\n- lora\n- 2024\n- base_model:adapter:{model_path}\n- base_model:adapter:me/base\n"
     (run / "README.md").write_text(f"---\n{paths}{tags}---\n# Mine\n")
     push_run(run, "me/policy", None)
     card = ModelCard(hub.repos["models", "me/policy"]["README.md"].decode())
-    assert card.data.to_dict() == {"datasets": ["me/rows"], "tags": ["lora", "base_model:adapter:me/base"]}
+    assert card.data.to_dict() == {
+        "datasets": ["me/rows", "gsm8k"],
+        "tags": ["lora", 2024, "base_model:adapter:me/base"],
+    }
     assert card.text.strip() == "# Mine"
+
+
+def test_a_card_whose_metadata_cannot_be_read_stays_as_it_is(tmp_path):
+    (tmp_path / "README.md").write_text("---\ntags: [\n---\n# Mine\n")
+    with Snapshot(run=tmp_path, model=tmp_path) as folder:
+        assert (folder / "README.md").read_bytes() == (tmp_path / "README.md").read_bytes()
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 import resuming
 from arpo_trl.errors import Interrupted
 from arpo_trl.runs.checkpoints import Checkpoints
-from arpo_trl.runs.interrupts import Interrupts
+from arpo_trl.runs.interrupts import Interrupts, _forks
 from forked import Fork
 from resuming import BOUND_S, make_trainer, outcome, save_calling_model
 from support import VLLM, python, save_sharp_model
@@ -222,7 +222,7 @@ def test_a_run_whose_log_has_no_reader_goes_on_to_its_last_line(writes):
     """As after Ctrl-C in `… | tee run.log`, which ends `tee`."""
     script = f"""
         import sys
-        from arpo_trl.runs.interrupts import Interrupts
+        from arpo_trl.runs.interrupts import Interrupts, _forks
         stream = sys.stdout  # as of a progress bar from before
         with Interrupts().listening():
             print("trains", flush=True)
@@ -248,9 +248,10 @@ def test_a_run_whose_log_has_no_reader_goes_on_to_its_last_line(writes):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="macOS does not tell who sent a signal")
-def test_workers_that_load_data_are_ended_by_the_run_only(model, tmp_path):
+@pytest.mark.parametrize("start", ["fork", "forkserver"])
+def test_workers_that_load_data_are_ended_by_the_run_only(model, tmp_path, start):
     """A batch system sends SIGTERM to all processes of a job, and the run still has to save."""
-    trainer = make_trainer(model, tmp_path, dataloader_num_workers=1)
+    trainer = make_trainer(model, tmp_path, dataloader_num_workers=1, dataloader_multiprocessing_context=start)
     batches = iter(trainer.get_train_dataloader())
     next(batches)  # the worker has begun
     (worker,) = multiprocessing.active_children()
@@ -261,6 +262,33 @@ def test_workers_that_load_data_are_ended_by_the_run_only(model, tmp_path):
     worker.terminate()
     worker.join(BOUND_S)
     assert worker.exitcode == 0
+
+
+def test_a_signal_while_a_reward_forks_ends_the_reward_after_the_fork():
+    """Python drops what is raised within the functions of `register_at_fork`."""
+    interrupts, forked = Interrupts(), False
+    with interrupts.listening(), pytest.raises(Interrupted), interrupts.raising():
+        _forks.before()
+        os.kill(os.getpid(), signal.SIGTERM)
+        _forks.in_parent()
+        forked = True
+        time.sleep(BOUND_S)
+        raise AssertionError("the reward runs to its end")
+    assert forked
+
+
+def test_streams_without_a_file_are_left_as_they_are(monkeypatch):
+    class Tee:
+        def write(self, text):
+            raise BrokenPipeError
+
+        def flush(self):
+            pass
+
+    monkeypatch.setattr(sys, "stdout", Tee())
+    with Interrupts().listening():
+        sys.stdout.write("lost")
+    assert not vars(sys.stdout)
 
 
 def test_outside_the_main_thread_signals_stay_with_whoever_has_them():

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import io
 import os
-import select
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 from arpo_trl.common.flags import NEAR, nearest
 from arpo_trl.common.full_disk import full_disk_message, is_full_disk
 from arpo_trl.common.interrupted import say_interrupted
+from arpo_trl.common.streams import discard, is_unread
 from arpo_trl.errors import ArpoError, ConfigError, DataError, Interrupted
 from arpo_trl.visible import say
 
@@ -56,7 +56,7 @@ def report_errors(main: Callable[[], T]) -> Callable[[], T]:
             say_interrupted()
             raise SystemExit(128 + signal.SIGINT) from None
         except BrokenPipeError:  # also that of a socket or of another process
-            if not _is_unread():
+            if not is_unread(sys.stdout):
                 raise
             raise SystemExit(1) from None
         except Exception as error:
@@ -65,24 +65,10 @@ def report_errors(main: Callable[[], T]) -> Callable[[], T]:
             say(f"{type(error).__name__}: {full_disk_message(error)}", to=sys.stderr)
             raise SystemExit(2) from None
         finally:
-            _is_unread()
+            if is_unread(sys.stdout):  # Python would write the rest of the output at its exit, with an error
+                discard(sys.stdout)
 
     return wrapped
-
-
-def _is_unread() -> bool:
-    """Whether the program that read standard output has ended. If so, discards the rest of the output, which Python
-    would otherwise write, with an error, when it exits."""
-    try:
-        output = sys.stdout.fileno()
-        poll = select.poll()
-        poll.register(output, 0)  # reports only that the other end is closed
-    except (AttributeError, OSError):  # no standard output, or Windows, or a stream without a descriptor
-        return False
-    if not poll.poll(0):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
-    return True
 
 
 def parse_settings(

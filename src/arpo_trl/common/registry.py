@@ -32,10 +32,11 @@ class Registry(Generic[T]):
         package: The package's `__name__`. The names of its modules except `base` are the names of its classes.
         paths: The package's `__path__`.
         base: The name of the classes' base class, in the package's file `base`.
-        setting: The setting that selects a class. Their options are in the setting of that name and `_kwargs`.
+        setting: The setting that selects a class, also by its import path. Their options are in the setting of that
+            name and `_kwargs`. None: no import paths and no options.
     """
 
-    def __init__(self, kind: str, package: str, paths: Iterable[str], base: str, setting: str):
+    def __init__(self, kind: str, package: str, paths: Iterable[str], base: str, setting: str | None = None):
         self.kind = kind
         self._setting = setting
         self._base = base
@@ -101,13 +102,11 @@ class Registry(Generic[T]):
         Raises:
             ConfigError: There is no such class, or `register` refuses it.
         """
-        if name not in self.names and is_import_path(name):
+        if self._setting is not None and name not in self.names and is_import_path(name):
             self.register(name)(load_callable(name, self._setting))
         if name not in self.names:
-            raise ConfigError(
-                f"There is no {self.kind} {name!r}; expected one of {self.names}, or an import path such as "
-                "my_module:MyClass."
-            )
+            paths = "" if self._setting is None else ", or an import path such as my_module:MyClass"
+            raise ConfigError(f"There is no {self.kind} {name!r}; expected one of {self.names}{paths}.")
         if name not in self._classes:
             importlib.import_module(f"{self._package}.{name}")
         return self._classes[name]

@@ -167,6 +167,6 @@ class EvalSettings(ToolLimits, JudgeArguments):
         """
         incidental = {
             "output", "resume", "concurrency", "tool_concurrency", "base_url", "judge_url", "judge_cache",
-            "self_check", "list_benchmarks",
+            "self_check", "list_benchmarks", "trust_remote_code",
         }  # fmt: skip
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in incidental}

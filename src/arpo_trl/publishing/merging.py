@@ -69,9 +69,10 @@ def merge_adapter(
         model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype or "auto", **trusted)
     except Exception as error:  # transformers and safetensors raise many kinds of errors, some without a text
         told = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DataError(
-            f"The base model {name!r} of {adapter} cannot be loaded: {told} Name another one with --base."
-        ) from error
+        remedy = "Name another one with --base."
+        if "trust_remote_code" in str(error):
+            remedy = "If you trust that code, add --trust-remote-code."
+        raise DataError(f"The base model {name!r} of {adapter} cannot be loaded: {told} {remedy}") from error
     try:
         model = merged(model, adapter)
     except Exception as error:  # different sizes or layer names, weights that are not finite, or a broken file

@@ -275,19 +275,32 @@ def is_hub_id(name: str) -> bool:
     return _has_form_of_id(name) and not Path(name).exists()
 
 
-def keep_hub_ids(path: Path) -> None:
-    """Removes paths of this machine from the metadata of a card that peft or TRL wrote. The Hub rejects them."""
+def drop_paths(path: Path) -> None:
+    """Removes paths of this machine from the metadata of a card that peft or TRL wrote. The Hub rejects them.
+
+    A card whose metadata cannot be read stays as it is.
+    """
     from huggingface_hub import ModelCard
 
-    card = ModelCard.load(path)
+    try:
+        card = ModelCard.load(path)
+    except Exception:  # errors of YAML and of the Hub's own checks
+        return
     data = card.data.to_dict()
     for name, prefix in (("base_model", ""), ("datasets", ""), ("tags", "base_model:")):
         given = data.get(name) or []
-        named = [given] if isinstance(given, str) else given
-        kept = [each for each in named if not each.startswith(prefix) or is_hub_id(each.split(":")[-1])]
+        named = given if isinstance(given, list) else [given]
+        kept = [each for each in named if not (str(each).startswith(prefix) and _is_path(str(each).split(":")[-1]))]
         if kept != named:
             setattr(card.data, name, kept or None)
             write_whole(path, str(card))
+
+
+def _is_path(name: str) -> bool:
+    from arpo_trl.data.loading import SUFFIXES  # slow to import
+
+    has_form_of_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith(SUFFIXES)
+    return has_form_of_path or Path(name).exists()
 
 
 def as_path(name: Any) -> Any:

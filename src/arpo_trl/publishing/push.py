@@ -32,7 +32,7 @@ from arpo_trl.common.retries import retry
 from arpo_trl.errors import ArpoError, ConfigError, DataError, HubError
 from arpo_trl.logs.trajectories import FOLDER, log_files
 from arpo_trl.net.http_client import without
-from arpo_trl.publishing.model_card import ADAPTER_CONFIG_NAME, CURVES_FOLDER, EVALUATION_NAME, Card, keep_hub_ids
+from arpo_trl.publishing.model_card import ADAPTER_CONFIG_NAME, CURVES_FOLDER, EVALUATION_NAME, Card, drop_paths
 from arpo_trl.publishing.trajectory_dataset import dataset_card, export_rows
 from arpo_trl.visible import SHORTEST_SECRET, forms_of, get_logger, secrets_of_environment, without_secrets
 
@@ -178,7 +178,7 @@ class Snapshot:
             if card is not None:
                 card.write(self.folder)
             elif (self.folder / "README.md").is_file():
-                keep_hub_ids(self.folder / "README.md")
+                drop_paths(self.folder / "README.md")
         except OSError as error:
             for left in run.glob(".push-*"):
                 shutil.rmtree(left, ignore_errors=True)

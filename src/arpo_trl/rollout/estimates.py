@@ -95,27 +95,28 @@ class DepthEstimates:
         above = list(accumulate(self.score))
         return [self.score[m] * max(0.0, v[0] - v[m]) + added[m] * above[m] for m in range(ends)]
 
-    def restarts(self, widths: Sequence[float]) -> float:
-        """The expected leaves of a group that start at the root, with n_m = `widths` for each depth; the last is M."""
-        return math.fsum(e * (widths[-1] - n) for e, n in zip(self.ends, widths, strict=True))
+    def restarts(self, widths: Sequence[float], leaves: float) -> float:
+        """The expected leaves of a group that start at the root, with n_m = `widths` for each depth; `leaves` is M."""
+        return math.fsum(e * (leaves - n) for e, n in zip(self.ends, widths, strict=True))
 
-    def calls_of(self, widths: Sequence[float]) -> float:
+    def calls_of(self, widths: Sequence[float], leaves: float) -> float:
         """T, the expected calls of a group with these widths, the restarts' calls included."""
         planned = math.fsum(c * n for c, n in zip(self.calls, widths, strict=True))
-        return planned + math.fsum(self.calls) * self.restarts(widths)
+        return planned + math.fsum(self.calls) * self.restarts(widths, leaves)
 
     def gain_of(self, widths: Sequence[float]) -> float | None:
         """The variance of independent paths divided by that of these widths, at equal calls; restarts are included.
 
-        None if a or c is 0. Depths after the last one have its width, M.
+        None if a or c is 0. The last width is M, which depths after it have too.
         """
         a = self.variance_shares()
         if not any(a) or not any(self.calls):
             return None
+        leaves = widths[-1]
         n = [widths[min(m, len(widths) - 1)] for m in range(len(a))]
-        restarted = self.restarts(n) / n[-1]
-        variance = math.fsum(x * ((1 - restarted) / width + restarted / n[-1]) for x, width in zip(a, n, strict=True))
-        return math.fsum(a) * math.fsum(self.calls) / (variance * self.calls_of(n))
+        restarted = self.restarts(n, leaves) / leaves
+        variance = math.fsum(x * ((1 - restarted) / width + restarted / leaves) for x, width in zip(a, n, strict=True))
+        return math.fsum(a) * math.fsum(self.calls) / (variance * self.calls_of(n, leaves))
 
     def gain(self) -> float | None:
         """η, the largest `gain_of` of all budgets; at least 1. None if a or c is 0."""
@@ -138,7 +139,7 @@ class DepthEstimates:
         for _ in range(60):
             scale = (low + high) / 2
             n = [min(max(scale * ratio, 1.0), float(leaves)) for ratio in ratios[:-1]] + [float(leaves)]
-            low, high = (low, scale) if self.calls_of(n) > share * independent else (scale, high)
+            low, high = (low, scale) if self.calls_of(n, leaves) > share * independent else (scale, high)
         return n
 
     def costs(self) -> list[float]:

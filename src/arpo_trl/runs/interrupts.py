@@ -17,6 +17,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import multiprocessing
 import os
 import select
 import signal
@@ -31,6 +32,7 @@ from typing import Any, ClassVar, NoReturn
 import psutil
 from torch import distributed
 
+from arpo_trl.common.streams import discard, is_unread
 from arpo_trl.errors import Interrupted
 from arpo_trl.visible import say
 
@@ -39,6 +41,8 @@ _END = b"\0"
 """A byte that is not a signal's number. It stops the thread that reads the numbers."""
 SAME_S = 1.0
 """A second SIGINT within this many seconds counts as the same signal: the terminal and a launcher both send it."""
+AFTER_FORK_S = 0.05
+"""Seconds after a fork at which a signal that came during it is repeated: Python has left the fork by then."""
 EXIT_S = 3.0
 """Seconds that an interrupted process may take for its cleanup."""
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}
@@ -164,9 +168,15 @@ class Interrupts:
             self._shared.post(self.told)
         elif (signum := self._shared.read()) is not None:
             self._record(signum)
-            signal.pthread_kill(
-                threading.main_thread().ident or 0, signum
-            )  # also interrupts a wait of the main thread
+            self._send_to_main_thread(signum)  # also interrupts a wait of the main thread
+
+    def raise_in_main_thread(self) -> None:
+        """Repeats the signal for the code in `raising`, which has not noticed it."""
+        if self._raises and self.told is not None:
+            self._send_to_main_thread(self.told)
+
+    def _send_to_main_thread(self, signum: int) -> None:
+        signal.pthread_kill(threading.main_thread().ident or 0, signum)
 
     def _record(self, signum: int) -> None:
         if self.told is None:
@@ -191,7 +201,7 @@ def _lasting(stream: Any) -> Iterator[None]:
             try:
                 return method(*args)
             except BrokenPipeError:
-                _lead_nowhere(stream)
+                discard(stream)
                 return len(args[0]) if args else None
 
         return called
@@ -211,25 +221,8 @@ def _lasting(stream: Any) -> Iterator[None]:
             delattr(stream, name)
             if before[name] is not None:
                 setattr(stream, name, before[name])
-        if own and _is_broken(stream):  # the last line of the program must not raise either
-            _lead_nowhere(stream)
-
-
-def _is_broken(stream: Any) -> bool:
-    """Whether the stream is a pipe without a reader."""
-    with contextlib.suppress(OSError, ValueError):  # not a file, or closed
-        poller = select.poll()
-        poller.register(stream.fileno(), 0)
-        return any(events & select.POLLERR for _, events in poller.poll(0))
-    return False
-
-
-def _lead_nowhere(stream: Any) -> None:
-    """Redirects the file of the stream, which may still hold text that Python flushes at its exit."""
-    with contextlib.suppress(OSError, ValueError):  # not a file, or closed
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, stream.fileno())
-        os.close(null)
+        if own and is_unread(stream):  # the last line of the program must not raise either
+            discard(stream)
 
 
 class _Forks(threading.local):
@@ -239,21 +232,32 @@ class _Forks(threading.local):
     """The one that listens now."""
     mask: set[Any] | None = None
     """The signals that were blocked before the fork of this thread."""
+    raises = False
+    """Whether a signal raised `Interrupted` before the fork. Python drops what is raised in these functions."""
 
     def before(self) -> None:
-        if _Forks.listener is not None:
+        if (listener := _Forks.listener) is not None:
             self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            if threading.current_thread() is threading.main_thread():
+                self.raises, listener._raises = listener._raises, False
 
     def in_parent(self) -> None:
-        if self.mask is not None:
-            signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
-            self.mask = None
+        self._unblock()
+        if self.raises and (listener := _Forks.listener) is not None:
+            listener._raises, self.raises = True, False
+            if listener.told is not None:  # since the fork began
+                threading.Timer(AFTER_FORK_S, listener.raise_in_main_thread).start()
+
+    def _unblock(self) -> None:
+        mask, self.mask = self.mask, None
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def in_child(self) -> None:
         listener, _Forks.listener = _Forks.listener, None
         if listener is not None:
             listener.stop_listening_in_child()
-        self.in_parent()
+        self._unblock()
 
 
 _forks = _Forks()
@@ -276,7 +280,9 @@ def begin_worker(begin: Callable[[int], None] | None, number: int) -> None:
 
 
 def _end_by_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:  # under forkserver not os.getppid()
         pass
     os._exit(0)
 

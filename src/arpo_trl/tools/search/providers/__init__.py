@@ -15,7 +15,7 @@ from arpo_trl.tools.search.providers.base import FIELDS, Hit, Provider, Unanswer
 
 __all__ = ["FIELDS", "PROVIDERS", "Hit", "Provider", "Unanswered", "make_provider", "register_provider"]
 
-PROVIDERS: Registry[type[Provider]] = Registry("search provider", __name__, __path__, "Provider", "search_provider")
+PROVIDERS: Registry[type[Provider]] = Registry("search provider", __name__, __path__, "Provider")
 register_provider = PROVIDERS.register
 
 
