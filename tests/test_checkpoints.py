@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOTrainer
@@ -63,13 +63,13 @@ def model(tmp_path_factory) -> str:
     return save_calling_model(tmp_path_factory.mktemp("model"))
 
 
-def train(model: str, output: Path, resume: str | bool | None = None, **settings) -> ARPOTrainer:
+def train(model: str | PreTrainedModel, output: Path, resume: str | bool | None = None, **settings) -> ARPOTrainer:
     trainer = made(model, output, **settings)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
-def made(model: str, output: Path, **settings) -> ARPOTrainer:
+def made(model: str | PreTrainedModel, output: Path, **settings) -> ARPOTrainer:
     trainer = make_trainer(model, output, **{"max_steps": STEPS, **settings})
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -154,6 +154,24 @@ def test_a_resumed_run_equals_the_uninterrupted_run(model, whole, run, step, tmp
     assert any(abs(row.get("grad_norm", 0)) > 0.01 for row in left_alone["history"])
     train(model, ended_after(whole(run), step, tmp_path / "run"), True, **RUNS[run])
     assert outcome(tmp_path / "run") == left_alone
+
+
+@pytest.mark.slow
+def test_a_resumed_run_with_a_reference_adapter_has_its_trained_adapter(model, tmp_path):
+    """With beta, TRL adds a second adapter to a model that has one: the copy "ref"."""
+    get_peft_model(tiny_model(), RUNS["lora"]["peft_config"]).save_pretrained(tmp_path / "cold_start")
+
+    def run(folder: Path, resume: bool | None = None) -> dict[str, torch.Tensor]:
+        base = AutoModelForCausalLM.from_pretrained(model)
+        adapted = PeftModel.from_pretrained(base, str(tmp_path / "cold_start"), is_trainable=True)
+        trainer = train(adapted, folder, resume, max_steps=3, beta=0.1)
+        return {name: weight.detach() for name, weight in trainer.model.named_parameters() if ".lora_" in name}
+
+    weights = run(tmp_path / "whole")
+    assert any((weights[name] != weights[name.replace("default", "ref")]).any() for name in weights)
+    resumed = run(ended_after(tmp_path / "whole", 2, tmp_path / "run"), True)
+    assert all(torch.equal(resumed[name], weights[name]) for name in weights)
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 
 @pytest.mark.slow

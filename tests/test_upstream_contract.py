@@ -275,6 +275,7 @@ def test_accelerate_splits_a_stream_by_shards_where_each_rank_can_have_one():
         ("_push_from_checkpoint", ["self", "checkpoint_folder"]),
         ("_save_rng_state", ["self", "output_dir"]),
         ("_load_rng_state", ["self", "checkpoint"]),
+        ("_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
         ("_issue_warnings_after_load", ["self", "load_result"]),
         ("_load_callback_state", ["self"]),
         (

@@ -57,6 +57,7 @@ class Resumable(GRPOTrainer):
     - `_save_checkpoint`, `_get_output_dir`, `_push_from_checkpoint`: write a checkpoint to a temporary folder, then
       move it to its final path and push it.
     - `_get_dataloader`: a SIGTERM to all processes of a job does not end its workers.
+    - `_load_from_checkpoint`: also loads the trained adapter of a model with several.
     - `_load_best_model`: counts, as `train` does, for engines with a copy of the weights.
     - `_issue_warnings_after_load`: a checkpoint has tied weights under one of their names.
     - `_save_rng_state`, `_load_rng_state`: also save and load the trainer's state in memory between two steps.
@@ -213,6 +214,17 @@ class Resumable(GRPOTrainer):
         self._step, self._buffered_inputs, self._current_train_step_time = 0, None, 0.0
         for gathered in (*self._metrics.values(), self._pending_metrics, self._pending_extra_logs):
             gathered.clear()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # PEFT saves the adapter "default" at the top of the checkpoint and each other one, such as TRL's "ref", in a
+        # subfolder. transformers loads only the subfolders if there are any. Under FSDP it does load the active one,
+        # and under DeepSpeed it does not call this method.
+        trained = self.model
+        if self.is_fsdp_enabled or not is_peft_model(trained) or len(trained.peft_config) == 1:
+            return
+        if trained.active_adapters == ["default"]:
+            trained.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
