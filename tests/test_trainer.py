@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 
 from arpo_trl import ARPOConfig, ARPOTrainer
@@ -88,7 +88,14 @@ def config(folder: Path, kind: type[GRPOConfig] = ARPOConfig, **settings) -> GRP
 
 
 def trainer(
-    model_path: str, folder: Path, *, engine=None, rewards=None, eval_dataset=None, peft_config=None, **settings
+    model_path: str | PreTrainedModel,
+    folder: Path,
+    *,
+    engine=None,
+    rewards=None,
+    eval_dataset=None,
+    peft_config=None,
+    **settings,
 ):
     settings = {"rollout_schedule": "rounds", "entropy_probe_tokens": 4, **settings}
     return ARPOTrainer(
@@ -548,6 +555,23 @@ def test_an_adapter_names_the_revision_of_its_base(hub, model_path, tmp_path):
     adapter, source = LoraConfig(target_modules=["q_proj"]), {"revision": "v1"}
     made = trainer("me/base", tmp_path, engine=scripted(), peft_config=adapter, model_init_kwargs=source)
     assert base_revision(made.model.peft_config["default"], "me/base") == "v1"
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_a_model_whose_weights_are_all_frozen_is_refused(model_path, tmp_path, beta):
+    get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+
+    def adapted(**how):
+        base = AutoModelForCausalLM.from_pretrained(model_path)
+        return PeftModel.from_pretrained(base, str(tmp_path / "adapter"), **how)
+
+    for model, remedy in (
+        (adapted(), "is_trainable=True"),
+        (AutoModelForCausalLM.from_pretrained(model_path).requires_grad_(False), "pass a peft_config"),
+    ):
+        with pytest.raises(ConfigError, match=rf"All weights of the model are frozen .*{remedy}"):
+            trainer(model, tmp_path / "run", engine=scripted(), beta=beta)
+    trainer(adapted(is_trainable=True), tmp_path / "run", engine=scripted(), beta=beta)
 
 
 def test_quantizing_without_an_adapter_leaves_nothing_to_train(model_path, tmp_path):

@@ -122,6 +122,22 @@ def check_quantized_training(peft_config: Any) -> None:
         )
 
 
+def check_trainable(model: torch.nn.Module) -> None:
+    """Raises ConfigError if all weights are frozen, since training would then run to its end without effect.
+
+    Args:
+        model: The model, perhaps with TRL's frozen copy "ref" of its adapter, which TRL may make trainable.
+    """
+    if any(weight.requires_grad for name, weight in model.named_parameters() if ".ref." not in name):
+        return
+    remedy = (
+        "load it with PeftModel.from_pretrained(…, is_trainable=True)"
+        if is_peft_model(model)
+        else "call model.requires_grad_(), or pass a peft_config"
+    )
+    raise ConfigError(f"All weights of the model are frozen (requires_grad is False). To train it, {remedy}.")
+
+
 def listed_rewards(reward_funcs: Any) -> list[Any]:
     """The reward functions as a list.
 

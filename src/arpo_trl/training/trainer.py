@@ -65,6 +65,7 @@ from arpo_trl.training.preflight import (
     check_rows,
     check_same_stream,
     check_scores,
+    check_trainable,
     check_writable,
     embedding_rows,
     generation_ends,
@@ -230,6 +231,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         log_defaults(args)
         warn_of_unread(args)
         check_launch(self.accelerator, gathers=args.ds3_gather_for_generation)
+        check_trainable(self.model)
         check_head(self.model, self.accelerator)
         warn_of_emulation(self.model, self.accelerator)
         self._tokenizer = with_guarded_parser(self._tokenizer)
