@@ -13,8 +13,9 @@ from arpo_trl.common.adapters import base_revision
 from arpo_trl.data.demonstrations import IGNORED, encode_dataset, encode_trajectory, has_text_prompts
 from arpo_trl.errors import DataError
 from arpo_trl.publishing.merging import merge_adapter
+from arpo_trl.rewards.hierarchical import format_fault
 from arpo_trl.rollout.protocols import TagProtocol
-from support import Scripted, save_tiny_model, script, tokenizer
+from support import Scripted, save_tiny_model, script, tokenizer, with_template
 
 QUESTION = [{"role": "user", "content": "what is the answer"}]
 TURNS = ["<think>look</think><search>iron</search>", "<python>print(1)</python>", "so <answer>\\boxed{1}</answer>"]
@@ -87,6 +88,43 @@ def test_what_is_learned_is_what_the_sampler_samples_token_for_token():
     row = encoded(messages=MESSAGES)
     assert row["input_ids"] == tree.root.ids + leaf.ids
     assert [int(label != IGNORED) for label in row["labels"]] == [0] * len(tree.root.ids) + leaf.mask
+
+
+OPENING = ["qwen3_5_think", "deepseek_r1_distill", "nemotron_3_nano"]
+"""Templates that open the thought: each prompt ends with `<think>\\n`."""
+
+
+@pytest.mark.parametrize("template", OPENING)
+@pytest.mark.parametrize("written", [" <think>\n", "<think>", ""], ids=["spaced", "tagged", "continued"])
+def test_a_thought_that_the_template_opens_is_not_opened_again(template, written):
+    turns = ["look</think><search>iron</search>", "<think>so</think><answer>\\boxed{1}</answer>"]
+    run = Scripted(lambda request, context: turns[request.key[-1]], leaves=1, at_root=1, template=template)
+    tree = run().trees[0]
+    messages = [
+        *QUESTION,
+        {"role": "assistant", "content": written + turns[0]},
+        {"role": "tool", "content": RESULTS[0]},
+        {"role": "assistant", "content": turns[1]},
+    ]
+    row = encode_trajectory({"messages": messages}, TagProtocol(run.tokenizer, {}))
+    leaf = tree.leaves()[0]
+    assert row["input_ids"] == tree.root.ids + leaf.ids
+    whole = run.protocol.whole_turns(tree.root.ids, leaf)
+    assert whole == [f"<think>{turns[0]}", turns[1]]
+    assert format_fault(whole, "eos", ["search"]) is None
+
+
+def test_a_thought_that_the_template_opens_may_go_on_after_a_call():
+    text = "<think>look <search>iron</search><result>1538</result>so</think><answer>\\boxed{1}</answer>"
+    row = encode_trajectory({"prompt": QUESTION, "text": text}, TagProtocol(with_template(OPENING[0]), {}))
+    assert decoded(row["input_ids"]).count("<think>") == 1
+
+
+@pytest.mark.parametrize("turn", [TURNS[2], f"I think. <think>look</think>{TURNS[2]}"])
+def test_a_first_turn_without_the_thought_that_the_template_opens_is_an_error(turn):
+    rows = Dataset.from_list([{"prompt": QUESTION, "text": f"<think>look</think>{TURNS[2]}"}, {**ROW, "text": turn}])
+    with pytest.raises(DataError, match=r"row 1: the prompt ends with an open <think>.*first turn is .*Add it"):
+        encode_dataset(rows, TagProtocol(with_template(OPENING[0]), {}), None, "me/rows")
 
 
 def test_a_long_result_is_capped_as_in_sampling():

@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from datasets import Dataset
 
+from arpo_trl.common.user_files import shown
 from arpo_trl.data.layouts import check_role
 from arpo_trl.errors import DataError
+from arpo_trl.rollout.protocols.base import THOUGHT
 from arpo_trl.rollout.protocols.tags import RESULT, TagProtocol
 
 IGNORED = -100
 _CODE_OR_RESULT = re.compile(
     rf"<python>(?:(?!<python>).)*?</python>|\s*<{RESULT}>\n?(?P<result>.*?)\n?</{RESULT}>\s*", re.DOTALL
 )
+_OPENED = re.compile(rf"^\s*{THOUGHT}\s*")
 _DROPPED = ("tool_calls", "function_call", "reasoning_content", "thinking")
 """Fields of messages with text of the model that the tag protocol does not write."""
 
@@ -41,16 +44,18 @@ def encode_trajectory(row: Mapping[str, Any], protocol: TagProtocol) -> dict[str
 
     A row has either `messages` (system and user, then assistant and tool), or `prompt` (messages or text) and `text`,
     the whole trajectory with its `<result>…</result>`. A `<result>` inside an assistant message is also a tool result,
-    except in the code of `<python>`.
+    except in the code of `<python>`. If the prompt ends with an open `<think>`, that of the first turn is left out.
 
     Raises:
-        DataError: The row has neither format, a message has calls or thoughts outside its content, or the trajectory
-            does not end with a turn.
+        DataError: The row has neither format, a message has calls or thoughts outside its content, the trajectory does
+            not end with a turn, or it does not close the thought that the prompt opens.
     """
     prompt, segments = _split(row)
     if not segments or not segments[-1].is_turn:
         raise DataError("the trajectory does not end with a turn of the model; expected its answer at the end.")
     ids = protocol.encode_prompt(prompt)
+    if protocol.opens_thought(ids):
+        segments = _within_thought(segments)
     labels = [IGNORED] * len(ids)
     for i, segment in enumerate(segments):
         if segment.is_turn:
@@ -134,6 +139,20 @@ def _split(row: Mapping[str, Any]) -> tuple[str | list[Mapping[str, Any]], list[
     if row.get("prompt") and isinstance(row.get("text"), str) and row["text"]:
         return row["prompt"], list(_turns_and_results(row["text"]))
     raise DataError(f"the row has {sorted(row)}; expected `messages`, or `prompt` and `text`, none of them empty.")
+
+
+def _within_thought(segments: Sequence[Segment]) -> list[Segment]:
+    """The segments after a prompt that has opened the first thought."""
+    first = replace(segments[0], text=_OPENED.sub("", segments[0].text)) if segments[0].is_turn else segments[0]
+    continued = [first, *segments[1:]]
+    thought, closing, _ = "".join(segment.text for segment in continued if segment.is_turn).partition("</think>")
+    if not closing or THOUGHT in thought:
+        raise DataError(
+            f"the prompt ends with an open {THOUGHT}, which the chat template adds, but the first turn is "
+            f"{shown(segments[0].text)}; expected a thought first: {THOUGHT}…</think>. Add it, or use a template that "
+            "opens none, for many models with chat_template_kwargs: {enable_thinking: false}."
+        )
+    return continued
 
 
 def _turns_and_results(text: str) -> Iterator[Segment]:

@@ -127,7 +127,7 @@ def message_of(
     return {"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}
 
 
-_THOUGHT = "<think>"
+THOUGHT = "<think>"
 _OPENING_TOKENS = 16
 """The most tokens that the tag of a thought, with white space after it, takes."""
 
@@ -229,11 +229,14 @@ class ToolProtocol(ABC):
         turns, before = [], prompt_ids
         for node in leaf.nodes:
             if node.kind is NodeKind.TURN:
-                opened = self.tokenizer.decode(before[-_OPENING_TOKENS:]).rstrip().endswith(_THOUGHT)
                 text = node.text if calls else self.without_calls(node.text, node.ids[-1] if node.ids else None)
-                turns.append(_THOUGHT * opened + text)
+                turns.append(THOUGHT * self.opens_thought(before) + text)
             before = node.ids
         return turns
+
+    def opens_thought(self, ids: Sequence[int]) -> bool:
+        """Return whether the ids of a prompt or a result end with an open `<think>`, as some chat templates end."""
+        return self.tokenizer.decode(ids[-_OPENING_TOKENS:]).rstrip().endswith(THOUGHT)
 
     def as_message(self, ids: Sequence[int], before: Sequence[int]) -> dict[str, Any]:
         """Return the turn as TRL's tool loop passes it to rewards: role, content and, if it has calls, `tool_calls`.
