@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from arpo_trl.common.adapters import base_revision
 from arpo_trl.data.demonstrations import IGNORED, encode_dataset, encode_trajectory, has_text_prompts
-from arpo_trl.errors import DataError
+from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.publishing.merging import merge_adapter
 from arpo_trl.rewards.hierarchical import format_fault
 from arpo_trl.rollout.protocols import TagProtocol
+from arpo_trl.scripts.sft import ColdStartArguments
 from support import Scripted, save_tiny_model, script, tokenizer, with_template
 
 QUESTION = [{"role": "user", "content": "what is the answer"}]
@@ -386,6 +387,30 @@ def test_demonstrations_are_encoded_with_the_tokenizer_that_is_saved(tmp_path, m
     expected = encode_trajectory(ROW, TagProtocol(saved, {}))
     assert trainer.train_dataset[0] == expected != encode_trajectory(ROW, protocol())
     assert expected["labels"][-1] == saved.eos_token_id
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [{"chat_template_kwargs": '{"enable_thinking": false}'}, {"config": "config.yaml"}],
+    ids=["flag", "file"],
+)
+def test_the_prompt_is_that_of_rl_with_the_arguments_of_the_template(tmp_path, monkeypatch, settings):
+    save_tiny_model(tmp_path / "model")
+    with_template("qwen3").save_pretrained(tmp_path / "model")
+    (tmp_path / "config.yaml").write_text("chat_template_kwargs: {enable_thinking: false}", "utf-8")
+    trainer = train_one_step(tmp_path, monkeypatch, **settings)
+    rl = TagProtocol(with_template("qwen3"), {}, chat_template_kwargs={"enable_thinking": False})
+    prompt = rl.encode_prompt(QUESTION)
+    assert trainer.train_dataset[0]["input_ids"][: len(prompt)] == prompt
+    assert decoded(prompt).endswith("<think>\n\n</think>\n\n")
+
+
+def test_arguments_of_the_template_that_are_no_mapping_are_an_error():
+    with pytest.raises(ConfigError, match=r"chat_template_kwargs is 'true'; expected a mapping"):
+        ColdStartArguments(dataset="rows.jsonl", chat_template_kwargs="true")
+    with pytest.raises(ConfigError, match=r"chat_template_kwargs is not valid JSON \(Expecting .*\): {a: 1}"):
+        ColdStartArguments(dataset="rows.jsonl", chat_template_kwargs="{a: 1}")
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ Pure: no torch, no TRL, no engine.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping
@@ -154,6 +155,20 @@ def check_fields(settings: Any, inherited: Mapping[str, Mapping[str, Any]] | Non
             setattr(settings, each.name, value := fspath(value))
         if expected := _unmet(metadata, hints[each.name], value, is_default=value is each.default):
             raise ConfigError(f"{each.name} is {value!r}; expected {expected}.")
+
+
+def template_arguments(given: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    """The setting `chat_template_kwargs`, which a flag gives as JSON text, as a dict. `check_fields` has checked it.
+
+    Raises:
+        ConfigError: The text is not valid JSON.
+    """
+    if not isinstance(given, str):
+        return given
+    try:
+        return dict(json.loads(given))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"chat_template_kwargs is not valid JSON ({error}): {given}") from error
 
 
 def _is_own(kind: type, name: str) -> bool:

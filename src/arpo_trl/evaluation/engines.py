@@ -13,6 +13,7 @@ from transformers.utils import find_adapter_config_file
 
 from arpo_trl.common.adapters import base_revision, has_tokenizer, merged
 from arpo_trl.common.pretrained import load_pretrained
+from arpo_trl.common.settings import template_arguments
 from arpo_trl.common.user_files import user_path
 from arpo_trl.errors import ConfigError
 from arpo_trl.evaluation.settings import EngineKind, EvalSettings
@@ -79,7 +80,7 @@ def make_sampler(settings: EvalSettings, toolbox: ToolBox, tokenizer: PreTrained
         tokenizer,
         toolbox.specs,
         max_result_tokens=settings.max_tool_result_tokens,
-        chat_template_kwargs=settings.template_arguments(),
+        chat_template_kwargs=template_arguments(settings.chat_template_kwargs),
         tool_parser=settings.tool_parser,
         eos_ids=eos_ids_of(saved),
     )

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from arpo_trl.common.settings import JudgeArguments, ToolLimits, check_fields, setting
+from arpo_trl.common.settings import JudgeArguments, ToolLimits, check_fields, setting, template_arguments
 from arpo_trl.common.user_files import model_name
 from arpo_trl.errors import ConfigError
 
@@ -126,7 +125,7 @@ class EvalSettings(ToolLimits, JudgeArguments):
         check_fields(self, {"chat_template_kwargs": {"options": True}})
         self.model = None if self.model is None else model_name(self.model, "model")
         self.adapter = None if self.adapter is None else model_name(self.adapter, "adapter")
-        self.chat_template_kwargs = self.template_arguments()
+        self.chat_template_kwargs = template_arguments(self.chat_template_kwargs)
         if self.base_url is not None and (self.adapter is not None or self.engine != EngineKind.TRANSFORMERS):
             raise ConfigError(
                 "base_url is set together with engine or adapter; expected base_url alone, because the server has "
@@ -137,18 +136,6 @@ class EvalSettings(ToolLimits, JudgeArguments):
         if self.resume and self.output is None:
             raise ConfigError("resume is set without output. Set output to the folder of the run to continue.")
         self.call_limits()
-
-    def template_arguments(self) -> dict[str, Any] | None:
-        """Return `chat_template_kwargs`, which a flag gives as JSON text, as a dict."""
-        if not isinstance(self.chat_template_kwargs, str):
-            return self.chat_template_kwargs
-        try:
-            read = json.loads(self.chat_template_kwargs)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(
-                f"chat_template_kwargs is not valid JSON ({error}): {self.chat_template_kwargs}"
-            ) from error
-        return dict(read)
 
     def call_limits(self) -> dict[str, int]:
         """Return `tool_call_limits` as a dict {tool: limit}."""

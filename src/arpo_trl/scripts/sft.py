@@ -26,7 +26,7 @@ from arpo_trl.common.adapters import check_head, of_revision
 from arpo_trl.common.build_locks import remove_left_build_locks
 from arpo_trl.common.full_disk import naming
 from arpo_trl.common.pretrained import load_pretrained
-from arpo_trl.common.settings import changed, check_fields, setting
+from arpo_trl.common.settings import changed, check_fields, setting, template_arguments
 from arpo_trl.common.user_files import is_url, user_path
 from arpo_trl.config import (
     INHERITED,
@@ -69,6 +69,9 @@ class ColdStartArguments:
         at_least=16,
         unit="tokens",
     )
+    chat_template_kwargs: dict[str, Any] | str | None = setting(
+        None, 'Arguments for the chat template, as in training, as JSON such as {"enable_thinking": false}.'
+    )
     overwrite_output_dir: bool = setting(
         False,
         "Remove the model and the checkpoints of an earlier run from output_dir. Without it, such a "
@@ -76,7 +79,8 @@ class ColdStartArguments:
     )
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        check_fields(self, {"chat_template_kwargs": {"options": True}})
+        self.chat_template_kwargs = template_arguments(self.chat_template_kwargs)
 
 
 OF_TRLS_ENCODING = frozenset(
@@ -234,7 +238,12 @@ def _train(arguments: ColdStartArguments, config: ColdStartConfig, model_config:
     source = {"revision": model_config.model_revision, "trust_remote_code": config.trust_remote_code}
     tokenizer = load_pretrained("tokenizer", name, AutoTokenizer.from_pretrained, **source)
     load_pretrained("configuration", name, AutoConfig.from_pretrained, **source)  # detects a wrong model early
-    protocol = TagProtocol(as_saved(tokenizer, config), {}, max_result_tokens=arguments.max_tool_result_tokens)
+    protocol = TagProtocol(
+        as_saved(tokenizer, config),
+        {},
+        max_result_tokens=arguments.max_tool_result_tokens,
+        chat_template_kwargs=template_arguments(arguments.chat_template_kwargs),
+    )
     rows = load_rows(arguments.dataset, arguments.dataset_split)
     if protocol.tokenizer.chat_template is not None and has_text_prompts(rows):
         logger.warning(
