@@ -212,6 +212,23 @@ def test_messages_may_have_an_empty_field_of_calls(empty):
     assert encoded(messages=[{**message, "tool_calls": empty} for message in MESSAGES]) == encoded(messages=MESSAGES)
 
 
+@pytest.mark.parametrize("empty", [None, []])
+def test_empty_fields_of_a_prompt_do_not_reach_the_template(empty):
+    """Llama's template takes each message that has tool_calls for calls."""
+    llama = TagProtocol(with_template("llama3_1"), {})
+    filled = [{**message, "tool_calls": empty, "name": None} for message in MESSAGES]
+    expected = encode_trajectory({"messages": MESSAGES}, llama)
+    assert encode_trajectory({"messages": filled}, llama) == expected
+    assert encode_trajectory({"prompt": filled[:1], "text": as_text()}, llama) == expected
+
+
+def test_a_prompt_that_the_template_rejects_is_named_by_row():
+    system = {"role": "system", "content": "be brief"}
+    rows = Dataset.from_list([{"messages": MESSAGES}, {"messages": [system, *MESSAGES]}])
+    with pytest.raises(DataError, match=r"row 1: .* rejects its messages, .*\['system', 'user'\].* Use roles"):
+        encode_dataset(rows, TagProtocol(with_template("gemma"), {}), None, "me/rows")
+
+
 def test_a_prompt_may_be_text():
     row = encoded(prompt="what is the answer", text=TURNS[2])
     assert runs(row) == [(False, "what is the answer"), (True, TURNS[2] + "<|im_end|>")]
@@ -244,6 +261,7 @@ def test_a_system_message_belongs_to_the_prompt():
         ({"prompt": "hello", "text": 5}, "expected `messages`, or `prompt` and `text`"),
         ({"messages": [{"content": "hello"}]}, "message 0 is .* expected role and content"),
         ({"messages": [{"role": "usr", "content": "hello"}]}, "message 0 has the role 'usr'; did you mean 'user'"),
+        ({"prompt": ["hello"], "text": "hi"}, "message 0 of 'prompt' is 'hello'; expected role and content"),
         ({"messages": []}, r"the row has \['messages'\]; expected `messages`, or `prompt` and `text`"),
         ({"prompt": QUESTION}, r"the row has \['prompt'\]; expected `messages`, or `prompt` and `text`"),
         ({"question": "?", "answer": "!"}, r"the row has \['answer', 'question'\]"),

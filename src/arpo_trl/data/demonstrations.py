@@ -17,8 +17,8 @@ from typing import Any
 from datasets import Dataset
 
 from arpo_trl.common.user_files import shown
-from arpo_trl.data.layouts import check_role
-from arpo_trl.errors import DataError
+from arpo_trl.data.layouts import MESSAGE_FIELDS, check_prompt, check_role, why_rejected
+from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.rollout.protocols.base import THOUGHT
 from arpo_trl.rollout.protocols.tags import RESULT, TagProtocol
 
@@ -48,12 +48,13 @@ def encode_trajectory(row: Mapping[str, Any], protocol: TagProtocol) -> dict[str
 
     Raises:
         DataError: The row has neither format, a message has calls or thoughts outside its content, the trajectory does
-            not end with a turn, or it does not close the thought that the prompt opens.
+            not end with a turn, it does not close the thought that the prompt opens, or the chat template rejects the
+            prompt.
     """
     prompt, segments = _split(row)
     if not segments or not segments[-1].is_turn:
         raise DataError("the trajectory does not end with a turn of the model; expected its answer at the end.")
-    ids = protocol.encode_prompt(prompt)
+    ids = _encode_prompt(prompt, protocol)
     if protocol.opens_thought(ids):
         segments = _within_thought(segments)
     labels = [IGNORED] * len(ids)
@@ -135,10 +136,29 @@ def _split(row: Mapping[str, Any]) -> tuple[str | list[Mapping[str, Any]], list[
                     f"a {message['role']!r} message follows the first assistant message; expected assistant or tool "
                     "messages."
                 )
-        return list(messages[:start]), segments
-    if row.get("prompt") and isinstance(row.get("text"), str) and row["text"]:
-        return row["prompt"], list(_turns_and_results(row["text"]))
+        return _with_values(messages[:start]), segments
+    if (prompt := row.get("prompt")) and isinstance(row.get("text"), str) and row["text"]:
+        if not isinstance(prompt, str):
+            check_prompt(prompt)
+            prompt = _with_values(prompt)
+        return prompt, list(_turns_and_results(row["text"]))
     raise DataError(f"the row has {sorted(row)}; expected `messages`, or `prompt` and `text`, none of them empty.")
+
+
+def _with_values(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The messages of a prompt with the fields that they have in RL. A table gives each message all fields, with None
+    for those that it lacks, and templates read these as given."""
+    fields = (*MESSAGE_FIELDS, "tool_calls")
+    return [{name: message[name] for name in fields if message.get(name) not in (None, [])} for message in messages]
+
+
+def _encode_prompt(prompt: str | list[Mapping[str, Any]], protocol: TagProtocol) -> list[int]:
+    try:
+        return protocol.encode_prompt(prompt)
+    except ConfigError:
+        raise
+    except Exception as error:  # a template can raise anything
+        raise DataError(why_rejected(prompt, error)) from error
 
 
 def _within_thought(segments: Sequence[Segment]) -> list[Segment]:

@@ -221,6 +221,21 @@ def check_prompt(prompt: Any) -> None:
         raise DataError(f"'prompt' is {shown(prompt)}; expected some text in it.")
 
 
+def why_rejected(prompt: str | Iterable[Mapping[str, Any]], error: Exception) -> str:
+    """Why the tokenizer's chat template raised `error` for the messages of a prompt, and the remedy."""
+    messages = [] if isinstance(prompt, str) else list(prompt)
+    if any(isinstance(message.get("content"), list) for message in messages):
+        return (
+            f"the content of a message is a list of parts, and the tokenizer's chat template takes text: {error}. "
+            "Write the parts as one text. Images are not supported."
+        )
+    return (
+        f"the tokenizer's chat template rejects its messages, whose roles are {[each['role'] for each in messages]}: "
+        f"{error}. Use roles that the template accepts (for example, put the system message at the start of the first "
+        "user message), or set `tokenizer.chat_template` (arpo-trl sft: chat_template_path)."
+    )
+
+
 def check_role(role: str, message: str) -> None:
     """Checks that a role is not a misspelt one, which most chat templates would render without an error. Other unknown
     roles are left to the chat template.

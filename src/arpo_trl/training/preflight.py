@@ -21,6 +21,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.config import ARPOConfig
+from arpo_trl.data.layouts import why_rejected
 from arpo_trl.data.loading import EMPTY, validate_rows
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.options import ProtocolKind, SharedPrefixForward
@@ -446,16 +447,7 @@ def _check_roles(dataset: Dataset, protocols: Protocols) -> None:
         except ConfigError:
             raise
         except Exception as error:  # a template can raise anything
-            if any(kind is list for _, kind, *_ in form):
-                raise DataError(
-                    f"Dataset row {i}: the content of a message is a list of parts, and the tokenizer's chat template "
-                    f"takes text: {error}. Write the parts as one text. Images are not supported."
-                ) from error
-            raise DataError(
-                f"Dataset row {i}: the tokenizer's chat template rejects its messages, whose roles are "
-                f"{[role for role, *_ in form]}: {error}. Use roles that the template accepts (for example, put the "
-                "system message at the start of the first user message), or set `tokenizer.chat_template`."
-            ) from error
+            raise DataError(f"Dataset row {i}: {why_rejected(prompt, error)}") from error
 
 
 def _check_embeddings(dataset: Dataset, protocols: Protocols, embeddings: int) -> None:
