@@ -381,7 +381,7 @@ def test_the_best_checkpoint_is_known_by_its_own_place(model, tmp_path):
     assert best.is_dir()
     said = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text("utf-8"))
     assert said["best_model_checkpoint"] == str(tmp_path / "checkpoint-1")
-    assert trainer.loads == 1  # an engine with a copy of the weights copies them again
+    assert trainer.loads == 2  # an engine with a copy of the weights copies them again
 
 
 def test_a_checkpoint_is_written_where_the_run_began(model, tmp_path, monkeypatch):

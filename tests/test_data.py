@@ -239,7 +239,7 @@ def test_a_question_may_be_a_list_of_python_and_an_answer_too_inside_a_list(tmp_
 
 def test_messages_keep_the_texts_that_templates_read_and_no_other_fields(tmp_path: Path) -> None:
     messages = [
-        user("q") | {"weight": 1},
+        user("q") | {"weight": 1, "thinking": True, "name": ["x"]},
         {"role": "assistant", "content": "<search>x</search>", "reasoning_content": "I look it up."},
         {"role": "tool", "name": "search", "tool_call_id": "9", "content": "y"},
     ]

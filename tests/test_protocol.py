@@ -1,3 +1,4 @@
+import copy
 import json
 from dataclasses import replace
 
@@ -440,3 +441,14 @@ def test_at_the_start_the_template_is_rendered_twice_for_each_tool(monkeypatch):
         ChatTemplateProtocol(made, {name: replace(tool_spec(search), name=name) for name in names})
         rendered.append(len(counts))
     assert rendered[1] - rendered[0] == 2 * 4
+
+
+def test_fields_that_only_other_messages_have_do_not_reach_the_template():
+    """A dataset gives each message all fields, and gpt-oss's template reads None as a thought."""
+    marked = copy.deepcopy(tokenizer())
+    marked.chat_template = (
+        "{% for m in messages %}{{ m.content }}{{ '!' if 'thinking' in m or 'calls' in m }}{% endfor %}"
+    )
+    own = {"role": "assistant", "content": "b", "thinking": "t", "calls": [1]}
+    prompt = [{"role": "user", "content": "a", "thinking": None, "calls": []}, own]
+    assert marked.decode(TagProtocol(marked, {}).encode_prompt(prompt)) == "ab!"

@@ -570,8 +570,8 @@ def test_a_model_whose_weights_are_all_frozen_is_refused(model_path, tmp_path, b
         (AutoModelForCausalLM.from_pretrained(model_path).requires_grad_(False), "pass a peft_config"),
     ):
         with pytest.raises(ConfigError, match=rf"All weights of the model are frozen .*{remedy}"):
-            trainer(model, tmp_path / "run", engine=scripted(), beta=beta)
-    trainer(adapted(is_trainable=True), tmp_path / "run", engine=scripted(), beta=beta)
+            trainer(model, tmp_path / "run", engine=scripted(), beta=beta).train()
+    trainer(adapted(is_trainable=True), tmp_path / "run", engine=scripted(), beta=beta).train()
 
 
 def test_quantizing_without_an_adapter_leaves_nothing_to_train(model_path, tmp_path):

@@ -17,7 +17,7 @@ from typing import Any
 from datasets import Dataset
 
 from arpo_trl.common.user_files import shown
-from arpo_trl.data.layouts import MESSAGE_FIELDS, check_prompt, check_role, why_rejected
+from arpo_trl.data.layouts import check_prompt, check_role, why_rejected
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.rollout.protocols.base import THOUGHT
 from arpo_trl.rollout.protocols.tags import RESULT, TagProtocol
@@ -136,20 +136,12 @@ def _split(row: Mapping[str, Any]) -> tuple[str | list[Mapping[str, Any]], list[
                     f"a {message['role']!r} message follows the first assistant message; expected assistant or tool "
                     "messages."
                 )
-        return _with_values(messages[:start]), segments
+        return list(messages[:start]), segments
     if (prompt := row.get("prompt")) and isinstance(row.get("text"), str) and row["text"]:
         if not isinstance(prompt, str):
             check_prompt(prompt)
-            prompt = _with_values(prompt)
         return prompt, list(_turns_and_results(row["text"]))
     raise DataError(f"the row has {sorted(row)}; expected `messages`, or `prompt` and `text`, none of them empty.")
-
-
-def _with_values(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The messages of a prompt with the fields that they have in RL. A table gives each message all fields, with None
-    for those that it lacks, and templates read these as given."""
-    fields = (*MESSAGE_FIELDS, "tool_calls")
-    return [{name: message[name] for name in fields if message.get(name) not in (None, [])} for message in messages]
 
 
 def _encode_prompt(prompt: str | list[Mapping[str, Any]], protocol: TagProtocol) -> list[int]:

@@ -410,7 +410,7 @@ def _checked_prompt(prompt: Any) -> list[Message]:
         if not isinstance(content, str) or not (content.strip() or message["role"] == "system"):
             raise DataError(f"message {position} of 'prompt' has the content {shown(content)}; expected text.")
     return [
-        {name: text_of(message[name], "prompt") for name in MESSAGE_FIELDS if message.get(name) is not None}
+        {name: text_of(message[name], "prompt") for name in MESSAGE_FIELDS if isinstance(message.get(name), str)}
         for message in messages
     ]
 

@@ -231,7 +231,6 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         log_defaults(args)
         warn_of_unread(args)
         check_launch(self.accelerator, gathers=args.ds3_gather_for_generation)
-        check_trainable(self.model)
         check_head(self.model, self.accelerator)
         warn_of_emulation(self.model, self.accelerator)
         self._tokenizer = with_guarded_parser(self._tokenizer)
@@ -279,6 +278,10 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         self._spans = Spans()
         # On the instance, since a subclass may override the method, with or without calling ours.
         self._calculate_rewards = partial(self._remembered_rewards, self._calculate_rewards)  # type: ignore[method-assign]
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        check_trainable(self.model)
+        return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
         check_same_stream(self.train_dataset, self.accelerator)

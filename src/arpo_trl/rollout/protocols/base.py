@@ -127,6 +127,16 @@ def message_of(
     return {"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}
 
 
+def filled(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages without the fields that only others have.
+
+    A dataset gives each message all fields, with None or an empty list for those that it lacks. Some templates read
+    these as values.
+    """
+    kept = ("role", "content")
+    return [{key: each[key] for key in each if key in kept or each[key] not in (None, [])} for each in messages]
+
+
 THOUGHT = "<think>"
 _OPENING_TOKENS = 16
 """The most tokens that the tag of a thought, with white space after it, takes."""

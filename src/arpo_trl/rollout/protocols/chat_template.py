@@ -21,7 +21,7 @@ from arpo_trl.common.tags import without
 from arpo_trl.common.user_files import is_deeper
 from arpo_trl.errors import ConfigError
 from arpo_trl.rollout.protocols import sample
-from arpo_trl.rollout.protocols.base import ARGUMENT_DEPTH, BadCall, ToolProtocol
+from arpo_trl.rollout.protocols.base import ARGUMENT_DEPTH, BadCall, ToolProtocol, filled
 from arpo_trl.rollout.protocols.parsers import Rendered, ToolParser, fitting_parser
 from arpo_trl.rollout.text import decode_exactly
 from arpo_trl.tools.calls import ToolCall
@@ -90,7 +90,7 @@ class ChatTemplateProtocol(ToolProtocol):
                 'lists of messages, or set tool_protocol "tags".'
             )
         return self.tokenizer.apply_chat_template(
-            list(prompt),
+            filled(prompt),
             tools=self._schemas or None,
             add_generation_prompt=True,
             return_dict=False,

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from arpo_trl.common.tags import CODE_PARAMETER, plain_spans
 from arpo_trl.errors import ConfigError
-from arpo_trl.rollout.protocols.base import BadCall, ToolProtocol
+from arpo_trl.rollout.protocols.base import BadCall, ToolProtocol, filled
 from arpo_trl.rollout.protocols.parsers import AUTO
 from arpo_trl.rollout.text import decode_exactly
 from arpo_trl.tools.calls import ToolCall
@@ -67,7 +67,7 @@ class TagProtocol(ToolProtocol):
                 "chat_template_path."
             )
         return self.tokenizer.apply_chat_template(
-            list(prompt), add_generation_prompt=True, return_dict=False, **self.chat_template_kwargs
+            filled(prompt), add_generation_prompt=True, return_dict=False, **self.chat_template_kwargs
         )
 
     def encode_turn(self, text: str, *, last: bool) -> list[int]:
