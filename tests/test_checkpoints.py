@@ -32,12 +32,13 @@ from arpo_trl.runs.checkpoints import (
     RunIdentity,
     SavedState,
     dataset_identity,
+    deciding_settings,
     frozen_weights,
 )
 from arpo_trl.tools.spec import ToolSet
 from arpo_trl.training.trainer import ARPOTrainer
 from resuming import ROWS, make_trainer, outcome, save_calling_model
-from support import python, save_tiny_model, search, tiny_model, tokenizer
+from support import ON_CPU, python, save_tiny_model, search, tiny_model, tokenizer
 
 STEPS = 7  # two of ten prompts a step: an epoch has five
 RUNS = {
@@ -715,6 +716,12 @@ def test_the_lists_of_settings_name_settings():
     """A name that TRL has dropped would say nothing."""
     names = {field.name for field in fields(ARPOConfig)}
     assert names >= checkpoints._FREE_SETTINGS | checkpoints._DECIDING_TRAINING_ARGUMENTS | checkpoints._BATCH_SETTINGS
+
+
+def test_the_limits_of_a_machine_may_change():
+    limits = {"tool_concurrency": 2, "tool_concurrency_per_tool": {"search": 1}, "environment_concurrency": 8}
+    settings = {"output_dir": "run", "num_generations": 4, "per_device_train_batch_size": 4, **ON_CPU}
+    assert deciding_settings(ARPOConfig(**settings, **limits)) == deciding_settings(ARPOConfig(**settings))
 
 
 def test_changed_versions_are_logged(monkeypatch):

@@ -62,9 +62,9 @@ _FREE_SETTINGS = frozenset(
     vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size model_init_kwargs trust_remote_code
     log_completions log_multimodal num_completions_to_print log_unique_prompts log_completions_hub_repo
     use_transformers_continuous_batching transformers_continuous_batching_config use_transformers_paged
-    tool_timeout_s tool_concurrency tool_concurrency_per_tool tool_cache vllm_server_urls vllm_request_timeout_s
-    weight_sync weight_sync_dir weight_sync_tolerance shared_prefix_forward trajectory_log_rate
-    hub_trajectories_id""".split()
+    tool_timeout_s tool_concurrency tool_concurrency_per_tool environment_concurrency tool_cache vllm_server_urls
+    vllm_request_timeout_s weight_sync weight_sync_dir weight_sync_tolerance shared_prefix_forward
+    trajectory_log_rate hub_trajectories_id""".split()
 )
 """The settings of TRL and of this package that may change: they affect only placement, speed or rounding."""
 _BATCH_SETTINGS = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation"})

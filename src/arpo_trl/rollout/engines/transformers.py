@@ -335,7 +335,7 @@ class TransformersEngine:
             if is_nan:
                 raise EngineError(
                     "The model's probabilities are NaN: its weights have diverged. Lower learning_rate, or set "
-                    "max_grad_norm, and resume from an earlier checkpoint."
+                    "max_grad_norm, and start a new run, perhaps from an earlier checkpoint (model_name_or_path)."
                 )
             if eos:
                 told.append((row, written, length, TurnStop.EOS))
