@@ -58,7 +58,7 @@ NEEDED_IN_CI = ("vllm", "browser", "openenv", "bitsandbytes")
 """Marks whose tests CI must not skip. Tokenizers are none of them, because their registry may be away."""
 
 
-TOGETHER = ("test_lockstep", "test_ranks", "test_resume_ranks", "test_shipped_ranks")
+TOGETHER = ("test_differing_ranks", "test_lockstep", "test_ranks", "test_resume_ranks", "test_shipped_ranks")
 """Files with tests on several ranks, which one worker takes one after the other: two such runs at once would take
 twice the memory."""
 LONGEST = (

@@ -269,6 +269,13 @@ def test_accelerate_splits_a_stream_by_shards_where_each_rank_can_have_one():
         ("get_batch_samples", ["self", "epoch_iterator", "num_batches", "device"]),
         ("train", ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"]),
         ("_evaluate", ["self", "trial", "ignore_keys_for_eval", "skip_scheduler"]),
+        (
+            "_maybe_log_save_evaluate",
+            [
+                *("self", "tr_loss", "grad_norm", "model", "trial", "epoch", "ignore_keys_for_eval", "start_time"),
+                "learning_rate",
+            ],
+        ),
         ("_get_train_sampler", ["self", "dataset"]),
         ("_get_output_dir", ["self", "trial"]),
         ("_save_checkpoint", ["self", "model", "trial"]),

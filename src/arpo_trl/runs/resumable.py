@@ -44,6 +44,9 @@ from arpo_trl.visible import get_rank_logger
 
 logger = get_rank_logger(__name__)
 
+_FLAGS = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
+"""The decisions of callbacks in transformers' `TrainerControl`."""
+
 
 class Resumable(GRPOTrainer):
     """A `GRPOTrainer` with complete checkpoints that contain all state of the next step and identify their run.
@@ -54,6 +57,7 @@ class Resumable(GRPOTrainer):
 
     - `train`: finds and checks the checkpoint to resume from. SIGTERM and Ctrl-C stop it with a checkpoint.
     - `training_step`, `_evaluate`: check for interrupts. A subclass may check at more places.
+    - `_maybe_log_save_evaluate`, `_evaluate`: what a callback decides on one rank, all ranks do.
     - `_save_checkpoint`, `_get_output_dir`, `_push_from_checkpoint`: write a checkpoint to a temporary folder, then
       move it to its final path and push it.
     - `_get_dataloader`: a SIGTERM to all processes of a job does not end its workers.
@@ -359,7 +363,26 @@ class Resumable(GRPOTrainer):
             self._remember_moment()
         metrics = super()._evaluate(*args, **kwargs)
         self._evaluation_is_owed = False
+        self._decide_together()
         return metrics
+
+    # Decisions of callbacks ------------------------------------------------------------------------------------------
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self._decide_together()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._decide_together()  # callbacks have seen the log and the checkpoint, and may stop the run
+
+    def _decide_together(self) -> None:
+        """Sets each flag of `control`, such as `should_save`, that is set on any rank. A collective.
+
+        Saving, evaluating and training are collectives: a rank that did one of them alone would wait for the others.
+        """
+        if self.accelerator.num_processes == 1:
+            return
+        own = torch.tensor([[int(getattr(self.control, flag)) for flag in _FLAGS]], device=self.accelerator.device)
+        for flag, is_set in zip(_FLAGS, self.accelerator.gather(own).any(dim=0).tolist(), strict=True):
+            setattr(self.control, flag, is_set)
 
     # Interrupts ------------------------------------------------------------------------------------------------------
 
