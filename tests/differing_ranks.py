@@ -13,7 +13,8 @@ from typing import Any
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from resuming import make_trainer
+from arpo_trl.errors import ConfigError
+from resuming import ROWS, make_trainer
 
 SETTINGS: dict[str, Any] = {"per_device_train_batch_size": 4, "save_strategy": "no", "logging_strategy": "no"}
 
@@ -59,8 +60,34 @@ def decided(model: str, folder: Path) -> dict[str, Any]:
     return {"seen": decides.seen, "steps": made.state.global_step}
 
 
+def refused(model: str, folder: Path, **settings: Any) -> str:
+    """The error at the start of a training."""
+    made = make_trainer(model, folder, max_steps=1, **{**SETTINGS, **settings})
+    try:
+        made.train()
+    except ConfigError as error:
+        return str(error)
+    finally:
+        made.toolbox.close()
+    return "none"
+
+
+def rows_refused(model: str, folder: Path) -> dict[str, str]:
+    """The errors for rows that differ between the ranks: in order, in number, and of an evaluation."""
+    is_other = dist.get_rank() == 1
+    shuffled, fewer = ROWS.shuffle(seed=dist.get_rank()), ROWS.select(range(4 if is_other else 8))
+    evaluates = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4}
+    return {
+        "order": refused(model, folder, train_dataset=shuffled),
+        "number": refused(model, folder, train_dataset=fewer),
+        "evaluation": refused(model, folder, eval_dataset={"held out": fewer}, **evaluates),
+        # The same rows, in memory and selected.
+        "equal": refused(model, folder, train_dataset=ROWS if is_other else ROWS.select(list(range(10)))),
+    }
+
+
 def main(model: str, folder: Path) -> None:
-    said = {"decided": decided(model, folder / "decided")}
+    said = {"decided": decided(model, folder / "decided"), "rows": rows_refused(model, folder / "rows")}
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(said), "utf-8")
 
 

@@ -153,17 +153,19 @@ def some_reward(completions: list[Any], **_: Any) -> list[float]:
 
 
 def make_trainer(model: str | PreTrainedModel, output: Path, **settings: Any) -> ARPOTrainer:
-    kwargs = {
-        name: settings.pop(name)
-        for name in ("peft_config", "train_dataset", "tools", "reward_funcs", "environment_factory")
-        if name in settings
-    }
+    arguments = ("peft_config", "train_dataset", "eval_dataset", "tools", "reward_funcs", "environment_factory")
+    kwargs = {name: settings.pop(name) for name in arguments if name in settings}
     evaluates = settings.get("eval_strategy", "no") != "no"
     return ARPOTrainer(
         model=model,
         args=ARPOConfig(output_dir=str(output), **{**SETTINGS, **settings}),
-        eval_dataset=ROWS.select(range(4)) if evaluates else None,
-        **{"train_dataset": ROWS, "tools": [search, python], "reward_funcs": some_reward, **kwargs},
+        **{
+            "train_dataset": ROWS,
+            "eval_dataset": ROWS.select(range(4)) if evaluates else None,
+            "tools": [search, python],
+            "reward_funcs": some_reward,
+            **kwargs,
+        },
     )
 
 

@@ -1,4 +1,4 @@
-"""What differs between two processes: a decision of a callback counts for both."""
+"""What differs between two processes: a decision of a callback counts for both, other rows are an error."""
 
 import json
 from typing import Any
@@ -29,3 +29,14 @@ def test_what_a_callback_decides_on_one_rank_all_ranks_do(said):
         ],
         "steps": 8,
     }
+
+
+def test_rows_that_differ_between_ranks_are_an_error_on_all(said):
+    for rank in said:
+        of_train, of_evaluation = (
+            f"The processes have different rows in the {name}, so that they would not share its rows. All of them "
+            "need all rows, in the same order. Give `shuffle` and `train_test_split` a seed, as in "
+            "dataset.train_test_split(test_size=0.1, seed=42)."
+            for name in ("training dataset", "evaluation dataset held out")
+        )
+        assert rank["rows"] == {"order": of_train, "number": of_train, "evaluation": of_evaluation, "equal": "none"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from importlib.util import find_spec
@@ -35,6 +35,7 @@ from arpo_trl.rollout.engines.vllm.cpu import prepare_cpu
 from arpo_trl.rollout.protocols import ToolProtocol
 from arpo_trl.rollout.protocols.generation_ends import eos_ids_of, saved_eos_ids
 from arpo_trl.rollout.sampler import TreeSampler
+from arpo_trl.runs.checkpoints import dataset_identity
 from arpo_trl.training.baselines import Baseline
 from arpo_trl.training.prefix_sharing import rounding, share_prefixes, why_not_shared, why_packs_differ
 from arpo_trl.trl_seam import get_config_model_id
@@ -45,6 +46,8 @@ logger = get_rank_logger(__name__)
 
 UNUSED_METHODS = ("_generate_single_turn", "_tokenize_prompts", "_get_tool_suffix_ids")
 """The methods of GRPOTrainer that sample, which ARPOTrainer does not call."""
+_COMPARED_ROWS = 64
+"""The number of rows, spread over a dataset, that ranks compare; with their remainder, up to twice as many."""
 
 
 def refuse_own_rollouts(rollout_func: Any, kind: type[GRPOTrainer]) -> None:
@@ -470,19 +473,44 @@ def needs_tags(args: ARPOConfig, tools: Collection[str], rewards: Sequence[Any])
     )
 
 
-def check_same_stream(dataset: Any, accelerator: Accelerator) -> None:
-    """Checks that all ranks read a streamed dataset in the same order. A collective.
+def check_same_rows(datasets: Mapping[str, Any], accelerator: Accelerator) -> None:
+    """Checks that all ranks have the same rows in the same order. A collective.
+
+    Compares the lengths and up to `_COMPARED_ROWS` rows; of a streamed dataset, the first 4 rows.
+
+    Args:
+        datasets: Name for errors → dataset.
 
     Raises:
-        ConfigError: They do not, so that the rows of a group would differ between ranks.
+        ConfigError: They do not. A batch is dealt to the ranks by the rows' indices, so some rows would never be
+            used, or be used twice. With other lengths, a rank would wait for the others forever.
     """
-    if not isinstance(dataset, IterableDataset) or accelerator.num_processes == 1:
+    if accelerator.num_processes == 1:
         return
-    if len(set(gather_object([repr(list(dataset.take(4)))]))) > 1:
+    ranks = gather_object([{name: _rows_seen(dataset) for name, dataset in datasets.items()}])
+    for name in dict.fromkeys(name for rank in ranks for name in rank):
+        if all(rank.get(name) == ranks[0].get(name) for rank in ranks):
+            continue
+        if isinstance(datasets.get(name), IterableDataset):
+            raise ConfigError(
+                f"The processes read the streamed {name} in different orders, so that they would not share its rows, "
+                "and a resumed run would read others. Give its `shuffle` a seed, as in dataset.shuffle(seed=42)."
+            )
         raise ConfigError(
-            "The processes read the streamed dataset in different orders, so that they would not share its rows, and "
-            "a resumed run would read others. Give its `shuffle` a seed, as in dataset.shuffle(seed=42)."
+            f"The processes have different rows in {name}, so that they would not share its rows. All of them need "
+            "all rows, in the same order. Give `shuffle` and `train_test_split` a seed, as in "
+            "dataset.train_test_split(test_size=0.1, seed=42)."
         )
+
+
+def _rows_seen(dataset: Any) -> Any:
+    if isinstance(dataset, IterableDataset):
+        return repr(list(dataset.take(4)))
+    if not isinstance(dataset, Dataset):
+        return length_hint(dataset, 0)
+    rows = len(dataset)
+    some = sorted({*range(0, rows, max(1, rows // _COMPARED_ROWS)), rows - 1}) if rows else []
+    return rows, dataset_identity(dataset.select(some))
 
 
 def check_requests(prompts: Sequence[Any], requests: Sequence[GroupRequest], context: int) -> None:

@@ -63,7 +63,7 @@ from arpo_trl.training.preflight import (
     check_quantized_training,
     check_requests,
     check_rows,
-    check_same_stream,
+    check_same_rows,
     check_scores,
     check_trainable,
     check_writable,
@@ -284,9 +284,16 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
-        check_same_stream(self.train_dataset, self.accelerator)
+        check_same_rows(self._datasets, self.accelerator)
         check_enough_prompts(self.train_dataset, self.args)
         return super().get_train_dataloader()
+
+    @property
+    def _datasets(self) -> dict[str, Any]:
+        """Name, for errors → dataset."""
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        named = {f"the evaluation dataset {name}".rstrip(): dataset for name, dataset in evaluated.items()}
+        return {"the training dataset": self.train_dataset, **named}
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         rows = WholeStream(dataset) if isinstance(dataset, IterableDataset) else dataset
