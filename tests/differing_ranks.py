@@ -6,6 +6,7 @@ Each rank writes FOLDER/rank<i>.json.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from arpo_trl.errors import ConfigError
+from arpo_trl.runs import shared_folder
 from resuming import ROWS, make_trainer
 
 SETTINGS: dict[str, Any] = {"per_device_train_batch_size": 4, "save_strategy": "no", "logging_strategy": "no"}
@@ -60,11 +62,11 @@ def decided(model: str, folder: Path) -> dict[str, Any]:
     return {"seen": decides.seen, "steps": made.state.global_step}
 
 
-def refused(model: str, folder: Path, **settings: Any) -> str:
+def refused(model: str, folder: Path, *, resume: str | bool = False, **settings: Any) -> str:
     """The error at the start of a training."""
     made = make_trainer(model, folder, max_steps=1, **{**SETTINGS, **settings})
     try:
-        made.train()
+        made.train(resume_from_checkpoint=resume)
     except ConfigError as error:
         return str(error)
     finally:
@@ -86,8 +88,25 @@ def rows_refused(model: str, folder: Path) -> dict[str, str]:
     }
 
 
+def folders_refused(model: str, folder: Path, decided: Path) -> dict[str, str]:
+    """The errors for folders that differ between the ranks. `decided` contains a checkpoint."""
+    own = folder / f"node{dist.get_rank()}"
+    shared_folder.SEEN_WITHIN_S = 0.5
+    if dist.get_rank() == 0:
+        shutil.copytree(decided / "checkpoint-2", own / "checkpoint-2")
+    return {
+        "output": refused(model, own, resume=True),
+        "checkpoint": refused(model, folder / "run", resume=str(own / "checkpoint-2")),
+        "left": str([path.name for path in own.iterdir()] if own.exists() else []),
+    }
+
+
 def main(model: str, folder: Path) -> None:
-    said = {"decided": decided(model, folder / "decided"), "rows": rows_refused(model, folder / "rows")}
+    said = {
+        "decided": decided(model, folder / "decided"),
+        "rows": rows_refused(model, folder / "rows"),
+        "folders": folders_refused(model, folder / "folders", folder / "decided"),
+    }
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(said), "utf-8")
 
 

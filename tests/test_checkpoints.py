@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 import os
 import resource
@@ -421,8 +422,8 @@ def test_only_whole_checkpoints_are_pushed(model, tmp_path, monkeypatch):
     assert pushed == [(str(tmp_path / "checkpoint-1"), 1)]
 
 
-class FullFrom(TrainerCallback):
-    """From a step on no file may be larger than some bytes, as on a disk that is nearly full."""
+class LimitedFrom(TrainerCallback):
+    """From a step on no file may be larger than some bytes."""
 
     def __init__(self, step: int):
         self.step = step
@@ -432,9 +433,9 @@ class FullFrom(TrainerCallback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-def test_a_full_disk_is_an_error_and_keeps_the_earlier_checkpoint(model, tmp_path):
+def test_a_checkpoint_that_cannot_be_written_is_an_error_and_keeps_the_earlier_one(model, tmp_path):
     trainer = made(model, tmp_path, max_steps=3, save_total_limit=1)
-    trainer.add_callback(FullFrom(2))
+    trainer.add_callback(LimitedFrom(2))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         with pytest.raises(CheckpointError) as error:
@@ -442,10 +443,18 @@ def test_a_full_disk_is_an_error_and_keeps_the_earlier_checkpoint(model, tmp_pat
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert f"checkpoint-3 could not be written to {tmp_path} (" in str(error.value)
-    assert f"MB are free there. {tmp_path / 'checkpoint-2'} is complete. Free some space" in str(error.value)
+    assert f"{tmp_path / 'checkpoint-2'} is complete. Correct the cause, then resume with" in str(error.value)
     assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-2"]
     assert not (tmp_path / ".unfinished").exists()
     assert Checkpoints(tmp_path).find(True).step == 2
+
+
+def test_space_is_the_remedy_of_a_full_disk_only(model, tmp_path):
+    trainer = made(model, tmp_path)
+    error = trainer._could_not_save(3, PermissionError(errno.EACCES, "Permission denied", "optimizer.pt"))
+    assert "'optimizer.pt'). There is no earlier checkpoint. Correct the cause, then resume" in str(error)
+    full = str(trainer._could_not_save(3, OSError(errno.ENOSPC, "No space left on device")))
+    assert "MB are free there. There is no earlier checkpoint. Free some space, then resume" in full
 
 
 def test_a_read_only_folder_is_refused_before_the_model_is_loaded():

@@ -188,6 +188,7 @@ def test_the_papers_symbols_stand_in_the_help(symbol):
         (SERVER | {"vllm_server_urls": ["http://a", "http://a"]}, "expected at least one URL, without duplicates"),
         (SERVER | {"vllm_server_urls": ["http://a", "http://a/v1/"]}, "expected at least one URL, without duplicates"),
         (SERVER | {"vllm_server_urls": ["http://a"], "vllm_server_base_url": "http://b"}, "are both set"),
+        ({"save_on_each_node": True}, "save_on_each_node is set, but a checkpoint has files of every process"),
         ({"weight_sync_dir": "/shared"}, "weight_sync_dir is set, but weight_sync is 'nccl', which writes no files"),
         ({"weight_sync": "post"}, r"weight_sync is 'post'; expected one of \['nccl', 'disk'\]"),
         ({"weight_sync_tolerance": 0.0}, "weight_sync_tolerance is 0.0; expected a number of more than 0 nats"),

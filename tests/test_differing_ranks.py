@@ -1,4 +1,5 @@
-"""What differs between two processes: a decision of a callback counts for both, other rows are an error."""
+"""What differs between two processes: a decision of a callback counts for both, other rows or folders
+are errors."""
 
 import json
 from typing import Any
@@ -14,7 +15,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def said(tmp_path_factory) -> list[dict[str, Any]]:
     """What each rank has seen."""
-    folder = tmp_path_factory.mktemp("ranks")
+    folder = tmp_path_factory.mktemp("differing")
     launch("ddp", "tests/differing_ranks.py", save_calling_model(folder / "model"), str(folder))
     return [json.loads((folder / f"rank{rank}.json").read_text("utf-8")) for rank in (0, 1)]
 
@@ -40,3 +41,11 @@ def test_rows_that_differ_between_ranks_are_an_error_on_all(said):
             for name in ("training dataset", "evaluation dataset held out")
         )
         assert rank["rows"] == {"order": of_train, "number": of_train, "evaluation": of_evaluation, "equal": "none"}
+
+
+def test_an_output_folder_that_is_not_shared_is_an_error_on_all(said):
+    for number, rank in enumerate(said):
+        errors = rank["folders"]
+        assert f"node{number} of rank 1 is not the folder of rank 0, so each checkpoint would lack" in errors["output"]
+        assert f"node{number}/checkpoint-2: rank 0 step 2, rank 1 an error. Put it on" in errors["checkpoint"]
+    assert [rank["folders"]["left"] for rank in said] == ["['checkpoint-2']", "[]"]

@@ -29,6 +29,7 @@ INSTEAD = {
     **dict.fromkeys(OF_TRLS_ENCODING, "Not used by `sft.py`, which encodes the demonstrations itself: an error."),
     "hub_token": "An error: set the environment variable `HF_TOKEN`, or log in with `hf auth login`.",
     "ignore_data_skip": "An error when `train.py` resumes a run.",
+    "save_on_each_node": "Whether `sft.py` saves on each node. An error in `train.py`, where nodes share `output_dir`.",
     "train_sampling_strategy": "Sampler for `sft.py`. Not read by `train.py`, where `shuffle_dataset` sets the order.",
     "data_seed": "Random seed of the sampler of `sft.py`. Not read by `train.py`, which shuffles by `seed`.",
 }

@@ -631,6 +631,11 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         ):
             if getattr(self, name):
                 raise ConfigError(f"{name} is set, but the tree sampler does not support it. Unset it.")
+        if self.save_on_each_node:
+            raise ConfigError(
+                "save_on_each_node is set, but a checkpoint has files of every process, so output_dir must be one "
+                "folder for all nodes. Unset it."
+            )
         if self.use_vllm:
             refuse_rules(None, self.generation_kwargs, "vLLM")
         else:

@@ -38,6 +38,7 @@ from arpo_trl.runs.checkpoints import (
 )
 from arpo_trl.runs.interrupts import Interrupts, begin_worker
 from arpo_trl.runs.output_folder import wants_to_resume
+from arpo_trl.runs.shared_folder import check_shared, found_by_all
 from arpo_trl.runs.tied_weights import without_tied_keys
 from arpo_trl.trl_seam import get_callable_name
 from arpo_trl.visible import get_rank_logger
@@ -172,14 +173,16 @@ class Resumable(GRPOTrainer):
 
         Raises:
             CheckpointError: The checkpoint is incomplete.
-            ConfigError: Another run wrote the checkpoint, or it does not exist.
+            ConfigError: Another run wrote the checkpoint, or it does not exist. Or `output_dir` is not the same folder
+                on all ranks.
             Interrupted: SIGTERM or Ctrl-C was received. A checkpoint of the last finished step is written.
         """
         resume_from_checkpoint = wants_to_resume(resume_from_checkpoint)
         if self.args.should_save:
             self._checkpoints.clear()
         self.accelerator.wait_for_everyone()
-        self._resumed = self._checkpoints.find(resume_from_checkpoint)
+        check_shared(Path(self.args.output_dir), self.accelerator)
+        self._resumed = found_by_all(self._checkpoints, resume_from_checkpoint, self.accelerator)
         self._dataset_identity = None
         self._moment, self._saved_step, self._evaluation_is_owed = None, None, False
         self._is_restored = self._resumed is None
@@ -490,7 +493,7 @@ class Resumable(GRPOTrainer):
         last, _ = self._checkpoints.last()
         kept = f"{last.folder} is complete" if last else "There is no earlier checkpoint"
         cause, remedy = "", "Correct the cause"
-        if isinstance(error, OSError) or is_full_disk(error):
+        if is_full_disk(error):
             cause = f"; {as_free_space(self.args.output_dir)}"
             remedy = "Free some space"
         return CheckpointError(
