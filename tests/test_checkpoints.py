@@ -158,6 +158,34 @@ def test_a_resumed_run_equals_the_uninterrupted_run(model, whole, run, step, tmp
     assert outcome(tmp_path / "run") == left_alone
 
 
+class EndEpochAt(TrainerCallback):
+    """Ends the epoch after a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        control.should_epoch_stop |= state.global_step == self.step
+
+
+@pytest.mark.slow
+def test_after_an_epoch_that_a_callback_has_ended_a_resumed_run_has_the_same_rows(model, tmp_path):
+    """Two epochs, of 2 steps and of 5; 8 steps would be the most. A run resumes within each, between them, and at the
+    end."""
+
+    def trained(folder: Path, resume: bool) -> int:
+        trainer = made(model, folder, max_steps=8)
+        trainer.add_callback(EndEpochAt(2))
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.state.global_step
+
+    assert trained(tmp_path / "whole", False) == 7
+    for step in (1, 2, 4, 7):
+        folder = ended_after(tmp_path / "whole", step, tmp_path / str(step))
+        assert trained(folder, True) == 7
+        assert outcome(folder) == outcome(tmp_path / "whole")
+
+
 @pytest.mark.slow
 def test_a_resumed_run_with_a_reference_adapter_has_its_trained_adapter(model, tmp_path):
     """With beta, TRL adds a second adapter to a model that has one: the copy "ref"."""

@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -506,7 +507,7 @@ def test_a_signal_ends_the_run_within_seconds_with_a_checkpoint_to_resume_from(
 
 
 def test_a_full_disk_at_a_checkpoint_ends_the_run_and_its_rollouts(model_path, tmp_path, monkeypatch):
-    made = make_trainer(model_path, tmp_path, rollouts_ahead=2, max_steps=8, save_strategy="steps", save_steps=2)
+    made = make_trainer(model_path, tmp_path, rollouts_ahead=2, max_steps=14, save_strategy="steps", save_steps=2)
 
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -750,3 +751,29 @@ def test_an_epoch_that_a_callback_ends_is_trained_as_without_rollouts_ahead(mode
         assert made.state.global_step == 9
         assert made._ahead is None
     assert rows[0] == rows[2]
+
+
+class EndEpochAt(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        control.should_epoch_stop |= state.global_step == 3
+
+
+def test_a_run_resumes_with_the_rows_of_the_epoch_after_one_that_a_callback_has_ended(model_path, tmp_path):
+    def trained(resume):
+        made = make_trainer(model_path, tmp_path, rollouts_ahead=2, max_steps=14, save_strategy="steps", save_steps=5)
+        made.add_callback(EndEpochAt())
+        generate, rows = made._generate_and_score_completions, {}
+
+        def noted(given):
+            rows[made.state.global_step] = [row["prompt"] for row in given]
+            return generate(given)
+
+        made._generate_and_score_completions = noted
+        made.train(resume_from_checkpoint=resume)
+        made.toolbox.close()
+        return rows
+
+    whole = trained(False)
+    for step in (10, 14):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    assert trained(True) == {step: rows for step, rows in whole.items() if step >= 5}

@@ -191,9 +191,9 @@ class SavedState:
     files: dict[str, int]
     """Path in the folder → size in bytes."""
     passes: int = 0
-    """The number of complete passes over a streamed dataset."""
+    """The number of passes over the training rows that have ended."""
     steps_in_pass: int | None = None
-    """The steps in the current pass over a streamed dataset; None in older checkpoints."""
+    """The steps in the current pass; None in older checkpoints."""
 
     @classmethod
     def of(cls, folder: Path) -> SavedState:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import is_peft_model
-from datasets import IterableDataset
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
@@ -296,9 +295,7 @@ class Resumable(GRPOTrainer):
         )
 
     def _run_epoch(self, **loop: Any) -> None:
-        resumed = self._resumed
-        if isinstance(self.train_dataset, IterableDataset) and resumed is not None:
-            loop = self._in_stream(resumed, loop)
+        resumed, loop = self._resumed, self._in_pass(loop)
         epoch = loop["epoch"]
         is_first = resumed is not None and epoch == loop["epochs_trained"]
         if is_first:
@@ -306,8 +303,9 @@ class Resumable(GRPOTrainer):
             sampler = self._sampler
             for _ in range(epoch if getattr(sampler, "shuffle", False) else 0):
                 torch.randperm(sampler.num_samples, generator=sampler.generator)
-        if self.state.global_step >= self.state.max_steps:  # transformers would train one more step
-            if resumed is not None:
+        # transformers would train one more step, or more epochs for those that a callback has ended early.
+        if self.state.global_step >= self.state.max_steps or epoch >= self.state.num_train_epochs:
+            if resumed is not None and is_first:
                 self._load_rng_state(str(resumed.folder))
             self.control.should_training_stop = True
             return
@@ -318,17 +316,23 @@ class Resumable(GRPOTrainer):
         self._epoch_generators = _generators() if self._starts_epoch else None
         super()._run_epoch(**loop)
 
-    def _in_stream(self, resumed: SavedState, loop: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of an epoch of a streamed dataset. Its length is unknown, so transformers takes all steps of
-        the checkpoint for steps of the first pass."""
-        if resumed.steps_in_pass is None:
+    def _in_pass(self, loop: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of an epoch, at the pass and the step in it of the checkpoint. Given its own result, it
+        returns the same.
+
+        transformers computes them from the number of steps. So it takes all steps for steps of the first pass over a
+        stream, whose length is unknown, and those after a pass that a callback has ended early for the rest of it.
+        """
+        resumed = self._resumed
+        if resumed is None or resumed.steps_in_pass is None:
             return loop
-        skipped = resumed.steps_in_pass * self.args.gradient_accumulation_steps
-        before = resumed.passes
+        passes, steps = resumed.passes, resumed.steps_in_pass
+        if steps >= loop["num_update_steps_per_epoch"]:
+            passes, steps = passes + 1, 0
         return loop | {
-            "epoch": loop["epoch"] + before,
-            "epochs_trained": loop["epochs_trained"] + before,
-            "steps_trained_in_current_epoch": skipped,
+            "epoch": loop["epoch"] + passes - loop["epochs_trained"],
+            "epochs_trained": passes,
+            "steps_trained_in_current_epoch": steps * self.args.gradient_accumulation_steps,
         }
 
     def _load_callback_state(self) -> None:
@@ -461,13 +465,14 @@ class Resumable(GRPOTrainer):
                 self.state.save_to_json(
                     str(self._checkpoints.unfinished / f"checkpoint-{step}" / "trainer_state.json")
                 )
+                ended = self.control.should_epoch_stop
                 self._checkpoints.finish(
                     step,
                     identity=self._identity(),
                     between_generations=self._is_between_generations(),
                     owes_evaluation=self._evaluation_is_owed,
-                    passes=self._passes,
-                    steps_in_pass=step - self._pass_began_at,
+                    passes=self._passes + ended,
+                    steps_in_pass=0 if ended else step - self._pass_began_at,
                 )
         except (ArpoError, KeyboardInterrupt):
             raise

@@ -85,6 +85,7 @@ class SamplesAhead(Resumable):
         return later_epochs(self.train_dataset, self._sampler, size, self.accelerator.process_index, ranks)
 
     def _run_epoch(self, **loop: Any) -> None:
+        loop = self._in_pass(loop)
         is_first = loop["epoch"] == loop["epochs_trained"]
         self._skipped = loop["steps_trained_in_current_epoch"] if is_first else 0
         self._coming = None
