@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from arpo_trl import ARPOConfig, ARPOTrainer, cli
 from arpo_trl.errors import ConfigError, HubError
 from arpo_trl.publishing import push as hub_module
+from arpo_trl.publishing.model_card import drop_paths
 from arpo_trl.publishing.push import BackgroundPush, Snapshot, prepare_repo, push_run, push_snapshot, refuse_secrets
 from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
@@ -227,16 +228,23 @@ def test_a_snapshot_has_the_state_of_training_only_in_a_checkpoint(tmp_path):
 
 def test_a_card_of_peft_goes_up_without_paths_of_this_machine(hub, model_path, tmp_path):
     run = whole_run(tmp_path / "run", model_path)
-    paths = f"base_model: {model_path}\ndatasets:\n- rows.jsonl\n- me/rows\n- gsm8k\n"
+    paths = f"base_model: {model_path}\ndatasets:\n- rows.jsonl\n- me/rows\n"
     tags = f"tags:\n- lora\n- 2024\n- base_model:adapter:{model_path}\n- base_model:adapter:me/base\n"
     (run / "README.md").write_text(f"---\n{paths}{tags}---\n# Mine\n")
     push_run(run, "me/policy", None)
     card = ModelCard(hub.repos["models", "me/policy"]["README.md"].decode())
     assert card.data.to_dict() == {
-        "datasets": ["me/rows", "gsm8k"],
+        "datasets": ["me/rows"],
         "tags": ["lora", 2024, "base_model:adapter:me/base"],
     }
     assert card.text.strip() == "# Mine"
+
+
+def test_names_on_the_hub_stay_on_a_card_with_and_without_a_namespace(tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text("---\nbase_model: gpt2\ndatasets: [gsm8k, me/rows, ./rows, a/b/c]\n---\n")
+    drop_paths(card)
+    assert ModelCard.load(card).data.to_dict() == {"base_model": "gpt2", "datasets": ["gsm8k", "me/rows"]}
 
 
 def test_a_card_whose_metadata_cannot_be_read_stays_as_it_is(tmp_path):
