@@ -153,7 +153,7 @@ def test_a_configuration_file_selects_classes_by_their_import_path(tmp_path, own
             {"advantage_attribution": "own_classes:Early"},
             "Early .* as the credit .*: expected a class that derives from",
         ),
-        ({"branch_rule": "early"}, "or the import path of a class of yours, such as my_module:MyClass"),
+        ({"branch_rule": "nowhere"}, "or the import path of a class of yours, such as my_module:MyClass"),
         (
             {"branch_rule": "own_classes:Early", "branch_rule_kwargs": {"depth": 1}},
             r"branch_rule_kwargs has \['depth'\], but the branch rule 'own_classes:Early' has \['until_depth'\]",
