@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
+from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,8 +31,19 @@ def base_revision(adapter: PeftConfig, base: str) -> str:
     return (adapter.base_model_name_or_path == base and adapter.revision) or "main"
 
 
-def has_tokenizer(name: str) -> bool:
-    """Whether a folder or a repository on the Hub has a tokenizer, which an adapter may lack."""
+def tokenizer_of(adapter: str | None, base: str, revision: str, *, trust_remote_code: bool) -> Any:
+    """The tokenizer of an adapter, a folder or a repository on the Hub; that of its base model if it has none.
+
+    Raises:
+        ConfigError: The tokenizer cannot be loaded.
+    """
+    trusted = {"trust_remote_code": trust_remote_code}
+    if adapter is not None and _has_tokenizer(adapter):
+        return load_pretrained("tokenizer", adapter, AutoTokenizer.from_pretrained, **trusted)
+    return load_pretrained("tokenizer", base, AutoTokenizer.from_pretrained, revision=revision, **trusted)
+
+
+def _has_tokenizer(name: str) -> bool:
     return cached_file(name, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False) is not None
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from transformers.trainer_utils import get_last_checkpoint
 
-from arpo_trl.common.user_files import is_url
+from arpo_trl.common.user_files import has_form_of_path, is_url
 from arpo_trl.errors import ConfigError
 from arpo_trl.visible import without_secrets
 
@@ -44,7 +44,7 @@ def _reason(what: str, name: str, error: Exception) -> str:
     if not os.path.exists(folder):  # unlike Path.exists, false for a name that the system refuses
         if is_url(name):
             return "that is a web address; expected a folder or a Hub id, such as Qwen/Qwen2.5-3B-Instruct."
-        if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        if has_form_of_path(name):
             return "there is no such folder. Check the path."
         return f"there is no such folder, and the Hub does not provide it ({told}). Check the name and the connection."
     if not folder.is_dir():

@@ -63,6 +63,11 @@ def model_name(name: str, setting: str) -> str:
     return str(user_path(name, setting)) if name.startswith("~") else name
 
 
+def has_form_of_path(name: str) -> bool:
+    """Whether the name of a model or a dataset can only be a path, and no id on the Hub."""
+    return Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+
+
 def short_names(paths: Sequence[Path]) -> list[str]:
     """The last parts of the paths, as many as it takes to tell the paths apart: rl and sft, but seed0/rl and
     seed1/rl."""

@@ -8,10 +8,10 @@ import tempfile
 from functools import partial
 from typing import Any, NamedTuple
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
-from arpo_trl.common.adapters import base_revision, has_tokenizer, merged
+from arpo_trl.common.adapters import base_revision, merged, tokenizer_of
 from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.common.settings import template_arguments
 from arpo_trl.common.user_files import user_path
@@ -49,13 +49,7 @@ def load_tokenizer(settings: EvalSettings) -> PreTrainedTokenizerBase:
             "model is missing. Set it to a folder or a Hub id; with base_url it is needed for its tokenizer."
         )
     base, revision, adapter = _weights(settings)
-    trusted = settings.trust_remote_code
-    if adapter is not None and has_tokenizer(adapter):
-        tokenizer = load_pretrained("tokenizer", adapter, AutoTokenizer.from_pretrained, trust_remote_code=trusted)
-    else:
-        tokenizer = load_pretrained(
-            "tokenizer", base, AutoTokenizer.from_pretrained, revision=revision, trust_remote_code=trusted
-        )
+    tokenizer = tokenizer_of(adapter, base, revision, trust_remote_code=settings.trust_remote_code)
     if tokenizer.chat_template is None:
         raise ConfigError(
             f"The tokenizer of {tokenizer.name_or_path} has no chat template; expected one, to render questions as "
@@ -73,8 +67,10 @@ def make_sampler(settings: EvalSettings, toolbox: ToolBox, tokenizer: PreTrained
             limit is set for a tool that the sampler does not have.
         EngineError: A server does not respond.
     """
-    base, revision, _ = _weights(settings)
-    saved = saved_generation_config(base, revision=revision, trust_remote_code=settings.trust_remote_code)
+    weights = _weights(settings)
+    saved = saved_generation_config(
+        weights.base, revision=weights.revision, trust_remote_code=settings.trust_remote_code
+    )
     _refuse_ignored_rules(settings, saved)
     protocol = PROTOCOLS[ProtocolKind(settings.tool_protocol)](
         tokenizer,
@@ -91,7 +87,7 @@ def make_sampler(settings: EvalSettings, toolbox: ToolBox, tokenizer: PreTrained
         top_p=settings.top_p,
     )
     return build_sampler(
-        build_engine(_source(settings, tokenizer), tokenizer, sampling),
+        build_engine(_source(settings, weights, tokenizer), tokenizer, sampling),
         toolbox,
         protocol,
         context=settings.context,
@@ -132,15 +128,15 @@ def _refuse_ignored_rules(settings: EvalSettings, saved: GenerationConfig | None
         refuse_rules(saved, None, "vLLM", "sample with transformers (engine: transformers)")
 
 
-def _source(settings: EvalSettings, tokenizer: PreTrainedTokenizerBase) -> EngineSource:
+def _source(settings: EvalSettings, weights: _Weights, tokenizer: PreTrainedTokenizerBase) -> EngineSource:
     if settings.base_url is not None:
         return CompletionsServer(url=settings.base_url, model=settings.served_model)
     if settings.engine == EngineKind.VLLM:
-        return _vllm(settings, tokenizer)
+        return _vllm(settings, weights, tokenizer)
     import torch
 
     return LocalModel(
-        model=_load_model(settings).to("cuda" if torch.cuda.is_available() else "cpu"),
+        model=_load_model(settings, weights).to("cuda" if torch.cuda.is_available() else "cpu"),
         most_rows=settings.concurrency,
         smaller=(
             f"Lower concurrency ({settings.concurrency}) or max_completion_length ({settings.max_completion_length}), "
@@ -177,11 +173,11 @@ def _weights(settings: EvalSettings) -> _Weights:
     return _Weights(base, base_revision(config, base), adapter)
 
 
-def _load_model(settings: EvalSettings) -> Any:
+def _load_model(settings: EvalSettings, weights: _Weights) -> Any:
     """Load the model and merge the adapter into it."""
     from transformers import AutoModelForCausalLM
 
-    base, revision, adapter = _weights(settings)
+    base, revision, adapter = weights
     model = load_pretrained(
         "weights",
         base,
@@ -195,7 +191,7 @@ def _load_model(settings: EvalSettings) -> Any:
     return load_pretrained("adapter", adapter, partial(merged, model))
 
 
-def _vllm(settings: EvalSettings, tokenizer: PreTrainedTokenizerBase) -> LocalVLLM:
+def _vllm(settings: EvalSettings, weights: _Weights, tokenizer: PreTrainedTokenizerBase) -> LocalVLLM:
     # Run vLLM's engine in this process, step by step, so that requests can join between steps. vLLM reads the variable
     # when it is imported.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -209,7 +205,7 @@ def _vllm(settings: EvalSettings, tokenizer: PreTrainedTokenizerBase) -> LocalVL
             "or start a server and set base_url to its address."
         ) from error
     prepare_cpu()
-    base, revision, adapter = _weights(settings)
+    base, revision, adapter = weights
     trusted = settings.trust_remote_code
     loaded = load_pretrained(
         "configuration", base, AutoConfig.from_pretrained, revision=revision, trust_remote_code=trusted
@@ -219,7 +215,7 @@ def _vllm(settings: EvalSettings, tokenizer: PreTrainedTokenizerBase) -> LocalVL
         path = base
         if adapter is not None:
             path = folder
-            _load_model(settings).save_pretrained(folder)
+            _load_model(settings, weights).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         llm = load_pretrained(
             "weights",

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from arpo_trl.common.adapters import base_revision, has_tokenizer, merged
+from arpo_trl.common.adapters import base_revision, merged, tokenizer_of
 from arpo_trl.common.files import whole_folder
-from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.publishing.model_card import ADAPTER_CONFIG_NAME, CONFIG_NAME, EVALUATION_NAME, Card
 from arpo_trl.rollout.protocols.generation_ends import eos_ids_of
@@ -79,10 +78,7 @@ def merge_adapter(
         raise DataError(
             f"{adapter} does not fit its base model {name!r}: {without_secrets(str(error))[:300]}"
         ) from error
-    if has_tokenizer(adapter):
-        tokenizer = load_pretrained("tokenizer", adapter, AutoTokenizer.from_pretrained, **trusted)
-    else:
-        tokenizer = load_pretrained("tokenizer", name, AutoTokenizer.from_pretrained, revision=revision, **trusted)
+    tokenizer = tokenizer_of(adapter, name, revision, **trusted)
     ends = eos_ids_of(model.generation_config)
     if tokenizer.eos_token_id not in (None, *ends):  # that of a cold start with another eos_token
         model.config.get_text_config().eos_token_id = tokenizer.eos_token_id

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from arpo_trl.common.files import whole_file, write_whole
-from arpo_trl.common.user_files import expect, read_json, read_text, read_yaml
+from arpo_trl.common.user_files import expect, has_form_of_path, read_json, read_text, read_yaml
 from arpo_trl.common.yaml_values import as_yaml
 from arpo_trl.publishing.trained_settings import CONFIG_NAME, SAME_NAME, EvaluationSettings
 from arpo_trl.visible import get_logger, with_texts, without_credentials
@@ -299,8 +299,7 @@ def drop_paths(path: Path) -> None:
 def _is_path(name: str) -> bool:
     from arpo_trl.data.loading import SUFFIXES  # slow to import
 
-    has_form_of_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith(SUFFIXES)
-    return has_form_of_path or Path(name).exists()
+    return has_form_of_path(name) or name.endswith(SUFFIXES) or Path(name).exists()
 
 
 def as_path(name: Any) -> Any:
