@@ -22,13 +22,15 @@ import pytest
 from arpo_trl import cli
 from arpo_trl.common.user_files import read_json
 from arpo_trl.errors import ConfigError, DataError
+from arpo_trl.logs.metrics import Tally
 from arpo_trl.logs.trajectories import LoggedTree, TrajectoryLog, logged_trees, read_trees
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.rollout.tree import BranchDecision, ExecutedCall, RolloutTree, StopReason
 from arpo_trl.tools.calls import CallSource, ToolFailure
-from arpo_trl.viewing.curves import PANELS, curves, history_of_trees, whole_history
-from arpo_trl.viewing.page import as_json, changes, newest, page, summary, tree_data
+from arpo_trl.viewing.curves import PANELS, curves, history_of_tallies, tally_logged, whole_history
+from arpo_trl.viewing.page import changes, index_of, newest, page
+from arpo_trl.viewing.page_tree import as_json, summary, tree_data
 from arpo_trl.viewing.run import LogFile, RunReader, log_history
 from arpo_trl.viewing.server import ViewServer
 from browser import Tab
@@ -104,8 +106,8 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def read(folder: Path) -> RunReader:
-    reader = RunReader(folder)
+def read(folder: Path, max_leaves: int = 20_000) -> RunReader:
+    reader = RunReader(folder, max_leaves)
     reader.refresh()
     return reader
 
@@ -142,11 +144,38 @@ def test_a_trees_data_have_tokens_by_role_decisions_and_outcomes() -> None:
     assert (branch["stop"], branch["span"]) == ("length", [0.75, 1.25])
 
 
-def test_the_page_contains_the_newest_trees_that_fit_and_at_least_one() -> None:
-    trees = {file("step-000001-rank0.jsonl"): [logged(1)], file(): [logged(), logged(group=1)]}  # two leaves each
-    chosen, left_out = newest(trees, 4)
-    assert ([(each.step, number) for each, number, _ in chosen], left_out) == ([(4, 0), (4, 1)], 1)
-    assert [newest(trees, count)[1] for count in (6, 5, 1)] == [0, 1, 2]
+def test_the_page_contains_the_newest_trees_that_fit_and_at_least_one(run: Path) -> None:
+    chosen, left_out = newest(read(run, 4))  # two leaves each
+    assert [tree.summary["key"] for _, tree in chosen] == ["step-000004-rank0.jsonl:0", "step-000004-rank0.jsonl:1"]
+    assert left_out == 1
+    assert [newest(read(run, count))[1] for count in (6, 5, 1)] == [0, 1, 2]
+
+
+def test_only_the_trees_of_the_page_are_held_and_no_tokens(run: Path) -> None:
+    """The log of a long run is larger than the memory."""
+    for step in range(5, 9):
+        save(run, logged(step), name=f"step-{step:06}")
+    history = [{"step": 7, "reward": 0.5}]  # of the rollouts 0 to 6
+    (run / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    reader = read(run, 4)
+
+    def held(reader: RunReader) -> dict[int, tuple[int, bool, bool]]:
+        return {
+            file.step: (read.count, read.trees is not None, read.tally is not None)
+            for file, read in sorted(reader.files.items(), key=lambda item: item[0])
+        }
+
+    few = dict.fromkeys((5, 6), (1, False, False))
+    assert held(reader) == {3: (1, False, False), 4: (2, False, False), **few, 7: (1, True, True), 8: (1, True, True)}
+    save(run, logged(9), name="step-000009")
+    reader.refresh()
+    assert held(reader)[7] == (1, False, True) and held(reader)[9] == (1, True, True)
+    rewards = next(panel["lines"] for panel in index_of(reader)["panels"])["reward (training)"]
+    assert [step for step, _ in rewards] == [7, 8, 9, 10]
+    for step in (8, 9):  # a resumed run removes the steps that it repeats
+        (run / f"trajectories/step-{step:06}-rank0.jsonl").unlink()
+    reader.refresh()
+    assert [tree.summary["step"] for _, tree in newest(reader)[0]] == [6, 7]
 
 
 def test_files_sort_by_step_with_an_evaluation_before_the_training_rollout_of_its_step() -> None:
@@ -189,10 +218,10 @@ def test_a_file_that_is_removed_before_it_is_read_is_left_out(run: Path, monkeyp
 
     monkeypatch.setattr("arpo_trl.viewing.run.read_trees", read_after_removal)
     reader = read(run)
-    assert [file.step for file in reader.trees()] == [4]
+    assert [file.step for file in reader.files] == [4]
     seen = reader.revision
     reader.refresh()
-    assert (reader.revision, [file.step for file in reader.trees()]) == (seen + 1, [4])
+    assert (reader.revision, [file.step for file in reader.files]) == (seen + 1, [4])
 
     def history_after_removal(path: Path) -> Any:
         if path.parent.name == "checkpoint-9":
@@ -218,14 +247,22 @@ def test_curves_have_the_named_and_the_matching_metrics_that_are_numbers() -> No
     assert curves(entropy, history) == {"at the root": [(2, 0.25)], "after calculator": [(1, 1.25)]}
 
 
+def tally(tree: LoggedTree) -> Tally:
+    tally_logged(tree, made := Tally())
+    return made
+
+
 def test_logged_trees_continue_the_curves_after_the_history() -> None:
     # Rewards 1 and −1; a turn of mean 0.5 at the root; 1.5 and 0.5 after search; paths of 8 tokens, 5 of them stored.
-    (of_trees,) = history_of_trees({7: [logged(6)]})
+    (of_trees,) = history_of_tallies({7: [tally(logged(6))]})
     assert (of_trees["step"], of_trees["reward"], of_trees["arpo/entropy/root"]) == (7, 0.0, 0.5)
     assert (of_trees["arpo/entropy/after_search"], of_trees["arpo/tree/sharing_ratio"]) == (1.0, 1.6)
-    rows, first = whole_history([{"step": 5, "reward": 0.5}], {4: [logged(4)], 6: [logged(6)]})
+    # A step's files of two ranks, and a leaf to which no reward applies: (1 − 1 + 0.5) / 3.
+    (of_ranks,) = history_of_tallies({7: [tally(logged(6)), tally(flat(6, 1, [0.5, None]))]})
+    assert of_ranks["reward"] == pytest.approx(1 / 6)
+    rows, first = whole_history([{"step": 5, "reward": 0.5}], {4: [tally(logged(4))], 6: [tally(logged(6))]})
     assert ([row["step"] for row in rows], first) == ([5, 7], 7)
-    assert whole_history([{"step": 5, "reward": 0.5}], {4: [logged(4)]})[1] is None
+    assert whole_history([{"step": 5, "reward": 0.5}], {4: [tally(logged(4))]})[1] is None
 
 
 # Hostile text --------------------------------------------------------------------------------------------------------
@@ -321,7 +358,7 @@ def test_a_folder_without_logged_trees_is_one_line(
 
 @pytest.fixture
 def server(run: Path) -> Iterator[ViewServer]:
-    with ViewServer(RunReader(run), 0, 1000) as made:
+    with ViewServer(RunReader(run), 0) as made:
         thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield made
@@ -354,7 +391,7 @@ def test_a_page_gets_every_tree_from_a_server_that_was_started_again(run: Path) 
     save(run, logged(5), name="step-000005")
     again = read(run)
     for asked in (before.revision, again.revision + 40):
-        change = changes(again, asked, 20_000)
+        change = changes(again, asked)
         assert (change["revision"], len(change["groups"])) == (again.revision, 4)
 
 
@@ -428,7 +465,7 @@ def test_the_server_answers_this_machine_only_and_tells_errors(run: Path, server
         ask(server, "changes")
     assert "trainer_state.json is []; expected" in json.loads(error.value.read())["error"]
     with pytest.raises(ConfigError, match=f"Port {server.server_address[1]} of 127.0.0.1 cannot be used"):
-        ViewServer(RunReader(run), server.server_address[1], 1)
+        ViewServer(RunReader(run), server.server_address[1])
 
 
 # In a browser --------------------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def view_run(arguments: argparse.Namespace) -> None:
     from arpo_trl.viewing.run import RunReader, required_log_files
 
     run: Path = arguments.run_folder
-    reader = RunReader(run)
+    reader = RunReader(run, arguments.leaves)
     if arguments.serve:
         return _serve(reader, arguments)
     required_log_files(run)
@@ -100,7 +100,7 @@ def view_run(arguments: argparse.Namespace) -> None:
     if not reader.files:
         raise DataError(f"{run} has no readable trees.")
     output: Path = arguments.output or run / "view.html"
-    write_whole(output, page(reader, max_leaves=arguments.leaves))
+    write_whole(output, page(reader))
     say(f"{output} ({output.stat().st_size / 1e6:.1f} MB)")
     if arguments.open:
         _open(output.resolve().as_uri())
@@ -125,7 +125,7 @@ def _serve(reader: Any, arguments: argparse.Namespace) -> None:
     from arpo_trl.viewing.server import ViewServer
 
     reader.refresh()
-    with ViewServer(reader, arguments.port, arguments.leaves) as server:
+    with ViewServer(reader, arguments.port) as server:
         say(f"{server.url} shows {reader.run} and follows it. Ctrl-C stops the server.")
         if arguments.open:
             _open(server.url)

@@ -101,30 +101,38 @@ def curves(panel: Panel, history: Iterable[Mapping[str, Any]]) -> dict[str, Poin
 
 
 def whole_history(
-    logged: Sequence[Mapping[str, Any]], trees: Mapping[int, Sequence[LoggedTree]]
+    logged: Sequence[Mapping[str, Any]], tallies: Mapping[int, Sequence[Tally]]
 ) -> tuple[list[Mapping[str, Any]], int | None]:
-    """The log history, continued by metrics of logged trees for later steps, and the first of these later steps.
+    """The log history, continued by the tallies of logged trees for later steps, and the first of these later steps.
 
     A running run has saved its log history only up to its newest checkpoint. The step is None if nothing is added.
     """
-    last = max((row["step"] for row in logged if "reward" in row), default=0)
+    last = last_step(logged)
     # A rollout at step s, counted from 0, appears in the history at step s + 1.
-    later = {step + 1: of_step for step, of_step in trees.items() if step + 1 > last}
-    return [*logged, *history_of_trees(later)], min(later, default=None)
+    later = {step + 1: of_step for step, of_step in tallies.items() if step >= last}
+    return [*logged, *history_of_tallies(later)], min(later, default=None)
 
 
-def history_of_trees(rollouts: Mapping[int, Sequence[LoggedTree]]) -> list[dict[str, Any]]:
-    """The metrics from the logged trees of each training step, one row per step.
+def last_step(history: Iterable[Mapping[str, Any]]) -> int:
+    """The last training step in the log history; 0 if there is none."""
+    return max((row["step"] for row in history if "reward" in row), default=0)
+
+
+def tally_logged(logged: LoggedTree, tally: Tally) -> None:
+    """Counts a logged tree and its rewards into `tally`."""
+    tally_trees([logged.tree], tally)
+    for reward in logged.rewards:
+        if reward is not None:
+            tally.add("reward", reward)
+
+
+def history_of_tallies(tallies: Mapping[int, Sequence[Tally]]) -> list[dict[str, Any]]:
+    """The metrics from the tallies of each training step, one row per step.
 
     The rows have the names of the log history. They cover a sample of the trees, and no times, accuracies or top-ups.
     """
     rows = []
-    for step, logged in sorted(rollouts.items()):
-        tally = Tally()
-        tally_trees([tree.tree for tree in logged], tally)
-        values = {f"arpo/{name}": value for name, value in tally.values().items()}
-        rewards = [reward for tree in logged for reward in tree.rewards if reward is not None]
-        if rewards:
-            values["reward"] = sum(rewards) / len(rewards)
-        rows.append({"step": step, **values})
+    for step, of_step in sorted(tallies.items()):
+        values = Tally.merged(tally.plain() for tally in of_step).values()
+        rows.append({"step": step} | {name if name == "reward" else f"arpo/{name}": values[name] for name in values})
     return rows

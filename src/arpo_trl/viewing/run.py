@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from arpo_trl.common.user_files import expect, read_json
 from arpo_trl.errors import DataError
+from arpo_trl.logs.metrics import Tally
 from arpo_trl.logs.trajectories import FOLDER, LogFile, LoggedTree, log_files, read_trees
+from arpo_trl.viewing.curves import last_step, tally_logged
+from arpo_trl.viewing.page_tree import PageTree
 from arpo_trl.visible import get_logger
 
 logger = get_logger(__name__)
 
 KINDS = {"step": "training", "eval": "evaluation"}
 """Start of a log file's name → the kind of its rollouts."""
+MAX_LEAVES = 20_000
+"""The default maximum number of leaves on a page. The newest steps come first."""
 _STATE = "trainer_state.json"
+_T = TypeVar("_T")
 
 
 def required_log_files(run: Path) -> list[LogFile]:
@@ -84,28 +91,53 @@ def log_history(run: Path) -> list[dict[str, Any]]:
 
 def trees_of(file: LogFile) -> list[LoggedTree] | None:
     """The trees of a file of a run. None after a warning if it is broken, so that it does not hide the other files."""
+    return _made_of(file, lambda _, tree: tree)
+
+
+def _made_of(file: LogFile, make: Callable[[int, LoggedTree], _T]) -> list[_T] | None:
+    """What `make` returns for each tree and its number, without holding the trees. None as in `trees_of`."""
     try:
-        return list(read_trees(file.path))
+        return [make(number, tree) for number, tree in enumerate(read_trees(file.path))]
     except DataError as error:
         if file.path.exists():  # otherwise the run has removed it in the meantime
             logger.warning(f"{error} This file is left out.")
         return None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadFile:
+    """A file of the log as it was read: the number of its trees, and what the page shows of them."""
+
+    revision: int
+    """The reader's revision at which the file was read."""
+    count: int
+    trees: list[PageTree] | None
+    """None if newer files have enough leaves for the page."""
+    tally: Tally | None
+    """The counts of a training step that the logged metrics lack. None for other files."""
+
+    def lacks(self, fits: bool, counts: bool) -> bool:
+        """Whether the file must be read again: the page has room for its trees (`fits`), or needs its counts."""
+        return (fits and self.trees is None) or (counts and self.tally is None)
+
+
 class RunReader:
     """Reads the log files of a run, and rereads changed files.
 
-    `revision` grows with every change, also from one reader of a run to the next. `files` contains, for each file, the
-    revision at which it was read and its trees. `history` contains the logged metrics.
+    It holds texts and metrics, and no tokens; and texts of the newest trees only, since a long run's log is larger
+    than the memory.
+
+    `revision` grows with every change, also from one reader of a run to the next. `history` contains the logged
+    metrics.
 
         reader = RunReader(Path("runs/my"))
         reader.refresh()
     """
 
-    def __init__(self, run: Path):
-        self.run = run
+    def __init__(self, run: Path, max_leaves: int = MAX_LEAVES):
+        self.run, self.max_leaves = run, max_leaves
         self.revision = time.time_ns() // 1000  # an open page may still ask for the changes since an earlier reader's
-        self.files: dict[LogFile, tuple[int, list[LoggedTree]]] = {}
+        self.files: dict[LogFile, ReadFile] = {}
         self.history: list[dict[str, Any]] = []
         self._seen: dict[Path, tuple[int, int]] = {}
 
@@ -116,23 +148,51 @@ class RunReader:
             DataError: There is no such folder, or the run's state is broken.
         """
         state = state_file(self.run)
-        files = {file.path: file for file in log_files(self.run)}
-        found = {path: mark for path in (*files, state) if path is not None and (mark := _mark(path)) is not None}
+        files = log_files(self.run)
+        paths = (*(file.path for file in files), state)
+        found = {path: mark for path in paths if path is not None and (mark := _mark(path)) is not None}
         if found == self._seen:
             return
         self.revision += 1
         self.history = log_history(self.run)
-        self.files = {file: held for file, held in self.files.items() if file.path in found}
-        for path, file in files.items():
-            if path in found and found[path] != self._seen.get(path):
-                self.files.pop(file, None)
-                if (trees := trees_of(file)) is not None:
-                    self.files[file] = (self.revision, trees)
-        self._seen = found
+        logged, leaves, held = last_step(self.history), 0, {}
+        for file in reversed(files):
+            if (mark := found.get(file.path)) is None:
+                continue
+            fits, counts = leaves < self.max_leaves, file.kind == "step" and file.step >= logged
+            read = self.files.get(file)
+            if mark != self._seen.get(file.path) or (read is not None and read.lacks(fits, counts)):
+                read = self._read(file, fits, counts)
+            if read is not None:
+                held[file] = read if fits else replace(read, trees=None)
+                leaves += sum(tree.leaves for tree in held[file].trees or ())
+        self.files, self._seen = held, found
 
-    def trees(self) -> Mapping[LogFile, Sequence[LoggedTree]]:
-        """The trees of each file, in the order of the files."""
-        return {file: self.files[file][1] for file in sorted(self.files)}
+    def _read(self, file: LogFile, fits: bool, counts: bool) -> ReadFile | None:
+        """The file with its trees if the page has room for them (`fits`), and their tally if it `counts`."""
+        tally = Tally() if counts else None
+
+        def make(number: int, logged: LoggedTree) -> PageTree | None:
+            if tally is not None:
+                tally_logged(logged, tally)
+            return PageTree.of(file, number, logged) if fits else None
+
+        if not (fits or counts):
+            count = _lines(file.path)
+            return None if count is None else ReadFile(revision=self.revision, count=count, trees=None, tally=None)
+        if (made := _made_of(file, make)) is None:
+            return None
+        trees = [tree for tree in made if tree is not None] if fits else None
+        return ReadFile(revision=self.revision, count=len(made), trees=trees, tally=tally)
+
+
+def _lines(path: Path) -> int | None:
+    """The number of lines of a log file; None if the run has removed it."""
+    try:
+        with path.open("rb") as file:
+            return sum(1 for _ in file)
+    except FileNotFoundError:
+        return None
 
 
 def _mark(path: Path) -> tuple[int, int] | None:

@@ -10,7 +10,8 @@ from threading import Lock
 from typing import Any
 
 from arpo_trl.errors import ArpoError, ConfigError
-from arpo_trl.viewing.page import as_json, changes, page
+from arpo_trl.viewing.page import changes, page
+from arpo_trl.viewing.page_tree import as_json
 from arpo_trl.viewing.run import RunReader
 
 HOST = "127.0.0.1"
@@ -25,8 +26,8 @@ class ViewServer(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, reader: RunReader, port: int, max_leaves: int):
-        self.reader, self.max_leaves = reader, max_leaves
+    def __init__(self, reader: RunReader, port: int):
+        self.reader = reader
         self.lock = Lock()
         """Locked while the reader reads, because each request runs in its own thread."""
         try:
@@ -65,13 +66,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._answer(*answer)  # without the lock: a client may read slowly
 
     def _content(self, url: urllib.parse.SplitResult) -> tuple[int, str, str]:
-        reader, most = self.server.reader, self.server.max_leaves
+        reader = self.server.reader
         if url.path == "/":
-            return 200, "text/html; charset=utf-8", page(reader, live=True, max_leaves=most)
+            return 200, "text/html; charset=utf-8", page(reader, live=True)
         if url.path == "/changes":
             asked = urllib.parse.parse_qs(url.query).get("after", ["0"])[0]
             after = int(asked) if asked.isdecimal() and len(asked) < 20 else 0
-            return 200, "application/json", as_json(changes(reader, after, most))
+            return 200, "application/json", as_json(changes(reader, after))
         return 404, "text/plain", "There is nothing here."
 
     def _answer(self, status: int, kind: str, text: str) -> None:
