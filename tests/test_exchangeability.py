@@ -60,7 +60,7 @@ def forked() -> RolloutTree:
 
 def counted(*groups: tuple[RolloutTree, list[float]]) -> Tally:
     trees = [tree for tree, _ in groups]
-    rollout = RolloutBatch(trees=trees, times=TIMES, topups=[0] * len(trees), turns_in_sequence=[3] * len(trees))
+    rollout = RolloutBatch(trees=trees, times=TIMES, turns_in_sequence=[3] * len(trees))
     return tally_step(rollout, [reward for _, rewards in groups for reward in rewards], {})
 
 

@@ -73,12 +73,9 @@ def tree_by_hand() -> RolloutTree:
 
 def tallied(*trees: RolloutTree, topups: int = 1, chain: int = 3) -> Tally:
     tally = Tally()
-    tally_rollout(
-        RolloutBatch(
-            trees=list(trees), times=TIMES, topups=[topups] * len(trees), turns_in_sequence=[chain] * len(trees)
-        ),
-        tally,
-    )
+    for tree in trees:
+        tree.topups = topups
+    tally_rollout(RolloutBatch(trees=list(trees), times=TIMES, turns_in_sequence=[chain] * len(trees)), tally)
     return tally
 
 
@@ -279,7 +276,7 @@ def test_merging_two_tallies_is_tallying_both():
 
     rollouts = [
         Scripted(plain, leaves=2)(),
-        RolloutBatch(trees=[tree_by_hand()], times=TIMES, topups=[1], turns_in_sequence=[3]),
+        RolloutBatch(trees=[tree_by_hand()], times=TIMES, turns_in_sequence=[3]),
     ]
     both, merged = Tally(), Tally()
     for rollout in rollouts:

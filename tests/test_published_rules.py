@@ -141,7 +141,7 @@ def test_without_tool_calls_there_are_no_more_waves_than_rounds(rule):
     rollout = Scripted(lambda request, context: ScriptedTurn(text=ANSWER), leaves=16, at_root=8, rule=rule)()
     assert len(rollout.trees[0].leaves()) == 16
     assert rollout.turns_in_sequence == [1 + 2]
-    assert rollout.topups == [8]
+    assert rollout.trees[0].topups == 8
 
 
 def test_the_rest_of_a_round_starts_at_the_root():
@@ -426,13 +426,14 @@ def test_aepo_splits_the_leaves_by_the_entropies_of_the_first_path(rule, weight,
         assert tally.values().get("tree/fire_rate", 1.0) == 1.0  # of the decisions that it made
     if rule is AEPO:  # α = 1 fires everywhere, so that branches take all that is left
         assert len(tree.root.children) == max(2, m)
-        assert rollout.topups == [max(1, m - 1)]
+        assert tree.topups == max(1, m - 1)
 
 
 def test_aepo_without_a_result_uses_half():
     rollout = Scripted(lambda request, context: ANSWER, leaves=8, at_root=1, rule=AEPO())()
     # 8 · σ(0) = 4: three more start at the root, and when they have no result either, the last four
-    assert (len(rollout.trees[0].leaves()), rollout.topups) == (8, [7])
+    (tree,) = rollout.trees
+    assert (len(tree.leaves()), tree.topups) == (8, 7)
     assert rollout.turns_in_sequence == [3]
 
 

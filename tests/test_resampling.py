@@ -36,7 +36,6 @@ def rolled(*tokens: int, seconds: float = 1.0) -> RolloutBatch:
     return RolloutBatch(
         trees=[tree(n) for n in tokens],
         times=times,
-        topups=[0] * len(tokens),
         turns_in_sequence=list(tokens),
         spans=[{1: (0.0, float(n))} for n in tokens],
     )

@@ -295,8 +295,8 @@ def test_a_rule_from_outside_is_chosen_by_name_with_options_of_its_own():
 def test_leaves_beyond_a_rules_supply_start_at_the_root_immediately():
     # widths (1, 2): one path supplies one leaf of three, so two start at the root while it is being written
     run = Scripted(two_searches, leaves=4, at_root=1, rule=Widths(widths=(1, 2)))
-    (tree,), (topups,) = (rollout := run()).trees, rollout.topups
-    assert topups == 2
+    (tree,) = run().trees
+    assert tree.topups == 2
     assert [leaf.address for leaf in tree.leaves()] == [(0,), (0, 1, 0), (1,), (2,)]
 
 
@@ -323,7 +323,7 @@ def test_a_rule_that_waits_decides_again_whenever_its_paths_have_ended():
     # falls behind the 3.
     assert [leaf.address for leaf in tree.leaves()] == [(0,), (1,), (1, 1, 0), (1, 2, 0)]
     assert [node.decision.granted for node in tree.observations() if node.decision] == [0, 1, 0, 1]
-    assert rollout.topups == [0]
+    assert rollout.trees[0].topups == 0
     # 3 turns, the branch's 1, and then the other's 2
     assert rollout.turns_in_sequence == [6]
 
@@ -418,7 +418,7 @@ def test_a_rule_may_decide_how_many_paths_start_at_the_root():
 
     rollout = Scripted(two_searches, leaves=3, at_root=1, rule=AllAtOnce())()
     assert [leaf.address for leaf in rollout.trees[0].leaves()] == [(0,), (1,), (2,)]
-    assert rollout.topups == [0]
+    assert rollout.trees[0].topups == 0
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_a_branch_is_an_extra_turn_under_the_observation():
     assert addresses(rollout) == [(0,), (0, 1, 0), (1,), (1, 1, 0)]
     assert [len(node.children) for node in tree.observations()] == [2, 2]
     assert [node.decision.granted for node in tree.observations()] == [1, 1]
-    assert rollout.topups == [0]
+    assert rollout.trees[0].topups == 0
 
 
 @pytest.mark.parametrize("way", ["sample", "stream"])
@@ -97,7 +97,7 @@ def test_when_entropy_falls_nothing_branches_and_the_rest_is_topped_up_together(
     run = Scripted(falls, leaves=5, at_root=2)
     rollout = run()
     assert addresses(rollout) == [(0,), (1,), (2,), (3,), (4,)]
-    assert rollout.topups == [3]
+    assert rollout.trees[0].topups == 3
     starts = [i for i, request in enumerate(run.engine.requests) if request.key[-1] == 0]
     # two at the start, then the three others in one go
     assert starts[:2] == [0, 1]
@@ -113,7 +113,7 @@ def test_top_ups_start_while_the_last_turn_is_still_being_written():
 
     run = Scripted(slow_end, leaves=2, at_root=1, max_tool_calls=1)
     rollout = run()
-    assert rollout.topups == [1]
+    assert rollout.trees[0].topups == 1
     assert [request.key for request in run.engine.requests][:3] == [(0, 0, 0), (0, 0, 1), (0, 1, 0)]
 
 
@@ -196,7 +196,7 @@ def test_a_rule_that_waits_holds_no_copies_of_paths_and_its_branches_continue_th
 
 def test_ranked_tops_up_leaves_that_no_result_can_use():
     rollout = Scripted(lambda r, c: ANSWER, leaves=4, at_root=2, rule=Ranked())()
-    assert rollout.topups == [2]
+    assert rollout.trees[0].topups == 2
     assert addresses(rollout) == [(0,), (1,), (2,), (3,)]
 
 
@@ -529,7 +529,7 @@ def test_evaluation_settings_start_every_path_at_the_root():
 
 def test_a_group_without_tools_is_plain_sampling():
     rollout = Scripted(lambda r, c: f"<search>x</search>{ANSWER}", leaves=4, at_root=2, tools=[])()
-    assert rollout.topups == [2]
+    assert rollout.trees[0].topups == 2
     assert [len(leaf.nodes) for leaf in rollout.trees[0].leaves()] == [1] * 4
 
 

@@ -59,11 +59,11 @@ BY_HAND = ([1.0, 2.0], [1.0, 0.5], {0: 0.2, 1: 0.15})
 
 def test_every_path_has_the_same_number_of_children_at_each_depth():
     rollout = Scripted(searches(2), leaves=6, at_root=1, rule=Schedule(widths=[1, 3, 2]))()
-    (tree,), (topups,) = rollout.trees, rollout.topups
+    (tree,) = rollout.trees
     found = [leaf.address for leaf in tree.leaves()]
     assert found == [(0,), (0, 1, 0), (0, 1, 0, 2, 0), (0, 1, 1), (0, 1, 1, 2, 0), (0, 2, 0)]
     # 1 call, then 3, and nothing is started at the root
-    assert (sum(len(node.calls) for node in tree.observations()), topups) == (4, 0)
+    assert (sum(len(node.calls) for node in tree.observations()), tree.topups) == (4, 0)
     reasons = [node.decision.reason for node in tree.observations() if node.decision]
     assert reasons == ["planned width 3, share of leaves 6", *["planned width 2, share of leaves 2"] * 3]
 
@@ -83,7 +83,7 @@ def test_leaves_of_a_path_that_ends_early_start_at_the_root_and_do_not_branch():
     (tree,) = rollout.trees
     found = [leaf.address for leaf in tree.leaves()]
     assert found == [(0,), (0, 1, 0), (0, 1, 0, 2, 0), (0, 1, 1), (0, 2, 0), (1,)]
-    assert rollout.topups == [1]
+    assert tree.topups == 1
     # path 1 starts as soon as the child has answered, after 2 turns, and writes 3
     assert rollout.turns_in_sequence == [5]
 

@@ -318,9 +318,7 @@ def fake_trainer(rows: list[int]) -> SimpleNamespace:
         trees = [RolloutTree(request.prompt_ids) for request in requests]
         times = RolloutTimes(total_s=1.0, forward_s=0.5, tool_wait_s=0.0, sync_s=0.0)
         numbers = [request.id for request in requests]
-        return RolloutBatch(
-            trees=trees, times=times, topups=numbers, turns_in_sequence=numbers, spans=[{}] * len(trees)
-        )
+        return RolloutBatch(trees=trees, times=times, turns_in_sequence=numbers, spans=[{}] * len(trees))
 
     return SimpleNamespace(
         args=SimpleNamespace(seed=0),
@@ -334,7 +332,7 @@ def test_batches_are_sampled_together_and_split(monkeypatch):
     monkeypatch.setattr(frozen, "TOGETHER", 2)
     batches = frozen.sample(fake_trainer([5, 6, 7, 8]), 3)  # two together, then one; the fourth is not used
     assert [[tree.root.ids for tree in batch.trees] for batch in batches] == [[[5]], [[6]], [[7]]]
-    assert [batch.topups for batch in batches] == [[0], [1], [2]]
+    assert [batch.turns_in_sequence for batch in batches] == [[0], [1], [2]]
 
 
 def test_an_arm_replays_rollouts_only_for_its_own_prompts():

@@ -106,7 +106,7 @@ def sample(trainer: ARPOTrainer, batches: int) -> list[RolloutBatch]:
 
 def some_trees(batch: RolloutBatch, of: slice) -> RolloutBatch:
     """Some of the trees of a batch, with the times of the whole batch."""
-    names = ("trees", "topups", "turns_in_sequence", "spans")
+    names = ("trees", "turns_in_sequence", "spans")
     return replace(batch, **{name: getattr(batch, name)[of] for name in names})
 
 

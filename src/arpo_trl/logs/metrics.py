@@ -92,8 +92,8 @@ def tally_step(rollout: RolloutBatch, rewards: Sequence[float], seconds: Mapping
 
 def tally_rollout(rollout: RolloutBatch, tally: Tally) -> None:
     """Counts one rollout into `tally`."""
-    for topups, chain in zip(rollout.topups, rollout.turns_in_sequence, strict=True):
-        tally.add("tree/topups", topups)
+    for tree, chain in zip(rollout.trees, rollout.turns_in_sequence, strict=True):
+        tally.add("tree/topups", tree.topups)
         tally.add("tree/turns_in_sequence", chain)
     tally_trees(rollout.trees, tally)
     times = rollout.times

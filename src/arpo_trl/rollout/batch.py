@@ -80,7 +80,7 @@ class GroupRequest:
 class Finished:
     """The outcome of one request of a stream: its tree or its error, and the seconds from its start to its end.
 
-    `cause` is the exception that `error` describes. `RolloutBatch` explains the other three.
+    `cause` is the exception that `error` describes. `RolloutBatch` explains the other two.
 
     Finished(id=0, tree=None, error="EngineError: The server answered 400.", seconds=1.5)
     """
@@ -90,7 +90,6 @@ class Finished:
     error: str | None
     seconds: float
     cause: Exception | None = None
-    topups: int = 0
     turns_in_sequence: int = 0
     spans: dict[int, Span] = field(default_factory=dict)
 
@@ -122,13 +121,11 @@ class RolloutTimes:
 class RolloutBatch:
     """The finished trees, in the order of their requests, with one count per tree in each list.
 
-    RolloutBatch(trees=[tree], times=times, topups=[0], turns_in_sequence=[3])
+    RolloutBatch(trees=[tree], times=times, turns_in_sequence=[3])
     """
 
     trees: list[RolloutTree]
     times: RolloutTimes
-    topups: list[int]
-    """Leaves that started at the root because branches could no longer supply them."""
     turns_in_sequence: list[int]
     """The longest chain of turns that ran one after another, including the turns before the start of a late path."""
     spans: list[dict[int, Span]] = field(default_factory=list)

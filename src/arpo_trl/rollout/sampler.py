@@ -189,7 +189,6 @@ class _Run:
             times=RolloutTimes(
                 total_s=end - start, forward_s=forward_s, tool_wait_s=tool_wait_s, sync_s=sync_s + end - closing
             ),
-            topups=[group.tree.topups for group in groups],
             turns_in_sequence=[group.longest_chain for group in groups],
             spans=[group.spans for group in groups],
         )
@@ -242,7 +241,6 @@ class _Run:
             tree=group.tree,
             error=None,
             seconds=seconds,
-            topups=group.tree.topups,
             turns_in_sequence=group.longest_chain,
             spans=group.spans,
         )

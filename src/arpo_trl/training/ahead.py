@@ -253,7 +253,6 @@ class RolloutsAhead:
                 tool_wait_s=self._sampler.tool_wait_s - batch.tool_wait_before_s,
                 sync_s=0.0,
             ),
-            topups=[group.topups for group in groups],
             turns_in_sequence=[group.turns_in_sequence for group in groups],
             spans=[group.spans for group in groups],
         )

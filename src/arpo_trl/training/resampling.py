@@ -144,20 +144,15 @@ def equal_groups(rewards: torch.Tensor, size: int) -> torch.Tensor:
 
 def with_new_trees(before: RolloutBatch, new: RolloutBatch, groups: Sequence[int]) -> RolloutBatch:
     """`before` with the trees at the positions `groups` replaced by those of `new`, which were sampled after it."""
-    trees, topups, chains = list(before.trees), list(before.topups), list(before.turns_in_sequence)
-    spans = list(before.spans)
+    trees, chains, spans = list(before.trees), list(before.turns_in_sequence), list(before.spans)
     waited = max(chains, default=0)
-    for i, tree, topup, chain, span in zip(
-        groups, new.trees, new.topups, new.turns_in_sequence, new.spans, strict=True
-    ):
-        trees[i], topups[i], chains[i], spans[i] = tree, topup, waited + chain, span
+    for i, tree, chain, span in zip(groups, new.trees, new.turns_in_sequence, new.spans, strict=True):
+        trees[i], chains[i], spans[i] = tree, waited + chain, span
     times = {
         name: getattr(before.times, name) + getattr(new.times, name)
         for name in ("total_s", "forward_s", "tool_wait_s", "sync_s")
     }
-    return replace(
-        before, trees=trees, topups=topups, turns_in_sequence=chains, spans=spans, times=RolloutTimes(**times)
-    )
+    return replace(before, trees=trees, turns_in_sequence=chains, spans=spans, times=RolloutTimes(**times))
 
 
 def tally_discarded(trees: Sequence[RolloutTree], tally: Tally) -> None:
