@@ -30,14 +30,11 @@ def tally_exchangeability(tree: RolloutTree, rewards: Sequence[float], tally: Ta
     Pairs at a fork are averaged per fork, the others per tree.
     """
     below = _rewards_below(tree, rewards)
-    least: dict[int, Address] = {}
-    for leaf in tree.leaves():  # in address order
-        for node in leaf.nodes:
-            least.setdefault(node.index, leaf.address)
+    writers = tree.writers()
     for node in tree.observations():
         if len(node.children) > 1:
             # A branch's address extends the incumbent's, and branches are numbered: the incumbent comes first.
-            children = sorted(node.children, key=lambda child: least.get(child, ()))
+            children = sorted(node.children, key=lambda child: writers.get(child, ()))
             _tally_fork(tree, node, [below[child] for child in children], tally)
     _tally_correlation([list(below[turn].values()) for turn in tree.root.children], tally)
     _tally_random_nodes(tree, below, tally)
