@@ -16,6 +16,7 @@ from arpo_trl.common.flags import NEAR, nearest
 from arpo_trl.common.full_disk import full_disk_message, is_full_disk
 from arpo_trl.common.interrupted import say_interrupted
 from arpo_trl.common.streams import discard, is_unread
+from arpo_trl.common.waiting import is_first_rank
 from arpo_trl.errors import ArpoError, ConfigError, DataError, Interrupted
 from arpo_trl.visible import say
 
@@ -49,7 +50,7 @@ def report_errors(main: Callable[[], T]) -> Callable[[], T]:
         except Interrupted as interrupted:
             from arpo_trl.runs.interrupts import leave
 
-            if os.environ.get("RANK", "0") == "0":
+            if is_first_rank():
                 say(str(interrupted), to=sys.stderr)
             leave(interrupted.exit_status)
         except KeyboardInterrupt:

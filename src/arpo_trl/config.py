@@ -18,6 +18,7 @@ from arpo_trl.common.devices import has_accelerator
 from arpo_trl.common.imports import is_import_path
 from arpo_trl.common.settings import Range, ToolLimits, changed, check_fields, setting
 from arpo_trl.common.user_files import expect, read_json
+from arpo_trl.common.waiting import is_first_rank
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.net.addresses import check_server_url, server_key
 from arpo_trl.options import (
@@ -97,7 +98,7 @@ def take_the_cpu_if_alone(args: TrainingArguments) -> None:
     if args.use_cpu or has_accelerator():
         return
     args.use_cpu = True
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank():
         logger.warning("No accelerator was found: use_cpu is set to true, and training runs on the CPU.")
 
 

@@ -13,6 +13,7 @@ from os import PathLike
 from pathlib import Path
 
 from arpo_trl.common.user_files import user_path
+from arpo_trl.common.waiting import is_first_rank
 from arpo_trl.errors import ConfigError
 
 _WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
@@ -55,7 +56,7 @@ def sole_run(folder: str, setting: str = "output_dir") -> Iterator[None]:
         ConfigError: Another run uses the folder. Names its process and host.
         DataError: The system refuses the name of the folder.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_rank():
         yield
         return
     output = user_path(folder, setting).absolute()
@@ -130,7 +131,7 @@ def check_output(folder: str, *, resume: str | bool | None, overwrite: bool, mod
             README.md that is no model card, or a name that the run needs is taken.
         DataError: The system refuses the name of a folder.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_rank():
         return
     output, resume = user_path(folder, "output_dir"), wants_to_resume(resume)
     if isinstance(resume, str):
@@ -230,7 +231,7 @@ def remove_earlier_run(folder: str) -> None:
     Call it after everything that can fail at the start, so that a mistake in the settings of the new run does not
     cost the earlier one. Only the process of rank 0 removes.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_rank():
         return
     for path in list(_written_by_a_run(Path(folder))):
         if path.is_dir() and not path.is_symlink():

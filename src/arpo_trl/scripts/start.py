@@ -18,6 +18,7 @@ from trl import ModelConfig
 from arpo_trl.common.full_disk import as_free_space, is_full_disk
 from arpo_trl.common.settings import Range, changed, check_fields
 from arpo_trl.common.user_files import model_name
+from arpo_trl.common.waiting import is_first_rank
 from arpo_trl.errors import ArpoError, CheckpointError, ConfigError
 from arpo_trl.runs.output_folder import remove_earlier_run
 from arpo_trl.visible import get_logger
@@ -76,7 +77,7 @@ def required_model(model_config: ModelConfig) -> str:
         # TRL makes a text of a list of one name, which peft would match with the whole path of a layer.
         model_config.lora_target_modules = [modules]
     unused = [setting for setting in changed(model_config) if setting.startswith("lora_")]
-    if unused and not model_config.use_peft and os.environ.get("RANK", "0") == "0":
+    if unused and not model_config.use_peft and is_first_rank():
         logger.warning(
             f"{' and '.join(unused)} {'are' if len(unused) > 1 else 'is'} set, but use_peft is not, so all weights "
             "are trained. Set use_peft: true for LoRA."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from arpo_trl.common.imports import is_import_path, load_callable
 from arpo_trl.common.settings import changed, check_fields, setting
+from arpo_trl.common.waiting import is_first_rank
 from arpo_trl.errors import ConfigError
 from arpo_trl.tools.python.local import ISOLATIONS, python_tool
 from arpo_trl.tools.python.remote import remote_python_tool
@@ -231,7 +231,7 @@ def _build_python(arguments: ToolArguments) -> Callable[..., Any]:
             isolation=arguments.python_isolation,
             stateful=arguments.python_stateful,
         )
-    if os.environ.get("RANK", "0") == "0":  # once per run, not once per process
+    if is_first_rank():  # once per run, not once per process
         _print_once(python.isolation)
     return python
 
