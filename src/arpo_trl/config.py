@@ -163,8 +163,7 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     It has all fields of `GRPOConfig` and of `ToolLimits`, and the fields below. These defaults differ from TRL's:
     `num_generations` 16, `loss_type` "grpo" and `max_tool_calling_iterations` 6 (equal or close to the paper's
     values), `per_device_train_batch_size` and `per_device_eval_batch_size` 16 (one group), and
-    `vllm_importance_sampling_mode` "token_truncate".
-    `use_cpu` becomes true if there is no accelerator.
+    `vllm_importance_sampling_mode` "token_truncate". `use_cpu` becomes true if there is no accelerator.
 
     Raises:
         ConfigError: A setting, or a combination of settings, cannot work. This includes TRL's own checks. Raised

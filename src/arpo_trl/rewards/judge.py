@@ -1,7 +1,7 @@
 """A language model as judge: does an answer have the same meaning as the gold?
 
-    right by the rule ─▶ 1.0, without a request otherwise ─▶ cached? ─▶ request, with retries ─▶ a clear verdict ─▶ 1.0
-    or 0.0, written to the cache
+    right by the rule ─▶ 1.0, without a request
+    otherwise ─▶ cached? ─▶ request, with retries ─▶ a clear verdict ─▶ 1.0 or 0.0, written to the cache
                                                   ─▶ no verdict      ─▶ None: the caller decides
 
 The prediction is untrusted input. The judge sees it as a JSON string, truncated, and only the last line of the judge's

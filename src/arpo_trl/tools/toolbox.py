@@ -1,7 +1,7 @@
 """Runs the model's tool calls concurrently. Each call has a deadline, and every failure becomes text for the model.
 
-    submit(call) ─▶ cached? identical call running? otherwise queued ─▶ slot free ─▶ thread or event loop poll() ◀─
-    (ticket, ToolResult) ◀───────── result or error as text ◀── done or timed out
+    submit(call) ─▶ cached? identical call running? otherwise queued ─▶ slot free ─▶ thread or event loop
+    poll()       ◀─ (ticket, ToolResult) ◀────────── result or error as text ◀── done or timed out
 
 A scheduling thread manages slots and deadlines and never runs a tool. Each call of a sync tool runs in a new daemon
 thread. All calls of async tools run on one shared event loop. A call that misses its deadline is abandoned: its slot

@@ -70,7 +70,7 @@ class RolloutsAhead:
     """The batches that the sampling thread samples ahead, by number.
 
     ahead = RolloutsAhead(sampler, score, seed=(42, "ahead"), check=interrupts.check)
-    ahead.start(0, rows, requests)
+    ahead.start(0, rows, lambda check: (rows, requests), takes_time=False)
     ahead.wait(0).rollout
     ahead.close()
 

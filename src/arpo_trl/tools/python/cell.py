@@ -58,7 +58,7 @@ def run_cells(cells: list[str]) -> int:
     """Run `cells` in order. Return `SUCCEEDED` or `RAISED` for the last one.
 
     The earlier cells run only to set variables: their output is hidden, and after an exception the next cell still
-        runs.
+    runs.
     """
     random.seed(0)  # for reproducible runs
     if "numpy.random" in sys.modules:

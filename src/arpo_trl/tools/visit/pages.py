@@ -1,7 +1,7 @@
 """The `visit` tool: reads a web page, or the parts of it that match a question.
 
     url ─▶ public address? ─▶ fetch (deadline, size) ─▶ redirect? start again, at most 5 times
-        ─▶ in a separate process (`page_worker`): text ─▶ the windows of it that match the goal best
+        ─▶ in a separate process (`worker`): text ─▶ the windows of it that match the goal best
         ─▶ optionally a model's summary of them
 
 The model chooses the URL, so the URL is untrusted. Only http and https on their default ports are allowed, and only
@@ -31,7 +31,7 @@ from arpo_trl.errors import ConfigError, ToolError
 from arpo_trl.net import background
 from arpo_trl.net.chat_model import ChatModel
 from arpo_trl.net.http_client import Answer, RequestFailed, fetch
-from arpo_trl.tools.visit import worker as page_worker
+from arpo_trl.tools.visit import worker
 from arpo_trl.tools.visit.networks import is_public
 from arpo_trl.visible import get_logger
 
@@ -233,7 +233,7 @@ def _excerpts(page: bytes, kind: str, encoding: str, goal: str, sizes: Sequence[
     """Return the excerpt of `page` that matches `goal`, once for each maximum number of characters in `sizes`."""
     try:
         done = subprocess.run(
-            [sys.executable, "-P", page_worker.__file__, kind, encoding, *map(str, sizes)],
+            [sys.executable, "-P", worker.__file__, kind, encoding, *map(str, sizes)],
             input=json.dumps(goal).encode() + b"\n" + page,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
