@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import re
 import shutil
@@ -104,10 +105,7 @@ def model_identity(model: Any) -> dict[str, Any]:
     digest, count = hashlib.sha256(), 0
     for name, parameter in model.named_parameters():
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # under ZeRO-3 `shape` is empty
-        size = 1
-        for length in shape:
-            size *= length
-        count += size
+        count += math.prod(shape)
         digest.update(f"{name} {shape} {parameter.dtype} {parameter.requires_grad}\n".encode())
     return {"type": type(model).__name__, "parameters": count, "shapes": digest.hexdigest()[:16]}
 
