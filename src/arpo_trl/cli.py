@@ -133,8 +133,7 @@ def _command() -> int:
     arguments = _parser().parse_args()
     if hasattr(arguments, "call"):
         return arguments.call(arguments) or 0
-    commands = {"compare": _compare, "index": _index, "cache": _cache}
-    commands |= {"merge": _merge, "push": _push}
+    commands = {"compare": _compare, "index": _index, "cache": _cache, "merge": _merge, "push": _push}
     return commands[arguments.command](arguments) or 0
 
 

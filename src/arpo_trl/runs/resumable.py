@@ -537,9 +537,7 @@ class Resumable(GRPOTrainer):
         file = self._memory_file(state.folder, self.accelerator.process_index if same else 0)
         try:
             memory = torch.load(file, map_location=self.args.device, weights_only=True)
-        except (
-            Exception
-        ) as error:  # torch raises its own errors, and those of pickle, the zip file and the file system
+        except Exception as error:  # torch's own errors, and those of pickle, the zip file and the file system
             raise CheckpointError(f"{file} cannot be read ({type(error).__name__}: {error}).") from error
         if not same:
             memory["micro_step"] = state.step * self.args.gradient_accumulation_steps

@@ -158,8 +158,11 @@ def build_tools(arguments: ToolArguments, *, run: str = "default") -> list[Calla
     """
     for tool, name in _unread(arguments):
         logger.warning(f"{name} is set, but tools is {arguments.tools}, without {tool}. Add {tool} to tools.")
-    makers = {"search": lambda: _build_search(arguments, run), "python": lambda: _build_python(arguments)}
-    makers["visit"] = lambda: _build_visit(arguments)
+    makers = {
+        "search": lambda: _build_search(arguments, run),
+        "python": lambda: _build_python(arguments),
+        "visit": lambda: _build_visit(arguments),
+    }
     # First, because their modules may register search providers.
     own = {name: load_callable(name, "tools") for name in arguments.tools if name not in makers}
     tools = [makers[name]() if name in makers else own[name] for name in arguments.tools]

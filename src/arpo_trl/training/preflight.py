@@ -461,8 +461,7 @@ def _check_embeddings(dataset: Dataset, protocols: Protocols, embeddings: int) -
             raise DataError(
                 f"Dataset row {i}: its prompt contains the token {without[0]!r}, but the model has only {embeddings} "
                 f"embeddings and the tokenizer has {len(protocol.tokenizer)} tokens. Call "
-                f"`model.resize_token_embeddings("
-                "len(tokenizer))` before training, or use the model's own tokenizer."
+                "`model.resize_token_embeddings(len(tokenizer))` before training, or use the model's own tokenizer."
             )
 
 

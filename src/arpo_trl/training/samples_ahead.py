@@ -143,9 +143,8 @@ class SamplesAhead(Resumable):
         with self._spans("sync"):
             engine.sync()
         if self._ahead is None:
-            score_batch = partial(
-                self._score, self.reward_funcs
-            )  # not the functions that `_calculate_rewards` replaces them with
+            # Not the functions that `_calculate_rewards` replaces them with.
+            score_batch = partial(self._score, self.reward_funcs)
             self._ahead = RolloutsAhead(
                 self.tree_sampler, score_batch, seed=(self.args.seed, "ahead"), check=self._interrupts.check
             )
