@@ -1,10 +1,19 @@
-"""Calls code that users wrote, such as tools, states and rewards, which may raise anything. Pure."""
+"""Calls and inspects code that users wrote, such as tools, states and rewards. It may raise anything. Pure."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+import inspect
+from collections.abc import Awaitable, Mapping
 from typing import Any
+
+
+def parameters_of(function: Any) -> Mapping[str, inspect.Parameter] | None:
+    """Return the parameters of a function by name. None if it has no signature, as some functions written in C."""
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return None
 
 
 def text_of(value: object) -> str:

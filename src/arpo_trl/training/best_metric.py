@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from arpo_trl.common.user_code import parameters_of
 from arpo_trl.config import ARPOConfig
 from arpo_trl.errors import ConfigError
 
@@ -59,7 +59,4 @@ def _no_metric(args: ARPOConfig, available: Sequence[str]) -> ConfigError:
 
 def _may_log(function: Any) -> bool:
     """Whether a reward function asks for TRL's `log_metric`, which adds metrics of any name."""
-    try:
-        return "log_metric" in inspect.signature(function).parameters
-    except (TypeError, ValueError):  # a model's name, or a function without a signature
-        return False
+    return "log_metric" in (parameters_of(function) or ())  # a model's name has none

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from arpo_trl.common.user_code import parameters_of
 from arpo_trl.config import ARPOConfig
 from arpo_trl.errors import ConfigError
 from arpo_trl.logs.metrics import Tally
@@ -113,11 +113,10 @@ def _without_branches(args: ARPOConfig, names: Sequence[str]) -> None:
 def _may_read_environments(function: Any) -> bool:
     if not callable(function) or isinstance(function, torch.nn.Module):
         return False
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # a function written in C has no signature
-        return True
-    return any(of.kind is of.VAR_KEYWORD or of.name == "environments" for of in parameters)
+    parameters = parameters_of(function)
+    return parameters is None or any(
+        name == "environments" or of.kind is of.VAR_KEYWORD for name, of in parameters.items()
+    )
 
 
 def _check_concurrency(args: ARPOConfig, *, keeps: bool, evaluates: bool) -> None:

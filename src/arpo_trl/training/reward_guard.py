@@ -8,7 +8,7 @@ import json
 import math
 import os
 import traceback
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 
 import arpo_trl
 from arpo_trl.common.per_process import one_per_process
-from arpo_trl.common.user_code import outcome_of, text_of
+from arpo_trl.common.user_code import outcome_of, parameters_of, text_of
 from arpo_trl.errors import ArpoError, Interrupted, RewardError
 from arpo_trl.net.background import LoopThread
 from arpo_trl.rewards.hierarchical import HierarchicalReward
@@ -58,7 +58,7 @@ def checked_reward(function: Any, interrupts: Interrupts, *, removes_columns: bo
         return function
     name = get_callable_name(function)
     select = _selection(function, removes_columns)
-    reads_environments = "environments" in _named(function)
+    reads_environments = "environments" in (parameters_of(function) or ())
 
     if is_async_callable(function):
 
@@ -164,13 +164,12 @@ def total_rewards(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 def _selection(function: Any, removes_columns: bool) -> Callable[[Mapping[str, Any], str], Mapping[str, Any]]:
     """Returns a function that selects the arguments of `function` from all available arguments. It also takes the
     function's name for errors."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # a function written in C has no signature
+    parameters = parameters_of(function)
+    if parameters is None:
         return lambda given, name: given
-    kinds = {parameter.kind for parameter in parameters}
-    named = [parameter.name for parameter in parameters if parameter.kind not in (_VAR_KEYWORD, _VAR_POSITIONAL)]
-    required = [parameter.name for parameter in parameters if parameter.name in named and parameter.default is _EMPTY]
+    kinds = {parameter.kind for parameter in parameters.values()}
+    named = [name for name, parameter in parameters.items() if parameter.kind not in (_VAR_KEYWORD, _VAR_POSITIONAL)]
+    required = [name for name in named if parameters[name].default is _EMPTY]
 
     def select(given: Mapping[str, Any], name: str) -> Mapping[str, Any]:
         if missing := [needed for needed in required if needed not in given]:
@@ -211,13 +210,6 @@ def _origin(function: Any, name: str) -> str:
     code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
     file = "" if code is None else Path(code.co_filename).name
     return f"{file}:{name}" if file.endswith(".py") else name  # a cell of a notebook has another name each time
-
-
-def _named(function: Any) -> Collection[str]:
-    try:
-        return inspect.signature(function).parameters
-    except (TypeError, ValueError):  # a function written in C has no signature
-        return ()
 
 
 def _with_environment(columns: Mapping[str, Any], reads_environments: bool) -> tuple[Mapping[str, Any], list[int]]:
