@@ -257,7 +257,11 @@ def test_the_markdown_escapes_untrusted_text():
 
 
 def test_a_table_is_markdown():
-    assert report.pipe_table(("a", "b"), [("x", "1")], texts=1) == ["| a | b |", "| --- | ---: |", "| x | 1 |"]
+    assert report.pipe_table(("a", "b", "c"), [("x", "y", "1")]) == [
+        "| a | b | c |",
+        "| --- | --- | ---: |",
+        "| x | y | 1 |",
+    ]
 
 
 def test_the_links_of_a_page_do_not_grow_with_the_number_of_pages():

@@ -263,7 +263,7 @@ def compare_runs(a: Path, b: Path, picture: Path | None) -> int:
         )
         for one in comparisons
     ]  # fmt: skip
-    _print(console, f"A is {a}, B is {b}.", "", *report.pipe_table(headings, rows, texts=2))
+    _print(console, f"A is {a}, B is {b}.", "", *report.pipe_table(headings, rows))
     if unpaired := sum(one.unpaired for one in comparisons):
         _print(console, f"{unpaired} question(s) are in only one of the runs and are excluded.")
     if different := differing_settings(a, b):
@@ -382,7 +382,7 @@ def _self_check(chosen: Sequence[Questions], settings: EvalSettings, console: Co
     headings = (
         "benchmark", "scored by", "items", "gold as prediction", "wrong answer", "gold rewritten", "gold made wrong"
     )  # fmt: skip
-    _print(console, *report.pipe_table(headings, rows, texts=2))
+    _print(console, *report.pipe_table(headings, rows))
     for item in malformed:
         names = ", ".join(report.METRIC_NAMES[name] for name in item.scorers)
         verdict = "does not score 1" if item.equal else "scores 1"

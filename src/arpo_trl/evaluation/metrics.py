@@ -56,11 +56,11 @@ def majority(predictions: Sequence[str | None], same: Callable[[str, str], bool]
     return max(votes, key=lambda i: (votes[i], -i), default=None)
 
 
-def bootstrap(scores: Sequence[float], seed: int, resamples: int = RESAMPLES) -> Estimate:
+def bootstrap(scores: Sequence[float], seed: int) -> Estimate:
     """Return the mean over questions with the interval from resampling questions. For one question the interval is a
     point."""
     values = np.asarray(scores, dtype=float)
-    low, high = np.quantile(_resampled_means(values, seed, resamples), (0.025, 0.975))
+    low, high = np.quantile(_resampled_means(values, seed), (0.025, 0.975))
     return Estimate(mean=float(values.mean()), low=float(low), high=float(high))
 
 
@@ -77,10 +77,10 @@ class Difference:
     p: float
 
 
-def paired_bootstrap(a: Sequence[float], b: Sequence[float], seed: int, resamples: int = RESAMPLES) -> Difference:
+def paired_bootstrap(a: Sequence[float], b: Sequence[float], seed: int) -> Difference:
     """Return the difference of B from A. Both have the same questions in the same order."""
     differences = np.asarray(b, dtype=float) - np.asarray(a, dtype=float)
-    means = _resampled_means(differences, seed, resamples)
+    means = _resampled_means(differences, seed)
     low, high = np.quantile(means, (0.025, 0.975))
     tail = min((means <= 0).mean(), (means >= 0).mean())
     return Difference(mean=float(differences.mean()), low=float(low), high=float(high), p=float(min(1.0, 2 * tail)))
@@ -107,8 +107,8 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> McNemar:
     return McNemar(only_a=only_a, only_b=only_b, p=min(1.0, 2 * tail / 2**n))
 
 
-def _resampled_means(values: np.ndarray, seed: int, resamples: int) -> np.ndarray:
+def _resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
     rng, n = np.random.default_rng(seed), len(values)
     chunk = max(1, _CHUNK // n)
-    sizes = [min(chunk, resamples - start) for start in range(0, resamples, chunk)]
+    sizes = [min(chunk, RESAMPLES - start) for start in range(0, RESAMPLES, chunk)]
     return np.concatenate([values[rng.integers(0, n, (size, n))].mean(axis=1) for size in sizes])

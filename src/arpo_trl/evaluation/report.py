@@ -153,7 +153,7 @@ def table(results: Mapping[str, Any]) -> list[str]:
         "failed",
         "calls per sample",
     )
-    return pipe_table(headings, rows, texts=2)
+    return pipe_table(headings, rows)
 
 
 def saved_table(folder: str | Path) -> str:
@@ -172,9 +172,9 @@ def saved_table(folder: str | Path) -> str:
         ) from error
 
 
-def pipe_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, texts: int) -> list[str]:
-    """Return the lines of a Markdown table. The first `texts` columns are text, the others are right-aligned."""
-    marks = ["---" if i < texts else "---:" for i in range(len(headings))]
+def pipe_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table. The first two columns are text, the others are right-aligned."""
+    marks = ["---" if i < 2 else "---:" for i in range(len(headings))]
     return ["| " + " | ".join(cells) + " |" for cells in (headings, marks, *rows)]
 
 

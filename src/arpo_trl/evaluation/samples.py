@@ -42,12 +42,11 @@ class SampleLog:
 
     def __init__(self, path: Path):
         self._path = path
-        self._file = path.open("a", encoding="utf-8", newline="\n")
+        self._file = path.open("a", encoding="utf-8", errors="replace", newline="\n")  # for lone surrogates
         self._lock = threading.Lock()
 
     def write(self, record: Record) -> None:
         line = json.dumps(record, ensure_ascii=False) + "\n"
-        line = line.encode("utf-8", "replace").decode()  # UTF-8 cannot encode a lone surrogate
         with self._lock, naming(self._path):
             self._file.write(line)
             self._file.flush()
