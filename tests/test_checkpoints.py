@@ -27,15 +27,8 @@ from arpo_trl.publishing.model_card import Card
 from arpo_trl.publishing.trained_settings import EvaluationSettings
 from arpo_trl.rewards import HierarchicalReward
 from arpo_trl.runs import checkpoints, resumable
-from arpo_trl.runs.checkpoints import (
-    STATE_FILE,
-    Checkpoints,
-    RunIdentity,
-    SavedState,
-    dataset_identity,
-    deciding_settings,
-    frozen_weights,
-)
+from arpo_trl.runs.checkpoints import STATE_FILE, Checkpoints, SavedState
+from arpo_trl.runs.identity import RunIdentity, dataset_identity, deciding_settings, frozen_weights
 from arpo_trl.tools.spec import ToolSet
 from arpo_trl.training.trainer import ARPOTrainer
 from resuming import ROWS, make_trainer, outcome, save_calling_model

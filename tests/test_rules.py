@@ -39,7 +39,7 @@ from arpo_trl.rollout.rules.ranked import Ranked
 from arpo_trl.rollout.rules.released import Released
 from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.rollout.tree import Node, NodeKind, RolloutTree
-from arpo_trl.runs.checkpoints import deciding_settings
+from arpo_trl.runs.identity import deciding_settings
 from arpo_trl.runs.resumable import readable
 from arpo_trl.training.reporting import Reporting
 from support import ANSWER, ON_CPU, Scripted

@@ -25,16 +25,8 @@ from arpo_trl.common.user_files import read_json
 from arpo_trl.common.working_folder import return_to, working_folder
 from arpo_trl.config import ARPOConfig
 from arpo_trl.errors import ArpoError, CheckpointError, ConfigError, Interrupted
-from arpo_trl.runs.checkpoints import (
-    Checkpoints,
-    RunIdentity,
-    SavedState,
-    changed_versions,
-    dataset_identity,
-    deciding_settings,
-    frozen_weights,
-    model_identity,
-)
+from arpo_trl.runs.checkpoints import Checkpoints, SavedState, changed_versions
+from arpo_trl.runs.identity import RunIdentity, dataset_identity, deciding_settings, frozen_weights, model_identity
 from arpo_trl.runs.interrupts import Interrupts, begin_worker
 from arpo_trl.runs.output_folder import wants_to_resume
 from arpo_trl.runs.shared_folder import check_shared, found_by_all

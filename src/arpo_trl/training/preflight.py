@@ -35,7 +35,7 @@ from arpo_trl.rollout.engines.vllm.cpu import prepare_cpu
 from arpo_trl.rollout.protocols import ToolProtocol
 from arpo_trl.rollout.protocols.generation_ends import eos_ids_of, saved_eos_ids
 from arpo_trl.rollout.sampler import TreeSampler
-from arpo_trl.runs.checkpoints import dataset_identity
+from arpo_trl.runs.identity import dataset_identity
 from arpo_trl.training.baselines import Baseline
 from arpo_trl.training.prefix_sharing import rounding, share_prefixes, why_not_shared, why_packs_differ
 from arpo_trl.trl_seam import get_config_model_id
