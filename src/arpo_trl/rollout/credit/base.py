@@ -18,6 +18,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import ClassVar
 
 import torch
@@ -287,11 +288,6 @@ def by_leaf(
     return pad_sequence(rows, batch_first=True).to(advantages.device)
 
 
-def mean(values: Sequence[float]) -> float:
-    """The mean of at least one value."""
-    return math.fsum(values) / len(values)
-
-
 LARGEST = 1e18
 """The largest advantage or weight. Its square is a float32 number."""
 ROUNDING = 1e-6
@@ -313,6 +309,6 @@ def z_scores(values: Sequence[float], among: Sequence[float] | None = None) -> l
     known = [value for value in (values if among is None else among) if not math.isnan(value)]
     if len(known) < 2 or are_close(known):
         return [0.0] * len(values)
-    middle = mean(known)
+    middle = fmean(known)
     deviation = math.sqrt(math.fsum((value - middle) ** 2 for value in known) / (len(known) - 1))
     return [0.0 if math.isnan(value) else (value - middle) / deviation for value in values]

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 
 from arpo_trl.common.settings import setting
 from arpo_trl.rollout.credit import register_credit
-from arpo_trl.rollout.credit.base import Credit, Segments, by_segment, cut_into_segments, mean, shares_nodes
+from arpo_trl.rollout.credit.base import Credit, Segments, by_segment, cut_into_segments, shares_nodes
 from arpo_trl.rollout.tree import RolloutTree
 
 
@@ -36,7 +37,7 @@ class Siblings(Credit):
 
         def value(segments: Segments, segment: int, row: int) -> float:
             def mean_of(members: Sequence[int]) -> float:
-                return mean([mean([of_leaf[row] for row in segments.rows[member]]) for member in members])
+                return fmean([fmean([of_leaf[row] for row in segments.rows[member]]) for member in members])
 
             others = [other for other in segments.siblings(segment) if segments.rows[other]]
             path = segments.paths[row - segments.first_row]

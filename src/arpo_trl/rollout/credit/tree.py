@@ -13,12 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 
 from arpo_trl.common.settings import setting
 from arpo_trl.rollout.credit import register_credit
-from arpo_trl.rollout.credit.base import Credit, Segments, by_segment, cut_into_segments, mean, shares_nodes
+from arpo_trl.rollout.credit.base import Credit, Segments, by_segment, cut_into_segments, shares_nodes
 from arpo_trl.rollout.tree import RolloutTree
 
 
@@ -48,10 +49,10 @@ class Tree(Credit):
     def _value(self, segments: Segments, segment: int, of_leaf: Sequence[float]) -> float:
         children = [child for child in segments.below(segment) if segments.rows[child]]
         if self.average == "leaves" or not children:
-            return mean([of_leaf[row] for row in segments.rows[segment]])
+            return fmean([of_leaf[row] for row in segments.rows[segment]])
         weigh = {"children": lambda h: 1.0, "entropy": lambda h: h, "softmax": math.exp}[self.average]
         known = [segments.tree.nodes[child].known_logprobs for child in children]
-        weights = [weigh(-mean(logprobs) if logprobs else 0.0) for logprobs in known]
+        weights = [weigh(-fmean(logprobs) if logprobs else 0.0) for logprobs in known]
         if not math.fsum(weights) > 0:  # all entropies are 0, or there are no logprobs
             weights = [1.0] * len(children)
         values = [self._value(segments, child, of_leaf) for child in children]
