@@ -157,7 +157,6 @@ class ToolBox:
         self._joinable: dict[tuple[str, str], _Execution] = {}  # running calls of deterministic tools
         self._cache: dict[tuple[str, str], str] | None = {} if cache else None
         self._tickets = 0
-        self._pending = 0
         self._for_poller: deque[_Execution] = deque()  # of tools with run_in "main"
         self._done: queue.SimpleQueue[tuple[int, ToolResult]] = queue.SimpleQueue()
         self._scheduler = LoopThread("arpo-tools-scheduler")
@@ -172,12 +171,6 @@ class ToolBox:
     def names(self) -> tuple[str, ...]:
         """The tools' names, in the given order."""
         return tuple(self.specs)
-
-    @property
-    def pending(self) -> int:
-        """The number of tickets that `poll` has not delivered yet."""
-        with self._lock:
-            return self._pending
 
     def create_states(self, group: int, offered: ToolSet | None = None) -> PathStates:
         """Return the states for the calls of a path that starts at the root of `group`. The caller closes them.
@@ -258,8 +251,7 @@ class ToolBox:
         return ticket
 
     def _new_ticket(self) -> int:
-        """Return the ticket of a call that is pending now. The caller holds the lock."""
-        self._pending += 1
+        """Return a ticket. The caller holds the lock."""
         self._tickets += 1
         return self._tickets - 1
 
@@ -283,7 +275,6 @@ class ToolBox:
         delivered = list(drained(self._done, timeout_s))
         if delivered:  # most polls find nothing
             with self._lock:
-                self._pending -= len(delivered)
                 self._settle({ticket for ticket, _ in delivered})
         return delivered
 
