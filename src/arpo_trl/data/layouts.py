@@ -26,7 +26,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Any
 
 from arpo_trl.common.user_files import shown
 from arpo_trl.data.choices import CHOICE_FIELDS, chosen, find_choices
@@ -34,9 +34,8 @@ from arpo_trl.data.fields import at, decoded, first, has_printed_key, is_blank, 
 from arpo_trl.data.golds import accepted, aliases, find_answer
 from arpo_trl.data.prompts import SYSTEM_PROMPTS
 from arpo_trl.errors import ConfigError, DataError
+from arpo_trl.rewards.answers import TASKS, Task
 
-Task = Literal["math", "qa"]
-TASKS: tuple[Task, ...] = get_args(Task)
 Message = dict[str, str]
 
 MAPPABLE = ("prompt", "question", "answer", "choices", "task", "id", "level")

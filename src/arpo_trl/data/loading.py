@@ -26,7 +26,6 @@ from arpo_trl.data.golds import NoResultError
 from arpo_trl.data.layouts import (
     MESSAGE_FIELDS,
     QUESTION_FIELDS,
-    TASKS,
     check_prompt,
     convert_row,
     is_plain,
@@ -36,6 +35,7 @@ from arpo_trl.data.layouts import (
 from arpo_trl.data.prompts import SYSTEM_PROMPTS
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.net.hub_dataset import load_from_hub
+from arpo_trl.rewards.answers import TASKS
 from arpo_trl.visible import get_logger
 
 logger = get_logger(__name__)

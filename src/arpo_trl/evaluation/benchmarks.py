@@ -16,11 +16,11 @@ from typing import Any
 from arpo_trl.common.user_files import user_path
 from arpo_trl.data.fields import is_blank
 from arpo_trl.data.golds import HIDDEN_ANSWER
-from arpo_trl.data.layouts import Task, convert_row, system_prompt_text
+from arpo_trl.data.layouts import convert_row, system_prompt_text
 from arpo_trl.data.loading import SUFFIXES, Places, load_arpo_dataset, numbered, read_file
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.net.hub_dataset import load_from_hub
-from arpo_trl.rewards.answers import MATH
+from arpo_trl.rewards.answers import MATH, Task
 from arpo_trl.visible import get_logger
 
 logger = get_logger(__name__)

@@ -12,13 +12,15 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Literal, get_args
 
 from arpo_trl.errors import RewardError
 from arpo_trl.rewards.math_worker import math_worker
 from arpo_trl.rewards.words import normalized_tokens
 
-MATH, QA = "math", "qa"
-TASKS = (MATH, QA)
+Task = Literal["math", "qa"]
+TASKS: tuple[Task, ...] = get_args(Task)
+MATH, QA = TASKS
 
 MAX_MATH_CHARS = 512
 """A longer expression equals only the same text. The longest mathematical gold of the published rows has 83

@@ -20,13 +20,14 @@ from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.command_line import parse_settings, report_errors
 from arpo_trl.common.imports import load_callable
 from arpo_trl.common.settings import JudgeArguments, check_fields, setting
-from arpo_trl.data.layouts import MAPPABLE, TASKS, read_columns
+from arpo_trl.data.layouts import MAPPABLE, read_columns
 from arpo_trl.data.loading import load_arpo_dataset
 from arpo_trl.data.prompts import default_system_prompt
 from arpo_trl.errors import ConfigError
 from arpo_trl.logs.progress import closed_bars, show_compactly, show_log
 from arpo_trl.options import ProtocolKind
 from arpo_trl.rewards import HierarchicalReward, LLMJudge
+from arpo_trl.rewards.answers import TASKS
 from arpo_trl.runs.interrupts import follow_launcher
 from arpo_trl.runs.output_folder import check_output, sole_run
 from arpo_trl.scripts.start import (
