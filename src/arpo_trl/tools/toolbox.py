@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import copy
 import inspect
+import itertools
 import json
 import queue
 import re
@@ -156,7 +157,7 @@ class ToolBox:
         self._lock = threading.Lock()  # guards all attributes below
         self._joinable: dict[tuple[str, str], _Execution] = {}  # running calls of deterministic tools
         self._cache: dict[tuple[str, str], str] | None = {} if cache else None
-        self._tickets = 0
+        self._tickets = itertools.count()
         self._for_poller: deque[_Execution] = deque()  # of tools with run_in "main"
         self._done: queue.SimpleQueue[tuple[int, ToolResult]] = queue.SimpleQueue()
         self._scheduler = LoopThread("arpo-tools-scheduler")
@@ -192,7 +193,7 @@ class ToolBox:
 
         tool = BoundTool(run=run, key=None, turn=None)
         with self._lock:
-            ticket = self._new_ticket()
+            ticket = next(self._tickets)
         call = ToolCall(name=_OPENING, arguments={})
         execution = _Execution(None, call, tool, [ticket], self._timeout_s * states.opening_steps)
         self._scheduler.start(self._schedule(execution))
@@ -220,7 +221,7 @@ class ToolBox:
             tool = BoundTool(run=run, key=(), turn=None) if states is None else states.bind(call.name)
             key = _key(call, tool)
         with self._lock:
-            ticket = self._new_ticket()
+            ticket = next(self._tickets)
             if refusal is not None:
                 refused = ToolResult(
                     text=presentable(refusal, self._max_chars),
@@ -250,15 +251,10 @@ class ToolBox:
                     self._scheduler.start(self._schedule(execution))
         return ticket
 
-    def _new_ticket(self) -> int:
-        """Return a ticket. The caller holds the lock."""
-        self._tickets += 1
-        return self._tickets - 1
-
     def submit_answered(self, result: ToolResult) -> int:
         """Return a ticket under which `poll` delivers `result`, which the caller already has."""
         with self._lock:
-            ticket = self._new_ticket()
+            ticket = next(self._tickets)
             self._done.put((ticket, result))
         return ticket
 
