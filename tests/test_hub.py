@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from arpo_trl import ARPOConfig, ARPOTrainer, cli
 from arpo_trl.errors import ConfigError, HubError
+from arpo_trl.logs.curves import PANELS
 from arpo_trl.publishing import push as hub_module
 from arpo_trl.publishing.model_card import drop_paths
 from arpo_trl.publishing.push import BackgroundPush, Snapshot, prepare_repo, push_run, push_snapshot, refuse_secrets
@@ -111,7 +112,7 @@ def test_a_run_ends_with_one_commit_of_model_card_and_curves(hub, model_path, tm
     assert set(commit.files) == {
         *("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
         *("chat_template.jinja", "trainer_state.json", "training_config.yaml", "README.md"),
-        *("curves/reward.png", "curves/entropy.png", "curves/tools.png", "curves/tree.png"),
+        *(f"curves/{panel.name}.png" for panel in PANELS),
     }
     assert hub.parts  # the weights were long enough to go up in parts
     card = commit.files["README.md"].decode()

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from arpo_trl.viewing.curves import PANELS, curves
+from arpo_trl.logs.curves import PANELS, curves
 from evaluating import completions
 from forked import Fork
 from loopback import Loopback

@@ -7,10 +7,10 @@ import yaml
 
 from arpo_trl import ARPOConfig, __version__
 from arpo_trl.command_line import parse_settings
+from arpo_trl.logs.curves import PANELS
 from arpo_trl.publishing import model_card
 from arpo_trl.publishing.model_card import (
     CONFIG_NAME,
-    PANELS,
     Card,
     as_path,
     describe,
@@ -60,7 +60,7 @@ def test_a_card_has_the_metadata_and_the_sections(tmp_path):
     assert "```yaml\nnum_generations: 8\n" in text
     assert "eprint = {arXiv:2507.19849}" in text and "title  = {{Agentic" in text
     assert "![Reward and accuracy](curves/reward.png)" in text
-    assert sorted(path.name for path in (tmp_path / "curves").iterdir()) == ["reward.png", "tree.png"]
+    assert sorted(path.name for path in (tmp_path / "curves").iterdir()) == ["reward.png", "sharing.png"]
     assert "entropy.png" not in text  # nothing was logged for it
 
 
@@ -72,8 +72,8 @@ def test_a_card_is_the_same_from_the_folder_it_was_written_to(tmp_path):
         (tmp_path / CONFIG_NAME).read_text() + "model_name_or_path: Qwen/Qwen2.5-3B-Instruct\n"
     )
     again = Card.of(tmp_path, "me/policy")
-    assert again.text(["reward"]).replace("model_name_or_path: Qwen/Qwen2.5-3B-Instruct\n", "") == made.text(
-        ["reward"]
+    assert again.text(PANELS[:1]).replace("model_name_or_path: Qwen/Qwen2.5-3B-Instruct\n", "") == made.text(
+        PANELS[:1]
     )
     assert "## Evaluation\n\n| a |" in again.text([])
 
@@ -151,7 +151,7 @@ def test_curves_need_two_points_and_numbers(tmp_path):
     assert draw_curves([], tmp_path) == []
     assert draw_curves([{"step": 1, "reward": 1.0}, {"step": 2, "reward": None}], tmp_path) == []
     assert list(tmp_path.iterdir()) == []
-    history = [{"step": step, **{key: 1.0 for _, lines in PANELS.values() for key in lines}} for step in range(40)]
+    history = [{"step": step, **{key: 1.0 for panel in PANELS for key in panel.lines}} for step in range(40)]
     assert draw_curves(history, tmp_path) == list(PANELS)
 
 

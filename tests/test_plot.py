@@ -18,14 +18,15 @@ from arpo_trl import cli
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.evaluation.engines import fingerprint
 from arpo_trl.evaluation.settings import EvalSettings
+from arpo_trl.logs.curves import PANELS, Panel, curves
+from arpo_trl.logs.picture import COLOURS, picture
 from arpo_trl.logs.trajectories import TrajectoryLog, logged_trees
 from arpo_trl.options import RolloutSchedule
 from arpo_trl.publishing.push import Snapshot
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.viewing.command import KINDS_OF_PLOTS
-from arpo_trl.viewing.curves import PANELS, Panel, curves
-from arpo_trl.viewing.plot import COLOURS, draw_plot, picture
+from arpo_trl.viewing.plot import draw_plot
 from arpo_trl.viewing.timeline import tree_events, write_timeline
 from support import ANSWER, Scripted
 from test_view import logged

@@ -116,7 +116,7 @@ def test_the_card_has_the_settings_of_all_parts_of_the_run(finished):
     assert "hub_model_id" not in written  # another push may go elsewhere
     card = held["README.md"].decode()
     assert "| tools | search |" in card and "| LoRA rank | 4 |" in card
-    assert "![Shape of the trees, per prompt](curves/tree.png)" in card
+    assert "![Shape of the trees](curves/sharing.png)" in card
 
 
 def test_the_trajectories_of_all_ranks_are_in_the_dataset(finished):

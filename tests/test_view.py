@@ -22,13 +22,14 @@ import pytest
 from arpo_trl import cli
 from arpo_trl.common.user_files import read_json
 from arpo_trl.errors import ConfigError, DataError
+from arpo_trl.logs.curves import PANELS, curves
 from arpo_trl.logs.metrics import Tally
 from arpo_trl.logs.trajectories import LoggedTree, TrajectoryLog, logged_trees, read_trees
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.rollout.tree import BranchDecision, ExecutedCall, RolloutTree, StopReason
 from arpo_trl.tools.calls import CallSource, ToolFailure
-from arpo_trl.viewing.curves import PANELS, curves, history_of_tallies, tally_logged, whole_history
+from arpo_trl.viewing.history import history_of_tallies, tally_logged, whole_history
 from arpo_trl.viewing.page import changes, index_of, newest, page
 from arpo_trl.viewing.page_tree import as_json, summary, tree_data
 from arpo_trl.viewing.run import LogFile, RunReader, log_history

@@ -1,7 +1,7 @@
 """Writes the documentation of a run into its folder: model card, training curves and settings.
 
     README.md              the card
-    curves/*.png           reward, entropy, tool calls, tree shape over steps
+    curves/*.png           the panels of `logs/curves.py`
     training_config.yaml   settings to repeat the run with `train.py --config`, without defaults and secrets
     evaluation.md          the last evaluation, if there was one
 
@@ -25,6 +25,8 @@ from typing import Any
 from arpo_trl.common.files import whole_file, write_whole
 from arpo_trl.common.user_files import expect, has_form_of_path, read_json, read_text, read_yaml
 from arpo_trl.common.yaml_values import as_yaml
+from arpo_trl.logs.curves import PANELS, Panel, curves
+from arpo_trl.logs.picture import picture
 from arpo_trl.publishing.trained_settings import CONFIG_NAME, SAME_NAME, EvaluationSettings
 from arpo_trl.visible import get_logger, with_texts, without_credentials
 
@@ -61,25 +63,6 @@ SHOWN_SETTINGS = {
     "lora_alpha": "LoRA α",
 }
 """Setting → its label on the card."""
-
-PANELS = {
-    "reward": ("Reward and accuracy", {
-        "reward": "reward", "arpo/accuracy": "accuracy (training)", "eval_arpo/accuracy": "accuracy (held out)",
-    }),
-    "entropy": ("Entropy of a turn's first tokens, nats", {
-        "arpo/entropy/root": "at the root", "arpo/entropy/after_search": "after search",
-        "arpo/entropy/after_python": "after python",
-    }),
-    "tools": ("Tool calls", {
-        "arpo/tools/calls_per_leaf": "on a leaf's path", "arpo/tools/search/failed": "share of searches that failed",
-        "arpo/tools/python/failed": "share of python calls that failed",
-    }),
-    "tree": ("Shape of the trees, per prompt", {
-        "arpo/tree/branches": "branches", "arpo/tree/topups": "top-ups",
-        "arpo/tree/sharing_ratio": "leaf tokens per sampled token",
-    }),
-}  # fmt: skip
-"""Picture → its title, and its logged metrics with their labels."""
 
 _SECRET_NAME = re.compile(r"(^|_)(token|key|secret|password)$", re.IGNORECASE)
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -146,8 +129,8 @@ class Card:
             write_whole(folder / EVALUATION_NAME, self.evaluation.strip() + "\n")
         write_whole(folder / "README.md", self.text(drawn))
 
-    def text(self, curves: Iterable[str]) -> str:
-        """The card in Markdown. `curves` are the names in `PANELS` of the existing pictures."""
+    def text(self, drawn: Iterable[Panel]) -> str:
+        """The card in Markdown. `drawn`: the panels with a picture."""
         import jinja2
         from huggingface_hub import ModelCardData
 
@@ -177,7 +160,7 @@ class Card:
             steps=max((row["step"] for row in self.history if "reward" in row), default=0),
             settings={label: _cell(value) for label, value in self._shown()},
             command=self._evaluation(base),
-            curves={name: PANELS[name][0] for name in curves},
+            curves={panel.name: panel.title for panel in drawn},
             folder=CURVES_FOLDER,
             evaluation=self.evaluation,
             versions={name: version(name) for name in VERSIONS},
@@ -318,31 +301,15 @@ def _has_form_of_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None and not name.endswith(SUFFIXES)
 
 
-def draw_curves(history: Sequence[Mapping[str, Any]], folder: Path) -> list[str]:
-    """Draws the pictures in `PANELS` for which `history` has two or more points into `folder`; returns their names."""
-    from matplotlib.figure import Figure
-
-    drawn = []
-    for name, (title, lines) in PANELS.items():
-        found = {
-            label: [(row["step"], row[key]) for row in history if isinstance(row.get(key), (int, float))]
-            for key, label in lines.items()
-        }
-        found = {label: points for label, points in found.items() if points}
-        if not any(len(points) > 1 for points in found.values()):
-            continue
-        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-        axes = figure.subplots()
-        for label, points in found.items():
-            axes.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else None, label=label)
-        axes.set(title=title, xlabel="step")
-        axes.grid(alpha=0.3)
-        axes.legend()
+def draw_curves(history: Sequence[Mapping[str, Any]], folder: Path) -> list[Panel]:
+    """Draws the panels for which `history` has two or more points into `folder`; returns them."""
+    found = [(panel, curves(panel, history)) for panel in PANELS]
+    drawn = [(panel, lines) for panel, lines in found if any(len(points) > 1 for points in lines.values())]
+    for panel, lines in drawn:
         folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(folder / f"{name}.png") as partial:
-            figure.savefig(partial, dpi=120, format="png")
-        drawn.append(name)
-    return drawn
+        with whole_file(folder / f"{panel.name}.png") as partial:
+            picture(panel, {folder: lines}).savefig(partial, dpi=120, format="png")
+    return [panel for panel, _ in drawn]
 
 
 def _cell(value: Any) -> str:

@@ -12,7 +12,7 @@ from arpo_trl.errors import DataError
 from arpo_trl.visible import say
 
 KINDS_OF_PLOTS = ("reward", "entropy", "tools", "sharing", "phases")
-"""The names of `curves.PANELS`."""
+"""The names of `logs.curves.PANELS`."""
 
 
 def add_commands(commands: Any) -> None:

@@ -17,8 +17,9 @@ from typing import Any
 
 import jinja2
 
+from arpo_trl.logs.curves import PANELS, curves
 from arpo_trl.logs.metrics import Tally
-from arpo_trl.viewing.curves import PANELS, curves, whole_history
+from arpo_trl.viewing.history import whole_history
 from arpo_trl.viewing.page_tree import PageTree, as_json
 from arpo_trl.viewing.run import ReadFile, RunReader
 from arpo_trl.visible import visible

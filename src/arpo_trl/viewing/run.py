@@ -14,7 +14,7 @@ from arpo_trl.common.user_files import expect, read_json
 from arpo_trl.errors import DataError
 from arpo_trl.logs.metrics import Tally
 from arpo_trl.logs.trajectories import FOLDER, LogFile, LoggedTree, log_files, read_trees
-from arpo_trl.viewing.curves import last_step, tally_logged
+from arpo_trl.viewing.history import last_step, tally_logged
 from arpo_trl.viewing.page_tree import PageTree
 from arpo_trl.visible import get_logger
 
