@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -12,6 +11,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 from arpo_trl.common.flags import CommandParser
+from arpo_trl.common.full_disk import free_bytes
 from arpo_trl.errors import ArpoError
 from arpo_trl.visible import say
 
@@ -158,8 +158,7 @@ def space() -> Iterator[Finding]:
     yield _enough("memory", psutil.virtual_memory().available / GB, LEAST_MEMORY_GB, "free")
     cache = Path(os.environ.get("HF_HOME", Path.home() / ".cache/huggingface"))
     for subject, folder in (("disk, here", Path.cwd()), ("disk, model cache", cache)):
-        there = next(path for path in (folder, *folder.parents) if path.exists())
-        yield _enough(subject, shutil.disk_usage(there).free / GB, LEAST_DISK_GB, f"free in {folder}")
+        yield _enough(subject, free_bytes(folder) / GB, LEAST_DISK_GB, f"free in {folder}")
 
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (packages, devices, sandbox, keys, space)

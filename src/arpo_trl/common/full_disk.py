@@ -28,12 +28,15 @@ def is_full_disk(error: BaseException) -> bool:
     return _number(error) is not None
 
 
+def free_bytes(path: str | Path) -> int:
+    """The free space of the file system of `path`, which need not exist."""
+    place = Path(path).absolute()
+    return shutil.disk_usage(next(each for each in (place, *place.parents) if each.exists())).free
+
+
 def as_free_space(path: str | Path) -> str:
     """Text such as "12 MB are free there", about the file system of `path`, which need not exist."""
-    place = Path(path).absolute()
-    while not place.exists():
-        place = place.parent
-    return f"{shutil.disk_usage(place).free / 1e6:,.0f} MB are free there"
+    return f"{free_bytes(path) / 1e6:,.0f} MB are free there"
 
 
 @contextmanager
