@@ -6,7 +6,7 @@ from datasets import Dataset
 from arpo_trl.errors import ConfigError
 from arpo_trl.rollout.protocols import ChatTemplateProtocol
 from arpo_trl.tools.spec import tool_spec
-from arpo_trl.training.preflight import _check_prompts_fit
+from arpo_trl.training.row_checks import _check_prompts_fit
 from support import python, search, with_template
 
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from trl.trainer.utils import repeat_iterable_dataset
 
 from arpo_trl.errors import ConfigError
-from arpo_trl.training.preflight import check_same_rows
+from arpo_trl.training.row_checks import check_same_rows
 from arpo_trl.training.streams import WholeStream
 from resuming import make_trainer
 from support import save_tiny_model
@@ -68,7 +68,7 @@ def test_an_overlong_row_late_in_a_stream_is_shown(tmp_path: Path) -> None:
 @pytest.mark.parametrize("others", ["[{'prompt': 'what is 5'}]", None])
 def test_a_stream_that_ranks_read_in_different_orders_is_an_error(monkeypatch, others):
     monkeypatch.setattr(
-        "arpo_trl.training.preflight.gather_object", lambda own: [*own, {"rows": others} if others else own[0]]
+        "arpo_trl.training.row_checks.gather_object", lambda own: [*own, {"rows": others} if others else own[0]]
     )
     ranks = SimpleNamespace(num_processes=2)
     with pytest.raises(ConfigError, match=r"streamed rows in different orders.* a seed") if others else nullcontext():

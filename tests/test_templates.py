@@ -21,7 +21,7 @@ from arpo_trl.rollout.protocols import BadCall, ChatTemplateProtocol, TagProtoco
 from arpo_trl.rollout.protocols.sample import Template
 from arpo_trl.tools.calls import ToolCall
 from arpo_trl.tools.spec import tool_spec
-from arpo_trl.training.preflight import _check_prompts_fit
+from arpo_trl.training.row_checks import _check_prompts_fit
 from support import cases, python, search, tokenizer
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"

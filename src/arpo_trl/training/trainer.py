@@ -56,14 +56,8 @@ from arpo_trl.training.last_rollout import LastRollout
 from arpo_trl.training.own_loss import OwnLoss
 from arpo_trl.training.preflight import (
     check_ahead,
-    check_encoding,
-    check_enough_prompts,
     check_logprobs,
-    check_prompts,
     check_quantized_training,
-    check_requests,
-    check_rows,
-    check_same_rows,
     check_scores,
     check_trainable,
     check_writable,
@@ -83,6 +77,14 @@ from arpo_trl.training.reporting import Reporting
 from arpo_trl.training.resampling import Resampling, tally_discarded, with_new_trees
 from arpo_trl.training.reward_guard import checked_reward, kept_torch_modes, named_apart, total_rewards
 from arpo_trl.training.rollout_names import RolloutNames
+from arpo_trl.training.row_checks import (
+    check_encoding,
+    check_enough_prompts,
+    check_prompts,
+    check_requests,
+    check_rows,
+    check_same_rows,
+)
 from arpo_trl.training.sampled_with import check_unchanged, sampled_with
 from arpo_trl.training.samples_ahead import SamplesAhead
 from arpo_trl.training.sharding import check_launch, model_for_generation
