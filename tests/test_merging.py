@@ -3,14 +3,17 @@ import shutil
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from arpo_trl import cli
+from arpo_trl.common.adapters import tokenizer_of
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.publishing.merging import merge_adapter
+from loopback import Reply
 from support import save_tiny_model, small_model, tokenizer
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
@@ -113,6 +116,21 @@ def test_an_adapter_on_the_hub_keeps_its_card_and_needs_no_tokenizer(hub, base, 
     merge_adapter("me/bare", tmp_path / "bare")
     assert not (tmp_path / "bare/README.md").exists()
     assert AutoTokenizer.from_pretrained(tmp_path / "bare").chat_template == tokenizer().chat_template
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_an_adapter_whose_tokenizer_is_unknown_is_not_one_without(hub, base, adapter, monkeypatch, offline, caplog):
+    """Its own template would be replaced by that of its base."""
+    hub.repos["models", "me/adapter"] = files_of(adapter)
+    hub.fault = lambda asked: Reply(status=503) if asked.path.endswith("tokenizer_config.json") else None
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    if offline:
+        own = tokenizer_of("me/adapter", base, "main", trust_remote_code=False)
+        assert own.chat_template == tokenizer().chat_template
+        assert "has no tokenizer of the adapter 'me/adapter', so that of its base model is used" in caplog.text
+    else:
+        with pytest.raises(ConfigError, match="The tokenizer of 'me/adapter' cannot be loaded"):
+            tokenizer_of("me/adapter", base, "main", trust_remote_code=False)
 
 
 def test_the_base_is_loaded_in_the_revision_of_the_training(hub, base, adapter, tmp_path):

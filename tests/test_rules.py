@@ -475,7 +475,8 @@ def test_a_metric_that_cannot_be_logged_is_an_error_with_the_rules_name(metrics,
 
     tally = Tally()
     tally.totals["tree/leaves"] += 4
-    trainer = SimpleNamespace(tree_sampler=SimpleNamespace(settings=SimpleNamespace(rule=Measuring())))
+    settings = SimpleNamespace(rule=Measuring(), initial_rollouts=1, num_generations=2)
+    trainer = SimpleNamespace(tree_sampler=SimpleNamespace(settings=settings))
     with pytest.raises(ConfigError, match=message):
         Reporting._learn(trainer, [], [], tally)
 

@@ -148,6 +148,22 @@ def test_exploration_adds_a_child_and_keeps_a_leaf_for_it():
     assert [leaf.address for leaf in tree.leaves()][:2] == [(0,), (0, 1, 0)]
 
 
+@pytest.mark.parametrize(
+    ("widths", "leaves"),
+    [
+        # 2 + 1 roots, of which each would split its share of 3, 3 or 2 leaves at its first result
+        ([2.0, 8.0, 8.0], [(0,), (0, 2, 0), (0, 2, 1), (1,), (1, 2, 0), (1, 2, 1), (2,), (2, 2, 0)]),
+        # 8 − 1 roots, of which one has a share of 2
+        ([8.0, 8.0, 8.0], [(0,), (0, 2, 0), *((i,) for i in range(1, 7))]),
+    ],
+)
+def test_a_depth_below_the_last_split_is_explored_too(monkeypatch, widths, leaves):
+    """Otherwise its v is never observed, and the widths stay wrong."""
+    monkeypatch.setattr(DepthEstimates, "widths", lambda *_: widths)
+    run = Scripted(searches(2), leaves=8, at_root=4, rule=Schedule(exploration=1.0))
+    assert addresses(run) == leaves
+
+
 def of_random_length(rule: Schedule, stops: tuple[float, ...]) -> Scripted:
     """Each path answers after m results with probability stops[m], the last one 1. Each of its turns is wrong with
     probability .2."""
@@ -282,6 +298,15 @@ def test_a_small_gain_is_an_alarm(gain, warns):
     messages = [message for _ in range(10) for message in alarms.check(tally)]
     assert len(messages) == warns
     assert all("at most 109% of what independent paths give" in message for message in messages)
+
+
+def test_without_estimates_no_budget_is_said_to_be_exceeded():
+    """Rewards that are all equal give none. Then N paths start, whatever `calls_share` is."""
+    rule = Schedule()
+    rollout = Scripted(searches(2), leaves=8, at_root=4, rule=rule)()
+    rule.learn([rule.lesson(rollout.trees, [0.0] * 8)])
+    assert rule.metrics()["schedule/calls_share"] > 0.5
+    assert "schedule/budget_used" not in rule.metrics()
 
 
 def test_calls_far_above_the_budget_are_an_alarm():

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import copy
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import hf_hub_download, is_offline_mode
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import AutoTokenizer
-from transformers.utils import cached_file
 
 from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.errors import ConfigError
+from arpo_trl.visible import get_logger
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from peft import PeftConfig
+
+logger = get_logger(__name__)
+_TOKENIZER = "tokenizer_config.json"
 
 
 def of_revision(adapter: PeftConfig | None, revision: str | None) -> PeftConfig | None:
@@ -35,7 +42,7 @@ def tokenizer_of(adapter: str | None, base: str, revision: str, *, trust_remote_
     """The tokenizer of an adapter, a folder or a repository on the Hub; that of its base model if it has none.
 
     Raises:
-        ConfigError: The tokenizer cannot be loaded.
+        ConfigError: The tokenizer cannot be loaded, or the Hub does not tell whether the adapter has one.
     """
     trusted = {"trust_remote_code": trust_remote_code}
     if adapter is not None and _has_tokenizer(adapter):
@@ -43,8 +50,26 @@ def tokenizer_of(adapter: str | None, base: str, revision: str, *, trust_remote_
     return load_pretrained("tokenizer", base, AutoTokenizer.from_pretrained, revision=revision, **trusted)
 
 
-def _has_tokenizer(name: str) -> bool:
-    return cached_file(name, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False) is not None
+def _has_tokenizer(adapter: str) -> bool:
+    if os.path.exists(adapter):
+        return Path(adapter, _TOKENIZER).is_file()
+    return load_pretrained("tokenizer", adapter, _is_on_hub)
+
+
+def _is_on_hub(adapter: str) -> bool:
+    try:
+        hf_hub_download(adapter, _TOKENIZER)
+    except LocalEntryNotFoundError:  # an EntryNotFoundError too, although the Hub was not asked or did not answer
+        if not is_offline_mode():
+            raise
+        logger.warning(
+            f"The cache of the Hub has no tokenizer of the adapter {adapter!r}, so that of its base model is used. If "
+            "the adapter has its own, download it first: run once without HF_HUB_OFFLINE."
+        )
+        return False
+    except EntryNotFoundError:
+        return False
+    return True
 
 
 def check_head(model: Any, accelerator: Accelerator) -> None:

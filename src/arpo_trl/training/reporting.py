@@ -82,8 +82,12 @@ class Reporting(GRPOTrainer):
         return bool(super()._determine_best_metric(metrics, trial))
 
     def _learn(self, trees: Sequence[RolloutTree], rewards: Sequence[float], tally: Tally) -> None:
-        """Lets the branch rule learn from the trees of all ranks, and counts its metrics."""
-        rule = self.tree_sampler.settings.rule
+        """Lets the branch rule learn from the trees of all ranks, and counts its metrics. Without branches (N = M) it
+        is not used."""
+        settings = self.tree_sampler.settings
+        if settings.initial_rollouts == settings.num_generations:
+            return
+        rule = settings.rule
         if rule.learns:
             rule.learn(gather_object([rule.lesson(trees, rewards)]))
         metrics: Any = rule.metrics()

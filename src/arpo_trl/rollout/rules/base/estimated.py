@@ -62,15 +62,17 @@ class EstimatedWidths(Planned):
 
     def plan(self, leaves: int, planned: int, context: BranchContext) -> Sequence[int]:
         widths = self.estimates.widths(leaves, self._share) or [float(planned), float(leaves)]
-        factors, explores = [], False
+        factors, explored = [], 0
         for depth, (above, width) in enumerate(zip([1.0, *widths], widths, strict=False)):
             draws = context.generator(-1, depth)
             drawn = max(1, math.floor(width / above + draws.random()))
             extra = draws.random() < self.exploration
             factors.append(leaves if width >= leaves else drawn + extra)
-            explores |= extra and depth > 0
-        if explores:
+            explored = depth if extra else explored
+        if explored:
             factors[0] = min(factors[0], leaves - 1)  # leaves one to branch
+        for depth in range(max(1, widths.index(leaves)), explored):
+            factors[depth] = 1  # the last split, which would leave none, moves down to the explored depth
         return factors
 
     def expected_widths(self) -> Sequence[float]:
@@ -84,8 +86,9 @@ class EstimatedWidths(Planned):
         self.estimates.update(lessons, self.memory)
 
     def metrics(self) -> Mapping[str, float]:
-        values = self.estimates.metrics(self.expected_widths())
-        if self.reads_logprobs and (share := self.estimates.calls_share) is not None:
+        widths = self.expected_widths()
+        values = self.estimates.metrics(widths)
+        if self.reads_logprobs and widths and (share := self.estimates.calls_share) is not None:
             values["budget_used"] = share / self._share
         return {f"schedule/{name}": value for name, value in values.items()}
 
