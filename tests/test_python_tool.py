@@ -265,6 +265,22 @@ def test_nothing_that_an_earlier_cell_prints_is_shown(cells: Callable[..., Run],
     assert cells(hides, "print('own')").output == "own\n"
 
 
+def test_work_of_a_pool_ends_with_its_cell_and_later_cells_use_the_pool(cells: Callable[..., Run]) -> None:
+    ran = cells(
+        "import time\nfrom concurrent.futures import ThreadPoolExecutor\npool, done = ThreadPoolExecutor(2), []",
+        "for i in 1, 2, 3: pool.submit(lambda i=i: (time.sleep(i / 20), print('shown before'), done.append(i)));",
+        "print(done, pool.submit(abs, -4).result())",
+    )
+    assert (ran.output, ran.ending) == ("[1, 2, 3] 4\n", Ending.FINISHED)
+
+
+def test_idle_processes_of_a_pool_do_not_hold_a_call() -> None:
+    pool = "from concurrent.futures import ProcessPoolExecutor\npool = ProcessPoolExecutor(1)\n"
+    with worker_of(Tier.UNSAFE, LIMITS) as worker:
+        ran = worker.run("import time\npool.submit(time.sleep, 0.2), print(pool.submit(abs, -2).result());", [pool])
+    assert (ran.output, ran.ending) == ("2\n", Ending.FINISHED)
+
+
 def test_earlier_cells_count_towards_the_deadline(hurried: Worker) -> None:
     nap = "import time; time.sleep(0.45)"  # the deadline is a second: none of the three reaches it alone
     assert hurried.run(nap, [nap, nap]).ending is Ending.TIMEOUT

@@ -21,8 +21,10 @@ import random
 import re
 import sys
 import threading
+import time
 import traceback
 import types
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 SUCCEEDED = 0
@@ -32,6 +34,7 @@ TRACEBACK_LINES = 12
 NOT_PERMITTED: str | None = None
 """The explanation of a rejected system call; None: unknown."""
 
+_LOOK_S = 0.001  # between looks at the threads
 _FLAGS = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
 _COROUTINE = 0x80  # inspect.CO_COROUTINE
 _LANGUAGES = ("python", "python3", "py", "py3", "ipython", "{python}")
@@ -196,11 +199,14 @@ def _run(source: str, main: types.ModuleType, name: str) -> int:
     source = _plain(source)
     # Split like Python, unlike `splitlines`. The final newline is needed for the marks under a line.
     linecache.cache[name] = (len(source), None, io.StringIO(f"{source}\n").readlines(), name)
+    # Also after an exception or `exit`, threads go on as they do in Python.
+    return max(_status_of(_execute, source, main, name), _status_of(_await_threads))
+
+
+def _status_of(function: Callable[..., None], *arguments: Any) -> int:
+    """Call a function that runs the cells' code, and print what ends it."""
     try:
-        _execute(source, main, name)
-        for thread in threading.enumerate():
-            if thread is not threading.current_thread() and not thread.daemon:
-                thread.join()
+        function(*arguments)
     except SystemExit as error:
         if error.code in (None, 0):
             return SUCCEEDED
@@ -210,6 +216,33 @@ def _run(source: str, main: types.ModuleType, name: str) -> int:
         _print_traceback(error)
         return RAISED
     return SUCCEEDED
+
+
+def _await_threads() -> None:
+    """Wait until the threads that are not daemons have ended, or have no more work from their pool.
+
+    A pool's idle threads live as long as the interpreter, and the next cell may use them.
+    """
+    looks = 0
+    while looks < 2:  # at the first, a thread may just have taken its work from the queue
+        threads = [thread for thread in threading.enumerate() if not thread.daemon]
+        if len(threads) < 2:  # only this one
+            return
+        looks = 0 if any(map(_works, threads)) else looks + 1
+        time.sleep(_LOOK_S)
+
+
+def _works(thread: threading.Thread) -> bool:
+    if thread is threading.current_thread():
+        return False
+    pools: Any = sys.modules.get("concurrent.futures.thread")
+    if pools is not None and (queue := pools._threads_queues.get(thread)) is not None:
+        frame = sys._current_frames().get(thread.ident or 0)
+        return not queue.empty() or (frame is not None and frame.f_code is not pools._worker.__code__)
+    processes: Any = sys.modules.get("concurrent.futures.process")
+    if processes is not None and thread in processes._threads_wakeups:
+        return bool(getattr(thread, "pending_work_items", ()))
+    return True
 
 
 def _execute(source: str, main: types.ModuleType, name: str) -> None:

@@ -147,7 +147,7 @@ class Ending(StrEnum):
     """The way a call ended."""
 
     FINISHED = "finished"
-    RAISED = "raised"  # the traceback is the end of the output
+    RAISED = "raised"  # the traceback is in the output
     DIED = "died"  # the process ended without a traceback: a crash in C code, or a limit
     TIMEOUT = "timeout"
     CPU = "cpu"  # stopped at `cpu_s`
