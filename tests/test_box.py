@@ -428,6 +428,12 @@ def test_sync_and_async_tools_return_their_text_under_their_tickets() -> None:
         (np.float32(0.1), "0.1"),
         ({"a": np.array([0.1, 2.0], np.float32)}, '{"a": [0.1, 2.0]}'),
         (np.datetime64("2024-02-29"), "2024-02-29"),
+        (np.datetime64("2024-02-29", "ns"), "2024-02-29T00:00:00.000000000"),
+        (np.array(["2024-02-29T12", "NaT"], "datetime64[ns]"), '["2024-02-29T12:00:00.000000000", "NaT"]'),
+        (
+            {"a": np.timedelta64(90, "s"), np.datetime64("2024", "ns"): 1},
+            '{"a": "90 seconds", "2024-01-01T00:00:00.000000000": 1}',
+        ),
         (Colour.RED, "red"),
         ([Colour.RED], '["red"]'),
         (Point(1.5, [Point(0.0)]), '{"x": 1.5, "next": [{"x": 0.0, "next": null}]}'),

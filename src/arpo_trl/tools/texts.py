@@ -118,7 +118,10 @@ def _unwrapped(value: Any) -> Any:
     if callable(to_string := getattr(value, "to_string", None)):  # a table or a series of pandas, with its names
         return to_string()
     if callable(getattr(value, "tolist", None)) and hasattr(value, "dtype"):  # numpy, or a library with its interface
-        is_short = getattr(value.dtype, "kind", "") == "f" and value.dtype.itemsize < 8
+        kind = getattr(value.dtype, "kind", "")
+        if kind in ("M", "m"):  # times and durations; `tolist` makes a number of a nanosecond
+            return value.astype(str).tolist()
+        is_short = kind == "f" and value.dtype.itemsize < 8
         return (value.astype(str).astype(float) if is_short else value).tolist()  # 0.1, not 0.10000000149011612
     if is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in fields(value)}
