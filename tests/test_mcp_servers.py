@@ -27,7 +27,8 @@ from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from arpo_trl.rollout.protocols import TagProtocol
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.tools.calls import ToolCall, ToolFailure
-from arpo_trl.tools.mcp import MAX_ANSWER_BYTES, McpServer, McpSession, _tools_per_path, mcp_tools
+from arpo_trl.tools.mcp import MAX_ANSWER_BYTES, McpServer, McpSession, _as_function, _tools_per_path, mcp_tools
+from arpo_trl.tools.spec import ToolSet
 from arpo_trl.tools.toolbox import ToolBox, ToolResult
 from loopback import Asked, Loopback, Reply
 from serving import free_port
@@ -130,6 +131,73 @@ def test_a_tool_is_offered_with_the_servers_own_schema(box: ToolBox) -> None:
     assert spec.schema["function"]["parameters"]["required"] == ["text"]
     assert (spec.parameters, spec.single_text_parameter, spec.is_async) == (("text", "times"), "text", True)
     assert "get_secret" in box.names  # get-secret is no tag
+
+
+TEXT, NUMBER = {"type": "string"}, {"type": "number"}
+BY_ID = {"properties": {"id": TEXT, "kind": {"const": "id"}}, "required": ["id", "kind"]}
+BY_NAME = {"properties": {"name": TEXT, "kind": {"const": "name"}}, "required": ["name", "kind"]}
+KINDS = {"anyOf": [{"const": "id"}, {"const": "name"}]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "properties", "required", "accepted", "refused"),
+    [
+        ({"$ref": "#/$defs/a~1b", "$defs": {"a/b": BY_ID}}, BY_ID["properties"], ["id", "kind"], "id", "name"),
+        ({"anyOf": [BY_ID, BY_NAME]}, {"id": TEXT, "kind": KINDS, "name": TEXT}, ["kind"], "name", "further"),
+        (
+            {
+                "properties": {"kind": TEXT},
+                "oneOf": [BY_ID, {"$ref": "#/definitions/b"}],
+                "definitions": {"b": BY_NAME},
+            },
+            {"kind": TEXT, "id": TEXT, "name": TEXT},
+            ["kind"],
+            "name",
+            "further",
+        ),
+        (
+            {"required": ["id"], "allOf": [BY_ID, {"properties": {"n": NUMBER}}, True]},
+            {**BY_ID["properties"], "n": NUMBER},
+            ["id", "kind"],
+            "id",
+            "further",
+        ),
+        (
+            {"properties": {"a": TEXT, "b": TEXT}, "anyOf": [{"required": ["b"]}, {"required": ["a", "b"]}]},
+            {"a": TEXT, "b": TEXT},
+            ["b"],
+            "a",
+            "further",
+        ),
+        ({"additionalProperties": True}, {}, [], "further", None),
+        ({"properties": {"n": NUMBER}, "additionalProperties": {}}, {"n": NUMBER}, [], "further", None),
+        ({"allOf": [{"additionalProperties": TEXT}]}, {}, [], "further", None),
+        ({"additionalProperties": False}, {}, [], None, "further"),
+        ({}, {}, [], None, "further"),
+    ],
+)
+def test_arguments_are_those_of_all_parts_of_the_servers_schema(
+    schema: dict[str, Any], properties: dict[str, Any], required: list[str], accepted: str | None, refused: str | None
+) -> None:
+    tools = ToolSet(
+        [_as_function(McpSession.__new__(McpSession), Tool(name="t", input_schema={"type": "object", **schema}))]
+    )
+    offered = tools.specs["t"].schema["function"]["parameters"]
+    assert (offered["properties"], offered["required"]) == (properties, required)
+    parts = schema.keys() - {"properties", "required", "additionalProperties"}
+    assert {name: offered[name] for name in parts} == {name: schema[name] for name in parts}
+    needed: dict[str, Any] = dict.fromkeys(required, "a")
+    if accepted is not None:
+        assert tools.refusal(ToolCall(name="t", arguments={**needed, accepted: "a"})) is None
+    if refused is not None:
+        assert tools.refusal(ToolCall(name="t", arguments={**needed, refused: "a"})) is not None
+
+
+@pytest.mark.parametrize("reference", ["#/$defs/absent", "https://example.org/a", "#/$defs/circle"])
+def test_a_schema_whose_parameters_cannot_be_found_is_an_error_at_start_up(reference: str) -> None:
+    schema = {"type": "object", "$ref": reference, "$defs": {"circle": {"$ref": "#/$defs/circle"}}}
+    with pytest.raises(ToolSpecError, match=r"'t' of an MCP server has a schema whose .* Exclude the tool: list the"):
+        _as_function(McpSession.__new__(McpSession), Tool(name="t", input_schema=schema))
 
 
 def test_a_tool_can_be_called_by_its_tag() -> None:

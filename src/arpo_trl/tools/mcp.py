@@ -47,6 +47,10 @@ _BOUNDED_UTF_8 = "arpo_trl_bounded_utf_8"
 _OVERLONG: ContextVar[Callable[[], None]] = ContextVar("overlong")
 """The callback for a line that is too long from the connection's process."""
 
+_PARTS = ("$ref", "allOf", "anyOf", "oneOf", "$defs", "definitions")
+"""Of a schema, besides its properties: what the model also reads."""
+_OPEN = "additionalProperties"
+
 # The library logs messages of servers. The errors of failed calls are enough.
 logging.getLogger("mcp.client").setLevel(logging.CRITICAL)
 
@@ -132,7 +136,8 @@ def mcp_tools(servers: Sequence[Mapping[str, Any]], *, timeout_s: float = 15.0) 
 
     Raises:
         ConfigError: A setting is invalid, the library is not installed, or a server does not start or lacks a tool.
-        ToolSpecError: A tool has a parameter that a Python function cannot have.
+        ToolSpecError: A tool has a parameter that a Python function cannot have, or a schema whose parameters cannot
+            be found.
     """
     if not timeout_s > 0:
         raise ConfigError(f"mcp_timeout_s is {timeout_s}; expected more than 0.")
@@ -454,10 +459,18 @@ def _as_method(tool: Any) -> Callable[..., Any]:
 
 def _like(tool: Any, call: Callable[..., Any], parameters: list[inspect.Parameter]) -> Callable[..., Any]:
     """Set the tool's name, docstring and schema on `call`, and its signature after `parameters`. Return `call`."""
-    given: dict[str, Any] = tool.input_schema.get("properties") or {}
+    try:
+        described = _with_properties(tool.input_schema, tool.input_schema)
+    except (LookupError, RecursionError) as error:
+        raise ToolSpecError(
+            f"tool {tool.name!r} of an MCP server has a schema whose parameters cannot be found: {error}. "
+            "Exclude the tool: list the tools to offer in the server's `tools`."
+        ) from error
+    given: dict[str, Any] = described["properties"]
     properties = {name: schema if isinstance(schema, dict) else {} for name, schema in given.items()}  # or a bool
-    definitions = {name: tool.input_schema[name] for name in ("$defs", "definitions") if name in tool.input_schema}
-    required = [name for name in tool.input_schema.get("required") or () if name in properties]
+    required = [name for name in dict.fromkeys(described["required"]) if name in properties]
+    is_open = described.get(_OPEN, False) is not False
+    kept = (*_PARTS, _OPEN) if is_open else _PARTS
     for name in sorted(properties, key=lambda name: name not in required):  # parameters without a default first
         default = inspect.Parameter.empty if name in required else None
         try:
@@ -467,6 +480,11 @@ def _like(tool: Any, call: Callable[..., Any], parameters: list[inspect.Paramete
                 f"tool {tool.name!r} of an MCP server has a parameter that a Python function cannot have: {error}. "
                 "Exclude the tool: list the tools to offer in the server's `tools`."
             ) from error
+    if is_open:
+        further = "further"
+        while further in properties:
+            further += "_"
+        parameters.append(inspect.Parameter(further, inspect.Parameter.VAR_KEYWORD))
     call.__name__ = call.__qualname__ = re.sub(r"\W", "_", tool.name, flags=re.ASCII)
     call.__doc__ = tool.description or tool.name
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -475,10 +493,60 @@ def _like(tool: Any, call: Callable[..., Any], parameters: list[inspect.Paramete
         "function": {
             "name": call.__name__,
             "description": inspect.cleandoc(call.__doc__),
-            "parameters": {"type": "object", "properties": properties, "required": required, **definitions},
+            "parameters": {
+                "type": "object",
+                "properties": properties,
+                "required": required,
+                **{name: described[name] for name in kept if name in described},
+            },
         },
     }
     return call
+
+
+def _with_properties(schema: Any, root: Any) -> dict[str, Any]:
+    """Return the schema of an object with the `properties`, the names of those `required`, and the permission of
+    further ones, that it has from its parts: a `$ref`, `allOf`, `anyOf`, `oneOf`.
+
+    Raises:
+        LookupError: A `$ref` does not lead to a part of `root`.
+        RecursionError: A `$ref` leads back to itself.
+    """
+    if not isinstance(schema, dict):  # true
+        return {"properties": {}, "required": []}
+    whole = {
+        **schema,
+        "properties": {**(schema.get("properties") or {})},
+        "required": [*(schema.get("required") or ())],
+    }
+    together = [_referred(str(schema["$ref"]), root)] if "$ref" in schema else []
+    together += schema.get("allOf") or ()
+    for choices in (*([part] for part in together), schema.get("anyOf"), schema.get("oneOf")):
+        parts = [_with_properties(part, root) for part in choices or ()]
+        found: dict[str, list[Any]] = {}
+        for part in parts:
+            for name, value in part["properties"].items():
+                if value not in found.setdefault(name, []):
+                    found[name].append(value)
+            if part.get(_OPEN, False) is not False:
+                whole.setdefault(_OPEN, part[_OPEN])
+        for name, values in found.items():
+            whole["properties"].setdefault(name, values[0] if len(values) == 1 else {"anyOf": values})
+        for part in parts[:1]:
+            whole["required"] += [name for name in part["required"] if all(name in of["required"] for of in parts)]
+    return whole
+
+
+def _referred(reference: str, root: Any) -> Any:
+    """Return the part of `root` to which a `$ref` leads."""
+    start, *steps = reference.split("/")
+    part = root if start == "#" else None
+    for step in steps:
+        step = step.replace("~1", "/").replace("~0", "~")
+        part = part.get(step) if isinstance(part, dict) else None
+    if part is None:
+        raise LookupError(f"$ref {reference!r} does not lead to a part of it")
+    return part
 
 
 def _text_of(result: Any) -> str:

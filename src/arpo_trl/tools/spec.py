@@ -106,8 +106,9 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
     """Return the specification of a typed, documented function.
 
     If the parameters are known only at run time, as for a tool of an MCP server, the function's attribute
-    `json_schema` contains the schema in the format of chat templates. This module's docstring explains the attributes
-    `deterministic`, `depends_on_calls_only`, `run_in`, `create_state` and `concurrency`.
+    `json_schema` contains the schema in the format of chat templates. If it allows `additionalProperties`, the
+    function has `**kwargs` for them. This module's docstring explains the attributes `deterministic`,
+    `depends_on_calls_only`, `run_in`, `create_state` and `concurrency`.
 
     Raises:
         ToolSpecError: The name cannot be a tag; there is a parameter like `*args` or `**kwargs`; the docstring, or a
@@ -124,13 +125,16 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
     if name in RESERVED_TAGS:
         raise ToolSpecError(f"tool {name!r}: <{name}> is a reserved tag in rollouts. Rename the function.")
     signature = inspect.signature(tool)
-    for parameter in signature.parameters.values():
+    offered: Any = getattr(tool, "json_schema", None)
+    is_open = bool(offered) and offered["function"]["parameters"].get("additionalProperties", False) is not False
+    named = [p for p in signature.parameters.values() if not (is_open and p.kind is p.VAR_KEYWORD)]
+    for parameter in named:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
             raise ToolSpecError(
                 f"tool {name!r}: a model cannot use the parameter {str(parameter)!r}. Name each parameter."
             )
     try:
-        schema = getattr(tool, "json_schema", None) or _schema_of(tool, signature)
+        schema = offered or _schema_of(tool, signature)
     except ToolSpecError:
         raise
     except Exception as error:  # parsing errors, and any exception that unusual annotations cause
@@ -139,7 +143,7 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
             "description and, after it, an `Args:` section that describes each parameter, and a type for each."
         ) from error
     properties = schema["function"]["parameters"]["properties"]
-    required = [p.name for p in signature.parameters.values() if p.default is p.empty]
+    required = [p.name for p in named if p.default is p.empty]
     single = required[0] if len(required) == 1 and properties[required[0]].get("type") == "string" else None
     is_async = inspect.iscoroutinefunction(tool)
     declared: dict[str, Any] = {
@@ -178,7 +182,7 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
         )
     return ToolSpec(
         name=name,
-        parameters=tuple(signature.parameters),
+        parameters=tuple(p.name for p in named),
         schema=schema,
         is_async=is_async,
         **declared,
@@ -313,14 +317,15 @@ class ToolSet:
             return f"Error: {call.name}: {error}."
         properties = spec.schema["function"]["parameters"]["properties"]
         for name, value in call.arguments.items():
-            expected = properties[name].get("type")
+            schema = properties.get(name, {})  # none of its own: additionalProperties
+            expected = schema.get("type")
             types = _JSON_TYPES.get(expected) if isinstance(expected, str) else None
-            if value is None and properties[name].get("nullable"):
+            if value is None and schema.get("nullable"):
                 continue
             # A bool is an int in Python, but not in a JSON schema.
             if types and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
                 return f"Error: {call.name}: {name} must be of type {expected}, got {type(value).__name__}."
-            choices = properties[name].get("enum")
+            choices = schema.get("enum")
             if isinstance(choices, list) and not any(
                 value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices
             ):
