@@ -89,8 +89,9 @@ HIGH = 1 << 32
         ("prlimit64", [(0, 7, 0, 99)], [(PID, 7, 0, 99), (0, 7, 99, 0), (0, 7, HIGH, 0)], errno.EPERM),
         ("sched_getaffinity", [(0, 8), (PID, 8)], [(1, 8)], errno.ENOSYS),
         ("clock_gettime", [(0,), (2,), (11,)], [(-2,), (~1 << 3 | 2,), (12,)], errno.EINVAL),
-        # F_SETFL, F_GETLK, F_SETLK, F_SETLKW, F_SETOWN, F_SETSIG, F_OFD_SETLK, F_SETLEASE, F_NOTIFY, F_SETPIPE_SZ
-        ("fcntl", [(1, 0), (1, 3), (1, 1030)], [(1, n) for n in (4, 5, 6, 7, 8, 10, 37, 1024, 1026, 1031)], 1),
+        # F_SETFL, F_GETLK, F_SETOWN, F_SETSIG, F_OFD_SETLK, F_SETLEASE, F_NOTIFY, F_SETPIPE_SZ
+        ("fcntl", [(1, 0), (1, 3), (1, 1030)], [(1, n) for n in (4, 5, 8, 10, 37, 1024, 1026, 1031)], errno.EPERM),
+        ("fcntl", [], [(1, 6), (1, 7)], 0),  # F_SETLK, F_SETLKW: nothing happens, without an error
         # FIOASYNC, TIOCSTI, FS_IOC_SETFLAGS, FIFREEZE, FICLONE
         (
             "ioctl",

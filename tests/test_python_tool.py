@@ -778,7 +778,8 @@ def test_namespaces_bound_a_folder_as_a_whole_and_show_nothing_outside(tmp_path:
 
 
 STANDARD = """
-import asyncio, ctypes, mmap, os, resource, shutil, signal, socket, sqlite3, subprocess, tempfile, time, uuid, zipfile
+import asyncio, ctypes, mmap, os, resource, shelve, shutil, signal, socket, sqlite3, subprocess, tempfile, time, uuid
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 """
 
@@ -798,6 +799,9 @@ from concurrent.futures import ThreadPoolExecutor
         "signal.signal(10, lambda *_: print(42)); os.kill(os.getpid(), 10)",
         "print(ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 42)())",
         "print(sqlite3.connect(':memory:').execute('select 42').fetchone()[0])",
+        "with sqlite3.connect('a.db') as db: db.execute('create table t as select 42')\n"
+        "print(sqlite3.connect('a.db').execute('select * from t').fetchone()[0])",
+        "with shelve.open('a') as kept: kept['a'] = 42\nprint(shelve.open('a')['a'])",
         "time.process_time(), time.thread_time(), uuid.uuid4(), os.cpu_count(), os.times(), os.uname()\nprint(42)",
         "resource.getrlimit(resource.RLIMIT_AS), resource.getrusage(0)\nprint(42)",
         "try: subprocess.run(['true'])\nexcept PermissionError: print(42)",

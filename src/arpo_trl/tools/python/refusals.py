@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import _socket
+import dbm.dumb
 import errno
 import os
 import shutil
@@ -16,12 +17,13 @@ MEANING = "code here cannot start processes or use the network"
 
 
 def install() -> None:
-    """Make `shutil.copy` work, which also copies modes and times. Let `os.system` and name resolution raise an error
-    with the reason.
+    """Make `shutil.copy` work, which also copies modes and times, and `shelve`, which sets the mode of its files. Let
+    `os.system` and name resolution raise an error with the reason.
 
     Otherwise `os.system` returns a number, and the C library reports a temporary failure, so that the model retries.
     """
     shutil.copymode = shutil.copystat = _nothing
+    dbm.dumb._Database._chmod = _nothing  # type: ignore[attr-defined]
     os.system = _socket.getaddrinfo = _socket.gethostbyname = _refused
 
 
