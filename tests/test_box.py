@@ -19,7 +19,7 @@ from datetime import date, datetime
 from decimal import Decimal
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, Required, TypedDict
 from urllib.error import URLError
 
 import numpy as np
@@ -260,6 +260,23 @@ def annotated(hint: Any) -> Callable[..., Any]:
 
 class Pair(TypedDict):
     first: int
+    second: NotRequired[Literal["a"]]
+
+
+PAIR = {
+    "type": "object",
+    "properties": {"first": {"type": "integer"}, "second": {"type": "string", "enum": ["a"]}},
+    "required": ["first"],
+}
+
+
+class Tree(TypedDict, total=False):
+    name: Required[str]
+    parts: list[Tree]
+
+
+class Dated(TypedDict):
+    on: date
 
 
 @pytest.mark.parametrize(
@@ -274,7 +291,25 @@ class Pair(TypedDict):
         (tuple[int, str], {"type": "array", "prefixItems": [{"type": "integer"}, {"type": "string"}]}, [1, "a"]),
         (tuple[int, ...], {"type": "array", "items": {"type": "integer"}}, [1, 2, 3]),
         (dict, {"type": "object"}, {"a": 1}),
-        (Pair, {"type": "object"}, {"first": 1}),
+        (list[Pair], {"type": "array", "items": PAIR}, [{"first": 1}]),
+        (Pair | None, {**PAIR, "nullable": True}, {"first": 1}),
+        (
+            Tree,
+            {
+                "type": "object",
+                "properties": {"name": {"type": "string"}, "parts": {"type": "array", "items": {"type": "object"}}},
+                "required": ["name"],
+            },
+            {"name": "a"},
+        ),
+        (str | int, {"type": ["integer", "string"]}, "a"),
+        (int | Literal["all"], {"anyOf": [{"type": "integer"}, {"type": "string", "enum": ["all"]}]}, "all"),
+        (Literal["a"] | Literal["b", 1], {"type": ["string", "integer"], "enum": ["a", "b", 1]}, "b"),
+        (
+            str | list[int] | None,
+            {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "integer"}}], "nullable": True},
+            [1],
+        ),
         (Any, {}, [1]),
         (Annotated[str, "a city"], {"type": "string"}, "Oslo"),
         (Literal["a", 1] | None, {"type": ["string", "integer"], "enum": ["a", 1], "nullable": True}, None),
@@ -293,6 +328,7 @@ def test_a_parameter_takes_the_json_values_of_its_type(hint: Any, schema: dict[s
         (Colour, "Colour", r"Literal\['red'\]"),
         (list[Colour], "Colour", r"Literal\['red'\]"),
         (dict[str, date | None], "datetime.date", "str, int"),
+        (list[Dated], "datetime.date", "str, int"),
         (datetime, "datetime.datetime", "str, int"),
         (bytes, "bytes", "str, int"),
         (set[int], r"set\[int\]", "str, int"),
@@ -318,6 +354,8 @@ def test_a_parameter_of_a_type_that_json_lacks_is_refused_by_its_name(hint: Any,
         (Literal["red", 1], 1, True),
         (Literal["red", True], True, True),
         (Literal["red"] | None, None, True),
+        (Literal["red"] | Literal["green"], "green", True),
+        (Literal["red"] | Literal["green"], "blue", False),
     ],
 )
 def test_only_the_values_of_a_literal_reach_the_tool(hint: Any, value: Any, accepted: bool) -> None:

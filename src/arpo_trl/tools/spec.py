@@ -19,8 +19,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, Literal, NotRequired, Required, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from transformers.utils.chat_template_utils import get_json_schema
 
@@ -38,6 +39,15 @@ _JSON_TYPES: dict[str, tuple[type, ...]] = {
     "boolean": (bool,),
     "array": (list, tuple),
     "object": (dict,),
+}
+
+_TYPE_NAMES: dict[type, str] = {
+    str: "string",
+    int: "integer",
+    float: "number",
+    bool: "boolean",
+    dict: "object",
+    type(None): "null",
 }
 
 _ARGUMENTS = re.compile(r"\n\s*Args:\n")
@@ -194,22 +204,23 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
 
 
 def _schema_of(tool: Callable[..., Any], signature: inspect.Signature) -> dict[str, Any]:
-    """Return the JSON schema that transformers makes of a function.
+    """Return the JSON schema of a function in the format of transformers, which reads its docstring.
 
-    A bare `list` or `tuple` is an array, and the docstring may repeat a type: `text (str): What to return.`
-    transformers makes an object of each class that it does not know, and refuses such a docstring. The type of the
-    result is left out if it is not one of JSON values.
+    The docstring may repeat a type, which transformers refuses: `text (str): What to return.` Schemas of types are
+    those of transformers, except that it loses the keys of a TypedDict, makes an object of each class that it does not
+    know, and of most types in a union keeps the outer name only. The type of the result is left out if it is not one
+    of JSON values.
     """
     hints = hints_of(tool)
+    types: dict[str, dict[str, Any]] = {}
     if "return" in hints:
-        returned = hints.pop("return")
         with contextlib.suppress(ToolSpecError):
-            hints["return"] = _json_hint(returned, "")
+            types["return"] = _json_type(hints["return"], "")
     doc = inspect.getdoc(tool) or ""
     start = _ARGUMENTS.search(doc)
     for name in signature.parameters:
         if name in hints:
-            hints[name] = _json_hint(
+            types[name] = _json_type(
                 hints[name],
                 f"tool {tool.__name__!r}: the parameter {name!r} is annotated {inspect.formatannotation(hints[name])}",
             )
@@ -219,9 +230,14 @@ def _schema_of(tool: Callable[..., Any], signature: inspect.Signature) -> dict[s
 
     def same() -> None: ...
 
-    same.__name__, same.__doc__, same.__annotations__ = tool.__name__, doc, hints
+    same.__name__, same.__doc__, same.__annotations__ = tool.__name__, doc, dict.fromkeys(types, Any)
     same.__signature__ = signature  # type: ignore[attr-defined]
     schema: dict[str, Any] = get_json_schema(same)
+    function = schema["function"]
+    for name, described in function["parameters"]["properties"].items():
+        function["parameters"]["properties"][name] = types[name] | described
+    if "return" in types:
+        function["return"] = types["return"] | function["return"]
     return schema
 
 
@@ -237,25 +253,46 @@ def hints_of(tool: Callable[..., Any]) -> dict[str, Any]:
         return get_type_hints(parameters, getattr(inspect.unwrap(tool), "__globals__", {}))
 
 
-def _json_hint(hint: Any, annotated: str) -> Any:
-    """Return a type hint that transformers understands, with the same JSON values.
+def _json_type(hint: Any, annotated: str, outer: tuple[Any, ...] = ()) -> dict[str, Any]:
+    """Return the JSON schema of the values of a type.
 
     Args:
         annotated: The beginning of an error: the tool, the parameter and its annotation.
+        outer: The TypedDicts that contain it; one that contains itself is an object without names of keys there.
 
     Raises:
         ToolSpecError: JSON has no values of this type.
     """
+    of = partial(_json_type, annotated=annotated, outer=outer)
     origin, parts = get_origin(hint), get_args(hint)
-    if hint in (list, tuple):
-        return list[Any]
-    if hint in (str, int, float, bool, dict, type(None), Any) or origin is Literal or is_typeddict(hint):
-        return hint
-    if origin is tuple and parts[1:] == (...,):
-        return list[_json_hint(parts[0], annotated)]  # type: ignore[misc]  # known only when it runs
-    if origin in (list, dict, tuple, Union, UnionType):
-        known = tuple(_json_hint(part, annotated) for part in parts)
-        return (Union if origin is UnionType else origin)[known] if known else hint
+    if hint is Any:
+        return {}
+    if isinstance(hint, type) and hint in _TYPE_NAMES:
+        return {"type": _TYPE_NAMES[hint]}
+    if (origin or hint) in (list, tuple) and not parts:
+        return {"type": "array", "items": {}}
+    if origin is Literal and all(type(value) in _TYPE_NAMES for value in parts):
+        names = list(dict.fromkeys(_TYPE_NAMES[type(value)] for value in parts))
+        return {"type": names[0] if len(names) == 1 else names, "enum": list(parts)}
+    if is_typeddict(hint):
+        return {"type": "object"} if hint in outer else _typed_dict(hint, annotated, (*outer, hint))
+    if origin is list or (origin is tuple and parts[1:] == (...,)):
+        return {"type": "array", "items": of(parts[0])}
+    if origin is tuple:
+        return {"type": "array", "prefixItems": [of(part) for part in parts]}
+    if origin is dict:
+        return {"type": "object", **({"additionalProperties": of(parts[1])} if parts else {})}
+    if origin in (Union, UnionType):
+        choices = tuple(value for part in parts if get_origin(part) is Literal for value in get_args(part))
+        members = [part for part in parts if part is not type(None) and get_origin(part) is not Literal]
+        schemas = [of(member) for member in (*members, *([Literal[choices]] if choices else []))]
+        if len(schemas) == 1:
+            (schema,) = schemas
+        elif all(schema.keys() == {"type"} for schema in schemas):
+            schema = {"type": sorted(schema["type"] for schema in schemas)}
+        else:
+            schema = {"anyOf": schemas}
+        return {**schema, "nullable": True} if type(None) in parts else schema
     instead = "str, int, float, bool, list[…], dict[str, …], Any or a Literal"
     if isinstance(hint, type) and issubclass(hint, Enum):
         instead = f"Literal{[member.value for member in hint]}"
@@ -263,6 +300,18 @@ def _json_hint(hint: Any, annotated: str) -> Any:
         f"{annotated}, but {inspect.formatannotation(hint)} is not a type of JSON values. Annotate it with {instead}, "
         "and convert the value in the function."
     )
+
+
+def _typed_dict(hint: Any, annotated: str, outer: tuple[Any, ...]) -> dict[str, Any]:
+    """Return the JSON schema of a TypedDict. `_json_type` explains the arguments and the error."""
+    marks = {name: get_origin(value) for name, value in get_type_hints(hint, include_extras=True).items()}
+    required = [  # __required_keys__ does not know marks in annotations that are strings
+        name
+        for name, mark in marks.items()
+        if mark is Required or (name in hint.__required_keys__ and mark is not NotRequired)
+    ]
+    properties = {name: _json_type(value, annotated, outer) for name, value in get_type_hints(hint).items()}
+    return {"type": "object", "properties": properties, **({"required": required} if required else {})}
 
 
 def _takes_one(function: Callable[..., Any]) -> bool:

@@ -66,8 +66,8 @@ class Rule:
     """Allows a system call only for certain values of one argument; otherwise the call fails with `errno`.
 
     Argument number `argument` must be one of `values`. With `mask`, it must instead have all of `bits` and no bit
-    outside `mask`. With `errno` 0 the call does nothing and returns 0. The rule checks the lower 32 bits, as the kernel does for these arguments, or all 64 with
-    `pointer`.
+    outside `mask`. The rule checks the lower 32 bits, as the kernel does for these arguments, or all 64 with
+    `pointer`. With `errno` 0 other calls return 0 and do nothing.
     """
 
     numbers: _Numbers
@@ -85,7 +85,7 @@ _OWN_PROCESS = -1  # in `values`: a placeholder for the id of the confined proce
 _THREAD_NEEDS = 0x00010F00
 # also allowed: SYSVSEM, SETTLS, PARENT_SETTID, CHILD_CLEARTID and musl's DETACHED
 _THREAD_FLAGS = 0x007D0F00
-_DESCRIPTOR = (0, 1, 2, 3, 1030)
+_DESCRIPTOR = (0, 1, 2, 3, 1030)  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC
 _CLOCKS = tuple(range(12))  # of the machine and this process; the clocks of other processes have negative numbers
 
 WITH_ARGUMENTS: Mapping[str, tuple[Rule, ...]] = {
@@ -98,8 +98,8 @@ WITH_ARGUMENTS: Mapping[str, tuple[Rule, ...]] = {
     "clock_gettime": (Rule((228, 113), 0, _CLOCKS, errno=22),),
     "clock_getres": (Rule((229, 114), 0, _CLOCKS, errno=22),),
     "clock_nanosleep": (Rule((230, 115), 0, _CLOCKS, errno=22),),
-    # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC: no locks, leases, signals or pipe sizes. F_SETLK and F_SETLKW
-    # return 0 without a lock, which other processes could see: a process's own locks never exclude each other.
+    # _DESCRIPTOR: no locks, leases, signals or pipe sizes. F_SETLK and F_SETLKW return 0 without a lock, which other
+    # processes could see: a process's own locks never exclude each other.
     "fcntl": (Rule((72, 25), 1, (*_DESCRIPTOR, 6, 7)), Rule((72, 25), 1, _DESCRIPTOR, errno=0)),
     # TCGETS, TCGETS2, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
     "ioctl": (Rule((16, 29), 1, (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451), errno=_ENOTTY),),
