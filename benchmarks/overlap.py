@@ -64,8 +64,8 @@ class Standing:
     def model(self, url: str) -> str:
         return self.facts[url].model
 
-    def restore(self, client: ServerClient) -> None:
-        raise RuntimeError("The server was restarted during a measurement.")
+    def restore(self, client: ServerClient) -> str:
+        return client.weight_version()
 
 
 def engine_on(url: str, tokenizer: Any, settings: SamplingParams) -> VLLMServerEngine:

@@ -32,7 +32,8 @@ from arpo_trl.rollout.engines.vllm.weights import (
     is_plain_adapter,
     write_shards,
 )
-from support import events_of, tiny_model, tokenizer
+from loopback import Asked, Loopback, Reply
+from support import events_of, tiny_model, tokenizer, until
 
 EOS = int(tokenizer().eos_token_id)
 MODELS = {"data": [{"id": "policy", "parent": None, "max_model_len": 100}]}
@@ -61,7 +62,6 @@ GOOD = {
     "/tokenize": {"tokens": tokenizer().encode(CANARY_TEXT)},
     "/reset_prefix_cache": {"success": True},
     "/update_weight_version": {"success": True},
-    "/metrics": {},
     "/v1/completions": COMPLETION,
 }
 
@@ -123,7 +123,7 @@ class Arrived:
     """Weights that are always synced."""
 
     def __init__(self, url):
-        self.clients, self.version, self.syncs, self.restored = [client(url)], "arpo-x-1", 0, 0
+        self.clients, self.version, self.syncs = [client(url)], "arpo-x-1", 0
         self.step = 1
         self.facts = {url: check_server(self.clients[0], tokenizer(), 2)}
 
@@ -134,14 +134,14 @@ class Arrived:
         return "policy"
 
     def restore(self, which):
-        self.restored += 1
+        return which.weight_version()
 
 
-def engine(url, *, away_s=60.0, request_s=60.0) -> VLLMServerEngine:
+def engine(url, *, weights=None, away_s=60.0, request_s=60.0) -> VLLMServerEngine:
     return VLLMServerEngine(
         tokenizer(),
         SamplingParams(eos_ids=(EOS,)),
-        Arrived(url),
+        weights or Arrived(url),
         vocab_size=1000,
         top_logprobs=2,
         away_s=away_s,
@@ -252,21 +252,19 @@ def test_the_servers_key_is_sent_and_shown_nowhere(serve, monkeypatch):
     assert "sesame" not in str(caught.value)
 
 
-def test_a_prefix_cache_that_others_hold_is_an_error(serve):
-    url, _ = serve(reset_prefix_cache={"success": False})
+def test_a_prefix_cache_that_others_hold_is_an_error(serve, tmp_path):
+    url, _ = serve(collective_rpc={}, reset_prefix_cache={"success": False})
     with pytest.raises(EngineError, match=f"{url} could not reset its prefix cache"):
-        client(url).mark("arpo-x-2")
+        moving(url, tmp_path).sync()
 
 
 @pytest.mark.parametrize("failure", [(500, {"error": "oops"}), (503, {}), None], ids=["500", "503", "hangs up"])
 def test_a_request_that_fails_for_a_while_is_sent_again_with_its_seed(serve, failure):
     url, seen = serve(v1__completions=lambda number: failure if number < 2 else COMPLETION)
-    made = engine(url)
-    assert len(write(made)) == 1
+    assert len(write(engine(url))) == 1
     bodies = [body for path, body, _ in seen if path == "/v1/completions"]
     assert len(bodies) == 3
     assert bodies[0] == bodies[1] == bodies[2]
-    assert made._weights.restored == 0  # it had kept its weights
 
 
 def test_a_server_that_never_completes_a_request_stops_the_rollout(serve):
@@ -274,22 +272,6 @@ def test_a_server_that_never_completes_a_request_stops_the_rollout(serve):
     with pytest.raises(EngineError, match=rf"{url} could not complete a request \(500: .*always"):
         write(engine(url))
     assert 1 < sum(path == "/v1/completions" for path, _, _ in seen) < 10
-
-
-def test_a_restarted_server_gets_its_weights_before_anything_else(serve):
-    url, _ = serve(
-        v1__completions=lambda number: None if number == 0 else COMPLETION,
-        weight_info=lambda number: {"weight_version": "arpo-x-1" if number == 0 else "default"},
-    )
-    made = engine(url)
-    write(made)
-    assert made._weights.restored == 1
-
-
-def test_a_restart_that_a_rank_could_not_notice_fails_its_rollout(serve):
-    url, _ = serve(metrics=lambda number: f"process_start_time_seconds {number}")
-    with pytest.raises(EngineError, match=rf"{url} was restarted during a rollout"):
-        write(engine(url))
 
 
 def test_a_server_that_stays_away_is_named_after_the_deadline(serve):
@@ -433,9 +415,10 @@ def test_a_server_that_another_rank_restores_at_the_same_time_refuses_nothing_th
     )
     weights = moving(url, tmp_path)
     weights.sync()
-    served[:] = ["default", "default", weights.version if comes else "default"]
+    mark = f"{weights.version}.other"
+    served[:] = ["default", "default", mark if comes else "default"]
     if comes:
-        weights.restore(weights.clients[0])
+        assert weights.restore(weights.clients[0]) == mark
     else:
         with pytest.raises(EngineError, match="already been loaded"):
             weights.restore(weights.clients[0])
@@ -450,10 +433,10 @@ def test_a_server_that_is_killed_while_it_loads_weights_is_waited_for_and_gets_t
     weights = moving(url, tmp_path)
     seen.clear()
     weights.sync()
-    paths = [path for path, _, _ in seen if path != "/metrics"]
-    marked = ["/collective_rpc", "/reset_prefix_cache", "/update_weight_version", "/v1/completions"]
+    paths = [path for path, _, _ in seen]
+    marked = ["/collective_rpc", "/reset_prefix_cache", "/v1/completions", "/update_weight_version"]
     assert paths == ["/collective_rpc", "/health", "/health", *marked]
-    assert seen[-2][1] == {"new_version": weights.version}
+    assert seen[-1][1]["new_version"].startswith(f"{weights.version}.")
     assert weights.step == 1
 
 
@@ -494,21 +477,136 @@ def test_a_signal_ends_the_wait_for_a_server_that_gets_weights(serve, tmp_path, 
 
 
 def test_a_restarted_server_that_is_killed_again_while_it_gets_its_weights_gets_them_later(serve):
-    url, _ = serve(
-        v1__completions=lambda number: None if number == 0 else COMPLETION,
-        weight_info=lambda number: {"weight_version": "arpo-x-1" if number == 0 else "default"},
-    )
+    url, _ = serve()
     made = engine(url)
 
     def restore(which):
         restored.append(which)
         if len(restored) == 1:
             raise ServerLost("killed")
+        return "arpo-x-1"
 
     restored = []
     made._weights.restore = restore
     assert len(write(made)) == 1
     assert len(restored) == 2
+
+
+class Restarts:
+    """A vLLM server whose restart resets its weights: the initial ones write 70, the trainer's 60."""
+
+    def __init__(self):
+        self.writes = lambda prompt: None
+        """What happens while the server answers a request."""
+        self.aborted, self.loading, self.running = threading.Event(), lambda: None, 0
+        self.prompts: list[int] = []
+        self.restart()
+
+    def restart(self):
+        self.version, self.token = "default", 70
+
+    def __call__(self, asked: Asked) -> Reply:
+        match asked.path:
+            case "/weight_info":
+                return Reply({"weight_version": self.version})
+            case "/update_weight_version":
+                self.version = asked.json["new_version"]
+            case "/collective_rpc":
+                self.loading()
+                self.token = 60
+            case "/abort_requests":
+                self.aborted.set()
+            case "/reset_prefix_cache":
+                return Reply({"success": self.running == 0})
+            case "/v1/completions" if "prompt_logprobs" in asked.json:
+                return Reply(AGREES)
+            case "/v1/completions":
+                self.running += 1
+                token, prompt = self.token, asked.json["prompt"][0]
+                self.prompts.append(prompt)
+                self.writes(prompt)
+                self.running -= 1
+                (choice,) = COMPLETION["choices"]
+                return Reply({"choices": [choice | {"token_ids": [token, EOS]}]})
+        return Reply(GOOD.get(asked.path, {}))
+
+
+@pytest.fixture
+def restarts(tmp_path):
+    """The server, an engine on it, and its weights."""
+    with Loopback(server := Restarts()) as loopback:
+        weights = moving(loopback.url, tmp_path)
+        yield server, engine(loopback.url, weights=weights), weights
+
+
+def turn(number: int) -> TurnRequest:
+    return TurnRequest(id=number, ids=[number, 51], max_tokens=9, probe_tokens=4, seed=1, key=(number, 0))
+
+
+def first_tokens(made: VLLMServerEngine, *turns: int, submitted: int = 0) -> dict[int, int]:
+    """The first tokens of these turns and of others that are submitted already, in the session that is open."""
+    for number in turns:
+        made.submit(turn(number))
+    events = events_of(made, len(turns) + submitted)
+    return {event.id: event.ids[0] for event in events if isinstance(event, Turn)}
+
+
+def test_no_token_of_a_restarted_servers_initial_weights_is_used(restarts):
+    server, made, _ = restarts
+    with made.session():
+        assert first_tokens(made, 1) == {1: 60}
+        server.restart()  # between two requests
+        assert first_tokens(made, 2) == {2: 60}
+        assert server.prompts == [1, 2, 2]
+    server.restart()  # between two sessions of the same weights
+    with made.session():
+        assert first_tokens(made, 3) == {3: 60}
+    assert server.prompts == [1, 2, 2, 3]
+
+
+def test_no_request_is_sent_to_a_server_while_it_is_restored(restarts):
+    server, made, _ = restarts
+    with made.session():
+        assert first_tokens(made, 1) == {1: 60}
+        server.restart()
+        server.loading = lambda: (made.submit(turn(3)), time.sleep(0.3), sent.extend(server.prompts))
+        sent: list[int] = []
+        assert first_tokens(made, 2, submitted=1) == {2: 60, 3: 60}
+    assert sent == [1, 2]
+
+
+def test_turns_that_run_on_a_restarted_server_are_aborted_and_sampled_again(restarts):
+    """They would end after minutes, and the prefix cache that they use could not be reset before."""
+    server, made, _ = restarts
+    with made.session():
+        assert first_tokens(made, 1) == {1: 60}
+        server.restart()
+        server.aborted.clear()
+        server.writes = lambda prompt: prompt == 2 and server.aborted.wait(60)
+        made.submit(turn(2))
+        until(lambda: 2 in server.prompts)
+        assert first_tokens(made, 3, submitted=1) == {2: 60, 3: 60}
+    assert server.prompts.count(2) == 2
+
+
+def test_a_server_that_another_rank_restored_is_used_but_not_its_answers_from_before(restarts):
+    server, made, weights = restarts
+    with made.session():
+        assert first_tokens(made, 1) == {1: 60}
+        server.restart()
+        weights.restore(weights.clients[0])  # as another rank does
+        assert first_tokens(made, 2) == {2: 60}
+
+        def restart_once(prompt):
+            server.writes = lambda prompt: None
+            server.running = 0
+            weights.restore(weights.clients[0])
+            server.running = 1
+
+        server.restart()
+        server.writes = restart_once  # this answer is of the initial weights, and arrives when the server is restored
+        assert first_tokens(made, 3) == {3: 60}
+    assert server.prompts == [1, 2, 2, 3, 3]
 
 
 def test_moving_weights_from_a_gpu_is_refused_without_one():

@@ -155,14 +155,6 @@ class ServerClient:
         answer = self._json("GET", "/weight_info", "The server needs vLLM ≥ 0.31 and VLLM_SERVER_DEV_MODE=1.")
         return str(answer["weight_version"])
 
-    def boot(self) -> str | None:
-        """The metrics line with the start time of the server's process; None if the server does not report it."""
-        try:
-            lines = self._http.get("/metrics", timeout=SHORT_S).text.splitlines()
-        except httpx.TransportError:
-            return None
-        return next((line for line in lines if line.startswith("process_start_time_seconds")), None)
-
     @_reads_json
     def tokenize(self, text: str, model: str) -> list[int]:
         body = {"model": model, "prompt": text, "add_special_tokens": False}
@@ -212,13 +204,13 @@ class ServerClient:
         self._request("GET", ABORT, ABORT_HINT, accepted=(200, 405))  # 405: the path exists, but not for GET
 
     @_reads_json
-    def mark(self, version: str) -> None:
-        """Reset the prefix cache, which has states from other weights, and set the version of the weights."""
-        if not self._json("POST", "/reset_prefix_cache", "Start the server with VLLM_SERVER_DEV_MODE=1.")["success"]:
-            raise EngineError(
-                f"{self.url} could not reset its prefix cache, because other requests use it. A server used for "
-                "training must not serve other clients. Stop them and resume."
-            )
+    def reset_prefix_cache(self) -> bool:
+        """Reset the prefix cache, which has states from other weights. Returns False if running requests use it."""
+        hint = "Start the server with VLLM_SERVER_DEV_MODE=1."
+        return bool(self._json("POST", "/reset_prefix_cache", hint)["success"])
+
+    def set_weight_version(self, version: str) -> None:
+        """Set what `weight_version` returns until the server's engine ends."""
         self._json("POST", "/update_weight_version", "The server needs vLLM ≥ 0.31.", {"new_version": version})
 
     def _json(self, method: str, path: str, hint: str, body: dict[str, Any] | None = None) -> Any:

@@ -4,9 +4,12 @@
     loop thread                  └ one task per turn: probe, Probe event, rest, Turn event
 
 All turns of a tree go to the same server, so that they share its prefix cache. If the connection or the server fails
-during a request, the engine sends the request again with the same seed as soon as the server is back. A restarted
-server serves its initial weights. So before the retry the engine sends it the current weights, if `weight_sync`
-supports that, and compares the logprobs again.
+during a request, the engine sends the request again with the same seed as soon as the server is back.
+
+A restarted server serves its initial weights. Another request can reach it before the restart is noticed. So the
+engine uses an answer only if the server has the same mark (`weights.py`) after it as before the request. Otherwise the
+engine sends the server the current weights, if `weight_sync` supports that, compares the logprobs again, and sends the
+request again.
 
 Within a session `sync` replaces the weights between two decode steps. All ranks delay their new requests and abort the
 running ones, which keep their tokens. When the idle servers have the new weights, the turns continue with new
@@ -37,12 +40,12 @@ from arpo_trl.rollout.engines.base import Probe, SamplingParams, Turn, TurnReque
 from arpo_trl.rollout.engines.vllm.client import ATTEMPTS, ServerClient, ServerLost, headers
 from arpo_trl.rollout.engines.vllm.turns import Draft, Segment, SegmentRequest, StopFinder, sampling_params
 from arpo_trl.rollout.engines.vllm.weights import ServedWeights
-from arpo_trl.visible import get_logger, without_secrets
-
-logger = get_logger(__name__)  # not accelerate's: any rank may log that a server was restarted
+from arpo_trl.visible import without_secrets
 
 RETRY_S = 0.5
 """Seconds between two checks of whether a server is back."""
+ANSWER_S = 10.0
+"""The timeout of such a check, in seconds."""
 ABORT_S = 0.02
 """Seconds between two attempts to abort the running requests: a request may reach the server after an attempt."""
 KEEP_ALIVE = [
@@ -61,11 +64,10 @@ class _Server:
     """The state of one server during a session."""
 
     client: ServerClient
-    boot: str | None
+    mark: str | None = None
+    """The mark of the current weights on the server; None: no request may be sent until `restore` has returned it."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """The lock of the task that waits for the server and restores its weights."""
-    answered: bool = False
-    """Whether the server has answered a request since `boot` was read."""
 
 
 class VLLMServerEngine:
@@ -111,7 +113,7 @@ class VLLMServerEngine:
     @contextmanager
     def session(self) -> Iterator[None]:
         self._weights.sync()
-        self._servers = [_Server(client, client.boot()) for client in self._weights.clients]
+        self._servers = [_Server(client) for client in self._weights.clients]
         self._events = queue.SimpleQueue()
         self._sent = 0
         self._may_send = asyncio.Event()
@@ -122,7 +124,6 @@ class VLLMServerEngine:
         self._http = HTTPClients(self._client)
         try:
             yield
-            self._check_not_replaced()
         finally:
             asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
@@ -144,13 +145,12 @@ class VLLMServerEngine:
             return
         with self._weights.lock, self._idle_servers(self._loop):
             self._weights.sync()
-            for server in self._servers:  # a server that was restarted during the sync now has the weights
-                server.boot, server.answered = server.client.boot(), False
+            for server in self._servers:
+                server.mark = None
 
     @contextmanager
     def _idle_servers(self, loop: asyncio.AbstractEventLoop) -> Iterator[None]:
         """A context in which no rank has running requests. A collective."""
-        self._check_not_replaced()
         loop.call_soon_threadsafe(self._may_send.clear)
         asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result()  # the event is cleared now
         try:
@@ -203,12 +203,10 @@ class VLLMServerEngine:
             self._events.put(error)
 
     async def _ask(self, server: _Server, segment: SegmentRequest) -> Segment:
-        url, problem = server.client.url, ""
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                await self._bring_back(server, problem)
-            while not self._may_send.is_set():
-                await self._may_send.wait()
+        url, problem = server.client.url, "no answer to /weight_info"
+        for _ in range(ATTEMPTS):
+            while (mark := server.mark) is None or not self._may_send.is_set():
+                await (self._bring_back(server, problem) if mark is None else self._may_send.wait())
             version = self._weights.step
             body = self._params | {
                 "model": self._weights.model(url),
@@ -222,6 +220,10 @@ class VLLMServerEngine:
             try:
                 with self._http.one() as http:
                     response = await http.post(f"{url}/v1/completions", json=body)
+                if response.status_code == 200:
+                    if (now := await self._mark(server, self._request_s)) == mark:
+                        return _read(response, url, version)
+                    problem = f"its weights were {mark}, and {now} after an answer"
             except httpx.ReadTimeout as error:
                 raise EngineError(
                     f"{url} has not answered a request for {segment.max_tokens} tokens within {self._request_s:.0f} "
@@ -229,23 +231,27 @@ class VLLMServerEngine:
                 ) from error
             except httpx.TransportError as error:
                 problem = f"{type(error).__name__}: {error}"
-                continue
+            else:
+                if response.status_code != 200:
+                    problem = f"{response.status_code}: {without_secrets(response.text)[:300]}"
+                    # 404: the adapter was lost in a restart. Other errors below 500 are permanent.
+                    if response.status_code < 500 and response.status_code != 404:
+                        break
             finally:
                 self._sent -= 1
-            if response.status_code == 200:
-                server.answered = True
-                return _read(response, url, version)
-            problem = f"{response.status_code}: {without_secrets(response.text)[:300]}"
-            # 404: the adapter was lost in a restart. Other errors below 500 are permanent.
-            if response.status_code < 500 and response.status_code != 404:
-                break
+            if server.mark == mark:  # no other turn has noticed the failure
+                server.mark = None
         raise EngineError(f"{url} could not complete a request ({problem}). Check its log.")
 
     async def _bring_back(self, server: _Server, problem: str) -> None:
-        """Wait until the server answers, and restore its weights if it was restarted."""
+        """Wait until the server answers, restore its weights if it was restarted, and get its mark."""
         deadline = time.monotonic() + self._away_s
         async with server.lock:
-            while not await self._has_weights(server):
+            while server.mark is None:
+                if await self._mark(server, ANSWER_S) is not None:
+                    with suppress(ServerLost):  # killed again
+                        server.mark = await asyncio.to_thread(self._weights.restore, server.client)
+                        return
                 if time.monotonic() > deadline:
                     raise EngineError(
                         f"The vLLM server {server.client.url} was unreachable for {self._away_s:.0f} s ({problem}). "
@@ -253,23 +259,11 @@ class VLLMServerEngine:
                     )
                 await asyncio.sleep(RETRY_S)
 
-    async def _has_weights(self, server: _Server) -> bool:
-        """Whether the server is up and has the current weights. A restarted server gets them."""
-        if (version := await self._served_version(server)) is None:
-            return False
-        if version != self._weights.version:
-            logger.warning(f"{server.client.url} was restarted. It now gets the current weights.")
-            try:
-                await asyncio.to_thread(self._weights.restore, server.client)
-            except ServerLost:  # killed again
-                return False
-            server.boot, server.answered = await asyncio.to_thread(server.client.boot), False
-        return True
-
-    async def _served_version(self, server: _Server) -> str | None:
+    async def _mark(self, server: _Server, timeout_s: float) -> str | None:
+        """The server's mark; None if it does not answer."""
         try:
             with self._http.one() as http:
-                response = await http.get(f"{server.client.url}/weight_info", timeout=10.0)
+                response = await http.get(f"{server.client.url}/weight_info", timeout=timeout_s)
             return str(response.json()["weight_version"])
         except (httpx.HTTPError, ValueError, KeyError, TypeError):
             return None
@@ -283,24 +277,6 @@ class VLLMServerEngine:
         # The finalizers of cancelled responses close their connections one iteration of the loop later.
         await asyncio.get_running_loop().shutdown_asyncgens()
         await asyncio.sleep(0)
-
-    def _check_not_replaced(self) -> None:
-        """Check that no server was restarted without detection, since it could have sampled with its initial weights.
-
-        Raises:
-            EngineError: A server was restarted, and has answered requests since the last check.
-        """
-        for server in self._servers:
-            answered, server.answered = server.answered, False
-            boot = server.client.boot()
-            if boot is None or boot == server.boot or server.lock.locked():  # down, the same, or being restored
-                continue
-            server.boot, before = boot, server.boot
-            if answered and before is not None:
-                raise EngineError(
-                    f"{server.client.url} was restarted during a rollout, between two requests of this rank. It may "
-                    "have answered later requests with its initial weights. Resume from the last checkpoint."
-                )
 
 
 def _read(response: httpx.Response, url: str, version: int | None) -> Segment:

@@ -2,8 +2,9 @@
 
 A server may answer 200 and still have its old weights, or corrupt ones. So after each sync the servers compute the
 logprobs of a fixed prompt. These must equal the trainer's within a tolerance, and must change if the trainer's change.
-Each sync also sets the version of the server's weights. A restart of the server resets this version, which reveals the
-restart.
+Then the server gets a mark: the version of the weights and a random suffix. No mark is used twice, and a restart of
+the server resets it. So an answer was sampled from the weights of a mark if the server had this mark before the
+request and after the answer.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -204,36 +205,55 @@ class ServedWeights:
         self._on_main(update)
         self.version = version
 
-    def _serve(self, client: ServerClient, version: str, give: Callable[[ServerClient, str], None]) -> None:
+    def _serve(self, client: ServerClient, version: str, give: Callable[[ServerClient, str], None]) -> str:
+        """Give the server the version, compare logprobs, and return the server's new mark."""
         give(client, version)
-        client.mark(version)
+        if not client.reset_prefix_cache():
+            raise EngineError(
+                f"{client.url} could not reset its prefix cache, because other requests use it. A server used for "
+                "training must not serve other clients. Stop them and resume."
+            )
         self._compare(client, version)
+        mark = f"{version}.{secrets.token_hex(4)}"
+        client.set_weight_version(mark)
+        return mark
 
-    def restore(self, client: ServerClient) -> None:
-        """Send the current weights to a restarted server, unless it already has them again. Any rank can call this."""
+    def restore(self, client: ServerClient) -> str:
+        """Send the current weights to the server if it was restarted, and return its mark. Any rank can call this.
+
+        Raises:
+            ServerLost: The server is down.
+            CannotRestore: It was restarted, and the transfer cannot send it the weights.
+            EngineError: It does not serve the trainer's weights.
+        """
         with self.lock:
-            if client.weight_version() == self.version:
-                return
+            if self._is_current_mark(mark := client.weight_version()):
+                return mark
+            logger.warning(f"{client.url} was restarted. It now gets the current weights.")
             try:
-                self._serve(client, self.version, self._transfer.restore)
+                return self._serve(client, self.version, self._give_restarted)
             except (ServerLost, CannotRestore):
                 raise
             except (EngineError, ConfigError):
                 # Several ranks may restore the server at the same time. It refuses some of their requests.
                 deadline = time.monotonic() + RESTORED_S
-                while not self._is_restored(client):
+                while not self._is_current_mark(mark := client.weight_version()):
                     if time.monotonic() > deadline:
                         raise
                     time.sleep(CHECK_S)
+                return mark
 
-    def _is_restored(self, client: ServerClient) -> bool:
-        """Whether the server serves the current weights, which another rank may have sent."""
-        if client.weight_version() != self.version:
-            return False
-        with suppress(EngineError, ConfigError):
-            self._compare(client, self.version)
-            return True
-        return False
+    def _give_restarted(self, client: ServerClient, version: str) -> None:
+        self._transfer.restore(client, version)
+        # Requests that reached the server before a rank noticed the restart use the prefix cache.
+        for _ in range(ATTEMPTS):
+            client.abort()
+            time.sleep(CHECK_S)
+            if client.reset_prefix_cache():
+                return
+
+    def _is_current_mark(self, mark: str) -> bool:
+        return mark.rpartition(".")[0] == self.version
 
     def _compare(self, client: ServerClient, version: str) -> None:
         ours, url = self._ours, client.url
