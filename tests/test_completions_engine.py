@@ -174,10 +174,41 @@ def test_temporary_failures_are_retried(monkeypatch):
     assert len(tries) == 3
 
 
+@pytest.mark.parametrize("ids", [True, False], ids=["token ids", "text"])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"choices": [{"text": "", "finish_reason": "abort"}]},
+        {"choices": [{"text": "", "finish_reason": "error"}]},
+        {"choices": [{"text": "", "finish_reason": "content_filter"}]},
+        {"error": {"message": "EngineCore encountered an issue", "code": 500}},
+        {"error": {"message": "busy", "code": 429}},
+    ],
+    ids=["abort", "error", "content filter", "code 500", "code 429"],
+)
+def test_a_cut_answer_is_not_a_finished_turn(monkeypatch, ids, cut):
+    monkeypatch.setattr("arpo_trl.rollout.engines.completions.RETRY_S", 0.01)
+    half = {"choices": [{"text": "half", "token_ids": encode("half")}]}
+    replies = [Reply(stream=lambda out: (event(out, half), event(out, cut), out.write(b"data: [DONE]\n\n")))]
+    with Loopback(Server(lambda prompt: replies.pop() if replies else "whole", ids=ids)) as loopback:
+        turn = outcomes(engine(loopback), request(0))[0]
+    assert decode(turn.ids[:-1]) == "whole"
+
+
+def test_empty_events_and_a_missing_last_line_end_do_no_harm():
+    last = b'data: {"choices": [{"text": "done", "finish_reason": "stop"}]}'
+    with Loopback(
+        Server(lambda prompt: Reply(stream=lambda out: out.write(b"data:\n\n" + last)), ids=False)
+    ) as loopback:
+        turn = outcomes(engine(loopback), request(0))[0]
+    assert decode(turn.ids[:-1]) == "done"
+
+
 @pytest.mark.parametrize(
     ("stream", "reason"),
     [
         (lambda out: event(out, {"choices": [{"text": "half a"}]}), "sent an incomplete answer"),
+        (lambda out: out.write(b'data: {"choices": [{"te'), "sent an incomplete answer"),
         (lambda out: out.write(b"data: {not json}\n\n"), "could not be read"),
         (lambda out: event(out, ["choices"]), "answered with an error"),
         (lambda out: event(out, {"error": {"message": "died"}}), "answered with an error"),

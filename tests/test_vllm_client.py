@@ -184,6 +184,23 @@ def test_a_server_that_is_still_loading_is_waited_for(serve):
     assert len(seen) == 3
 
 
+def test_a_server_that_is_still_loading_may_accept_connections_without_an_answer(serve, monkeypatch):
+    monkeypatch.setattr("arpo_trl.rollout.engines.vllm.client.SHORT_S", 0.2)
+    ended, answers = threading.Event(), [lambda: (ended.wait(30), (404, {}))[1]]
+    url, _ = serve(health=lambda number: answers.pop()() if answers else {})
+    client(url).wait(60.0)
+    ended.set()
+
+
+def test_the_environments_proxies_are_not_used(serve, monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    url, _ = serve()
+    assert check_server(client(url), tokenizer(), 2).model == "policy"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -45,6 +45,8 @@ RETRY_S = 0.5
 """Seconds before the first retry of a turn. The wait doubles with each failure."""
 MAX_BYTES, MAX_LINE_BYTES = 64 << 20, 1 << 20
 """Size limits of one streamed answer and of one event in it."""
+CUT = ("abort", "error", "content_filter")
+"""The finish reasons of answers that the model has not finished."""
 SEEDS = 1 << 31
 """Seeds are sent modulo this, since the largest allowed seed differs between servers."""
 
@@ -191,8 +193,7 @@ class CompletionsEngine:
             self._stream(body) as response,
         ):
             if response.status_code != 200:
-                kind = _Incomplete if response.status_code in (408, 429) or response.status_code >= 500 else _Refused
-                raise kind(f"answered {response.status_code}")
+                raise _failure(response.status_code, f"answered {response.status_code}")
             async for data in _events_of(response):
                 if data == "[DONE]":
                     break
@@ -205,7 +206,7 @@ class CompletionsEngine:
                 written.finish = choice.get("finish_reason") or written.finish
                 if self._cut(written, before):
                     return written
-        if written.finish is None:
+        if written.finish is None or written.finish in CUT:
             raise _Incomplete("sent an incomplete answer")
         return written
 
@@ -295,8 +296,8 @@ class CompletionsEngine:
             choice = _choice(self._request("POST", "/completions", self._body(ids, 1)))
         except _Refused:
             return False
-        except RequestFailed as error:
-            if error.may_pass:
+        except (_Incomplete, RequestFailed) as error:
+            if isinstance(error, _Incomplete) or error.may_pass:
                 raise EngineError(f"The completions server {error} to the first request. Check its log.") from None
             return False
         return choice is not None and bool(choice.get("token_ids"))
@@ -324,10 +325,17 @@ def _headers() -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
+def _failure(status: object, message: str) -> _Incomplete | _Refused:
+    """The error for a status, of a response or in an error event of a stream."""
+    may_pass = isinstance(status, int) and (status in (408, 429) or status >= 500)
+    return _Incomplete(message) if may_pass else _Refused(message)
+
+
 def _choice(answer: Any) -> dict[str, Any] | None:
     """The choice of an answer or of a chunk; None if it has none, as a usage report does."""
     if not isinstance(answer, dict) or "error" in answer:
-        raise _Refused("answered with an error")
+        error = answer["error"] if isinstance(answer, dict) else None
+        raise _failure(error.get("code") if isinstance(error, dict) else None, "answered with an error")
     choices = answer.get("choices")
     if not choices:
         return None
@@ -337,7 +345,7 @@ def _choice(answer: Any) -> dict[str, Any] | None:
 
 
 async def _events_of(response: httpx.Response) -> AsyncIterator[str]:
-    """Yield the data of each server-sent event in a stream."""
+    """Yield the data of each server-sent event in a stream, except empty ones, which keep the connection open."""
     received, rest = 0, b""
     async for chunk in response.aiter_bytes():
         received += len(chunk)
@@ -345,5 +353,19 @@ async def _events_of(response: httpx.Response) -> AsyncIterator[str]:
         if received > MAX_BYTES or len(rest) > MAX_LINE_BYTES:
             raise _Refused(f"answered with more than {MAX_BYTES:,} bytes, or {MAX_LINE_BYTES:,} in one event")
         for line in lines:
-            if line.startswith(b"data:"):
-                yield line[5:].decode("utf-8", "replace").strip()
+            if data := _data(line):
+                yield data
+    if (data := _data(rest)) and _is_json(data):  # some servers end the last event with the stream
+        yield data
+
+
+def _data(line: bytes) -> str:
+    return line.removeprefix(b"data:").decode("utf-8", "replace").strip() if line.startswith(b"data:") else ""
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True

@@ -87,9 +87,14 @@ class ServerClient:
 
     def __init__(self, url: str, *, timeout_s: float):
         self.url = url.rstrip("/").removesuffix("/v1")
-        # Loading weights can take long. Connecting must not.
         self._http = httpx.Client(
-            base_url=self.url, headers=headers(), timeout=httpx.Timeout(timeout_s, connect=min(10.0, timeout_s))
+            base_url=self.url,
+            headers=headers(),
+            # Loading weights can take long. Connecting must not.
+            timeout=httpx.Timeout(timeout_s, connect=min(10.0, timeout_s)),
+            # The engine's requests for turns do not use the environment's proxies either.
+            trust_env=False,
+            verify=httpx.create_ssl_context(),
         )
 
     def wait(self, away_s: float, check: Callable[[], None] = lambda: None) -> None:
@@ -104,7 +109,7 @@ class ServerClient:
         with tqdm(total=round(away_s), desc=f"Waiting for vLLM at {self.url}", unit="s", delay=5, leave=False) as bar:
             while True:
                 try:
-                    status = self._http.get("/health").status_code
+                    status = self._http.get("/health", timeout=SHORT_S).status_code
                 except httpx.TransportError as error:
                     problem = f"{type(error).__name__}: {error}"
                 else:
