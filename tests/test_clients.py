@@ -39,6 +39,40 @@ def test_a_failed_request_leaves_its_place_to_another():
     assert len(clients.contexts) == 1
 
 
+def test_a_request_is_cancelled_when_its_server_refuses_connections_and_not_before(monkeypatch):
+    """As vLLM does after SIGTERM: it keeps the connections of running requests, and answers nothing."""
+    monkeypatch.setattr("arpo_trl.net.clients.PROBE_S", 0.05)
+    checked, done = asyncio.Event(), asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked = await reader.readuntil(b"\r\n\r\n")
+        if asked.startswith(b"GET /health"):
+            checked.set()
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        elif asked.startswith(b"GET /short"):
+            writer.write(b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n")
+        else:
+            await done.wait()
+        writer.close()
+
+    async def ask() -> None:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        clients = HTTPClients(lambda verify: httpx.AsyncClient(verify=verify, timeout=60.0))
+        with clients.one() as http:
+            long = asyncio.create_task(clients.while_up(f"{url}/health", http.get(f"{url}/long")))
+            await checked.wait()
+            assert (await clients.while_up(f"{url}/health", http.get(f"{url}/short"))).status_code == 204
+            assert not long.done()
+            server.close()
+            with pytest.raises(httpx.ConnectError, match="no longer accepts connections"):
+                await long
+        done.set()
+        await clients.aclose()
+
+    asyncio.run(ask())
+
+
 def test_all_clients_are_closed():
     clients = Clients()
 

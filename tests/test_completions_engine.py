@@ -264,6 +264,24 @@ def test_a_server_that_stays_unreachable_fails_the_rollout_with_an_error():
         assert made.poll(0.0) == []
 
 
+def test_a_turn_does_not_wait_for_a_server_that_stops_but_keeps_its_connection(monkeypatch):
+    monkeypatch.setattr("arpo_trl.net.clients.PROBE_S", 0.05)
+    asked, ended = threading.Event(), threading.Event()
+
+    def hang(out):
+        asked.set()
+        ended.wait(60)
+
+    with Loopback(Server(lambda prompt: Reply(stream=hang), ids=False)) as loopback:
+        made = engine(loopback, away_s=0.2)
+        with made.session(), pytest.raises(EngineError, match="is unreachable"):
+            made.submit(request(0))
+            assert asked.wait(60)
+            loopback.__exit__()  # closes the port, and not the connection of the turn
+            until(lambda: made.poll(0.1))
+    ended.set()
+
+
 def test_a_session_that_is_left_early_leaves_nothing_behind():
     gate = threading.Event()
     with Loopback(Server(lambda prompt: Reply(stream=lambda out: gate.wait(60)), ids=False)) as loopback:

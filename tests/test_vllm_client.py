@@ -626,6 +626,20 @@ def test_a_server_that_another_rank_restored_is_used_but_not_its_answers_from_be
     assert server.prompts == [1, 2, 2, 3, 3]
 
 
+def test_a_turn_does_not_wait_for_a_server_that_stops_but_keeps_its_connection(tmp_path, monkeypatch):
+    monkeypatch.setattr("arpo_trl.net.clients.PROBE_S", 0.05)
+    ended = threading.Event()
+    with Loopback(server := Restarts()) as loopback:
+        server.writes = lambda prompt: ended.wait(60)
+        made = engine(loopback.url, weights=moving(loopback.url, tmp_path), away_s=0.2)
+        with made.session(), pytest.raises(EngineError, match=rf"{loopback.url} was unreachable for 0 s"):
+            made.submit(turn(1))
+            until(lambda: server.prompts)
+            loopback.__exit__()  # closes the port, and not the connection of the turn
+            until(lambda: made.poll(0.1))
+    ended.set()
+
+
 def test_moving_weights_from_a_gpu_is_refused_without_one():
     with pytest.raises(ConfigError, match=r"the trainer runs on 'cpu'. Set weight_sync: disk"):
         NcclTransfer(tiny_model(), Accelerator(cpu=True), tokenizer(), ["http://127.0.0.1:9"], 51216, 1.0)

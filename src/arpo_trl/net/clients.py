@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import httpx
 
 AT_ONCE = 16
+PROBE_S = 10.0
+"""Seconds between two checks of whether a server still accepts connections."""
+
+T = TypeVar("T")
 
 
 class HTTPClients:
@@ -31,6 +37,7 @@ class HTTPClients:
         self._make = make
         self._verify = httpx.create_ssl_context()
         self._running: dict[httpx.AsyncClient, int] = {}
+        self._watches: dict[str, asyncio.Task[str]] = {}
 
     @contextmanager
     def one(self) -> Iterator[httpx.AsyncClient]:
@@ -43,6 +50,45 @@ class HTTPClients:
         finally:
             self._running[client] -= 1
 
+    async def while_up(self, url: str, request: Coroutine[Any, Any, T]) -> T:
+        """The result of `request`, which is cancelled if the server of `url` no longer accepts connections.
+
+        A server that gets SIGTERM may keep the connections of running requests open without ever answering them.
+
+        Args:
+            url: An address that the server answers without computation. All running requests share its checks.
+
+        Raises:
+            httpx.ConnectError: The server no longer accepts connections.
+        """
+        watch = self._watches.get(url)
+        if watch is None or watch.done():
+            watch = self._watches[url] = asyncio.create_task(self._refusal(url))
+        running = asyncio.create_task(request)
+        try:
+            await asyncio.wait([running, watch], return_when=asyncio.FIRST_COMPLETED)
+            if not running.done():
+                raise httpx.ConnectError(f"no longer accepts connections: {watch.result()}")
+            return running.result()
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    async def _refusal(self, url: str) -> str:
+        """Wait until a connection is refused, and return the error."""
+        while True:
+            await asyncio.sleep(PROBE_S)
+            try:
+                with self.one() as http:
+                    await http.get(url, timeout=PROBE_S)
+            except httpx.ConnectError as error:
+                return str(error)
+            except httpx.HTTPError:
+                pass  # it is slow, or closed the connection of an earlier check
+
     async def aclose(self) -> None:
+        for watch in self._watches.values():
+            watch.cancel()
+        await asyncio.gather(*self._watches.values(), return_exceptions=True)
         for client in [*self._running]:  # one may be made meanwhile
             await client.aclose()

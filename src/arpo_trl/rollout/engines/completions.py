@@ -144,7 +144,7 @@ class CompletionsEngine:
         failures, lost_s = 0, None
         while True:
             try:
-                written = await self._ask(request)
+                written = await self._http.while_up(self._url + "/models", self._ask(request))
                 self._events.put(self._as_turn(request, written))
                 return
             except _Refused as error:

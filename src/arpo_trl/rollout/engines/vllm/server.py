@@ -25,7 +25,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -219,7 +219,7 @@ class VLLMServerEngine:
             self._sent += 1
             try:
                 with self._http.one() as http:
-                    response = await http.post(f"{url}/v1/completions", json=body)
+                    response = await self._while_up(server, http.post(f"{url}/v1/completions", json=body))
                 if response.status_code == 200:
                     if (now := await self._mark(server, self._request_s)) == mark:
                         return _read(response, url, version)
@@ -263,10 +263,15 @@ class VLLMServerEngine:
         """The server's mark; None if it does not answer."""
         try:
             with self._http.one() as http:
-                response = await http.get(f"{server.client.url}/weight_info", timeout=timeout_s)
+                response = await self._while_up(
+                    server, http.get(f"{server.client.url}/weight_info", timeout=timeout_s)
+                )
             return str(response.json()["weight_version"])
         except (httpx.HTTPError, ValueError, KeyError, TypeError):
             return None
+
+    async def _while_up(self, server: _Server, request: Coroutine[Any, Any, httpx.Response]) -> httpx.Response:
+        return await self._http.while_up(f"{server.client.url}/health", request)
 
     async def _close(self) -> None:
         tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
