@@ -1,13 +1,17 @@
 """Answers are found in the text and compared as mathematics or as words."""
 
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
+import arpo_trl
+import arpo_trl.rewards.math_worker as math_worker_module
 from arpo_trl.errors import RewardError
 from arpo_trl.rewards import exact_match, extract_answer, math_equal, paper_f1, task_accuracy, token_f1
 from arpo_trl.rewards.answers import MAX_MATH_CHARS, normalized_tokens
@@ -179,6 +183,22 @@ def test_a_ctrl_c_of_the_terminal_does_not_reach_the_worker_not_even_while_it_st
     assert os.getsid(process.pid) == process.pid
     process.kill()
     process.communicate()
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_worker_runs_the_code_of_the_package_that_starts_it(
+    relative: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy's rule finds everything equal. An isolated interpreter would find the installed package, or none."""
+    shutil.copytree(Path(arpo_trl.__file__).parent, tmp_path / "arpo_trl")
+    rule = tmp_path / "arpo_trl/rewards/mathematics/equality.py"
+    rule.write_text("def equal(prediction, gold):\n    return True\n\n\nis_text = None\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", ["" if relative else str(tmp_path), *sys.path])
+    monkeypatch.setattr(math_worker_module, "__file__", str(tmp_path / "arpo_trl/rewards/math_worker.py"))
+    worker = MathWorker()
+    assert worker.equal("1", "2")
+    worker.close()
 
 
 def test_a_worker_that_cannot_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

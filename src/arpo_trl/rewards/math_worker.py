@@ -24,6 +24,9 @@ import threading
 import time
 import warnings
 
+if __name__ == "__main__":  # before any import of this package, so that the worker runs the code that started it
+    sys.path[:] = sys.argv[2:]
+
 from arpo_trl.common.per_process import one_per_process
 
 CPU_LIMIT_S = 2.0
@@ -119,7 +122,7 @@ def _started(cpu_limit_s: float) -> subprocess.Popen[str]:
         try:
             return subprocess.Popen(
                 # Isolated from the environment, with the import path of this process.
-                [sys.executable, "-I", "-X", "utf8", __file__, str(cpu_limit_s), *filter(None, sys.path)],
+                [sys.executable, "-I", "-X", "utf8", __file__, str(cpu_limit_s), *map(os.path.abspath, sys.path)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 encoding="utf-8",
@@ -208,5 +211,4 @@ def _confine() -> None:
 
 
 if __name__ == "__main__":
-    sys.path[:] = sys.argv[2:]
     _serve(float(sys.argv[1]))

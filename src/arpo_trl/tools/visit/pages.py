@@ -238,7 +238,7 @@ def _excerpts(page: bytes, kind: str, encoding: str, goal: str, sizes: Sequence[
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             timeout=max(0.1, timeout_s),  # kills the process
-            env={"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},  # our modules, but no API keys
+            env={"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},  # our modules, but no API keys
         )
     except subprocess.TimeoutExpired:
         raise ToolError("Error: the page takes too long to read.") from None
