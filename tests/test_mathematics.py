@@ -125,6 +125,22 @@ def test_hostile_text_equals_nothing_and_costs_little(text: str) -> None:
     assert worker._running() is process  # it was refused, not ended at its limit
 
 
+@pytest.mark.parametrize(
+    ("prediction", "gold"),
+    [
+        (
+            r"\frac12\sec x\tan x+\frac12\ln|\sec x+\tan x|+C",
+            r"\frac{\sin x}{2\cos^2 x}+\frac14\ln\left|\frac{1+\sin x}{1-\sin x}\right|+C",
+        ),
+        (r"x^{\sin x}(\cos x\ln x+\frac{\sin x}{x})", r"x^{\sin x}\cos x\ln x+x^{\sin x-1}\sin x"),
+        (r"x^x(1+\ln x)", r"x^x+x^x\ln x"),
+    ],
+)
+def test_formulas_of_calculus_are_compared_within_the_limit_of_the_worker(prediction: str, gold: str) -> None:
+    assert shared_worker().equal(prediction, gold)
+    assert not shared_worker().equal(prediction, gold + "+1")
+
+
 def shared_worker(made: list[MathWorker] = []) -> MathWorker:  # noqa: B006
     if not made:
         made.append(MathWorker())
