@@ -64,6 +64,7 @@ from arpo_trl.rewards.mathematics.vocabulary import (
     JOINERS,
     MODS,
     NUMBER_SETS,
+    PRODUCTS,
     RELATIONS,
     SCALES,
     SET_OPS,
@@ -472,8 +473,31 @@ class Parser(Numerals, Units):
         for known in SPLIT_OFF:
             if word.endswith(known) and 0 < len(word) - len(known) <= 2:
                 return self.split(1)
-        if len(word) <= 3 and word not in WORDS and self.peek(1) != "(":
+        is_word = word in WORDS and (word not in PRODUCTS or self._in_prose())
+        if len(word) <= 3 and not is_word and self.peek(1) != "(":
             self.split(1)
+
+    def _in_prose(self) -> bool:
+        """Whether the next word is between other words, numbers or values: 3 by 4, x if y. In ax + by it is not."""
+        if self.kind(1) in ("word", "foreign", "number"):
+            return True
+        if self.pos == 0:
+            return self.peek(1) == ""
+        if not self.spaced() or self.peek(1) in ("^", "_"):
+            return False
+        whole_number = self.kind(-1) == "number" and not (  # and not the end of x^2 at, \frac12 at
+            self.pos > 1 and (self.kind(-2) == "number" or self.peek(-2) in ("^", "_", "}", r"\sqrt"))
+        )
+        if whole_number or self.kind(-1) in ("word", "foreign"):
+            return True
+        between = self.kind(-1) == "number" or self.peek(-1) in _AFTER_VALUES
+        return between and self.spaced(1) and self._value_ahead(1)
+
+    def _value_ahead(self, ahead: int) -> bool:
+        text = self.peek(ahead)
+        return text in ("(", "{", "|") or (
+            self.kind(ahead) == "command" and not any(text in names for names in (_NOT_FACTORS, RELATIONS, SET_OPS))
+        )
 
     def _counted(self, name: str) -> Expr | None:
         """Read a number of combinations or permutations, C_5^2, A_5^2, C(5, 2); None if the text is not one."""
@@ -896,6 +920,7 @@ class Parser(Numerals, Units):
         return self._part(value), Text(words) if words.isalpha() else self._part(rest)
 
 
+_AFTER_VALUES = frozenset(r") ] } \} | ! \pi \infty".split() + [f"\\{name}" for name in GREEK])
 _NOT_FACTORS = frozenset(
     r"\pm \mp \cdot \times \ast \div \} \rfloor \rceil \rangle \| \% \$ \over \choose \end \to \rightarrow "
     r"\Rightarrow \ldots \degree \prime \implies \iff \cap \cup \mid \vee \wedge \lor \land".split()

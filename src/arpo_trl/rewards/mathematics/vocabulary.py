@@ -60,6 +60,8 @@ WORDS = frozenset(
     "no or on of in is it at as to so up us we he me my by be do go if an am all any but for not yes the one two "
     "six ten odd red day set sum man men min max per out its are was has had can may new old big low top end".split()
 )
+# Words that are products in a formula, be^{-x}, unless the text around them is prose. None has an o, a rare variable.
+PRODUCTS = frozenset("in is it at as up us we he me my by be if an am".split())
 # Words after a number that change its value, so they are not units.
 CHANGING = frozenset(
     "squared cubed plus minus factorial less more fewer above below over under up out of to than".split()
