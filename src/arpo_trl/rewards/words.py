@@ -12,6 +12,7 @@ import string
 import unicodedata
 from collections.abc import Callable
 
+from arpo_trl.rewards.mathematics.text import TEXT_COMMANDS, unwrapped
 from arpo_trl.visible import WITHOUT_MEANING
 
 # Scripts written without spaces: kana, and the ideographs of Chinese, Japanese and Korean. Hangul has spaces.
@@ -23,6 +24,9 @@ _ONE_SPELLING = WITHOUT_MEANING | str.maketrans(
 _KEPT = {mark: chr(0xE000 + at) for at, mark in enumerate(".-+*/^=<>:!#%‰'\"[]|")}
 _BACK = str.maketrans({kept: mark for mark, kept in _KEPT.items()})
 
+# LaTeX's spaces, in numbers and between words.
+_THIN_SPACE = re.compile(r"(?<=\d)\\[,;:](?=\d{3}(?!\d))")  # 10\,000
+_SPACE = re.compile(r"\\[,;:]|\\q?quad(?![A-Za-z])|(?<=[\w.,])~(?=[A-Z])")  # New~York
 _FUNCTION = r"(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|inf|infty|infinity|oo)(?![A-Za-z])"
 _SYMBOL = "[α-ωΑ-Ω∞√∛∫∑∏∂∇](?![α-ωΑ-Ω])"
 _LEFT = rf"(?:\d|[)\]}}!|]|(?<![A-Za-z])[a-z]|(?<![A-Za-z]){_FUNCTION}|\\[A-Za-z]+|{_SYMBOL})"  # what operators follow
@@ -59,7 +63,8 @@ def _primes(text: str) -> str:
     text = re.sub(r"(?<=[\dA-Za-z])′|(?<=\d)’(?!\w*[A-Za-z])", "'", text)
     if _QUOTED.search(text):
         return _keep(r"(?<=\d)['\"](?=\s?\d)")(text)
-    return _keep(r"(?<=\d)['\"](?![A-Za-z])|(?<![A-Za-z]{2})(?<=[A-Za-z])['\"]+(?!\w)")(text)
+    # Before a word it is an apostrophe: Guns N' Roses.
+    return _keep(r"(?<=\d)['\"](?![A-Za-z])|(?<![A-Za-z]{2})(?<=[A-Za-z])['\"]+(?!\w|\s+[A-Za-z]{2})")(text)
 
 
 def _brackets(text: str) -> str:
@@ -118,17 +123,19 @@ _ARTICLES = frozenset(("a", "an", "the"))
 
 
 def normalized_tokens(text: str) -> list[str]:
-    """Return the tokens of `text` by SQuAD's rules: lower case, no punctuation, no articles, split at spaces.
+    r"""Return the tokens of `text` by SQuAD's rules: lower case, no punctuation, no articles, split at spaces.
 
     SQuAD's rules are for English in ASCII. In addition, compatibility forms are unified (NFKC), all Unicode
     punctuation is deleted, and every Chinese or Japanese character is a token. A text that consists only of articles
     or punctuation ("A", "The The", "!!!") keeps them, because otherwise it would equal every other such text. Signs,
     decimal points, relations and operators in numbers and formulas stay, with or without spaces around them: "-9" is
     not "9", "3!" is not "3", and "2n + 1" is "2n+1" but not "2n-1". A percent sign is a word: "5%" is "5 percent"
-    but not "5" or "5‰". An "a" without a word after it is a letter: "Vitamin A" is not "Vitamin".
+    but not "5" or "5‰". An "a" without a word after it is a letter: "Vitamin A" is not "Vitamin". LaTeX's commands of
+    text and spaces are removed: "\text{New~York}" is "New York".
     """
     text = _SUPERSCRIPT.sub(lambda match: f"^{match[0]}", text.translate(_ONE_SPELLING))
     text = unicodedata.normalize("NFKC", text).translate(_ONE_SPELLING)
+    text = _SPACE.sub(" ", _THIN_SPACE.sub("", unwrapped(text, TEXT_COMMANDS)))
     text = " ".join(text.split()).replace("+/-", "±").replace(" °", "°")
     marked = text
     for mark in _MARKS:

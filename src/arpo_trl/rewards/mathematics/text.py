@@ -41,7 +41,7 @@ _GREEK = {
 
 _NAMES = frozenset(command.strip(" \\") for command in _GREEK.values())
 
-_TEXT_COMMANDS = (
+TEXT_COMMANDS = (
     r"text|textbf|textit|textrm|textsf|texttt|textnormal|mbox|hbox|mathrm|mathsf|mathtt|operatorname\*?|emph"
 )
 _FONT_COMMANDS = r"mathbf|boldsymbol|bm|mathit|mathnormal|pmb|underline|displaystyle|textstyle"
@@ -133,8 +133,8 @@ def clean(text: str) -> str:
     text = _unicode(text).strip()
     for pattern, to in _REWRITES:
         text = pattern.sub(to, text)
-    text = _unwrap_commands(text, _FONT_COMMANDS, "")
-    text = _unwrap_commands(text, _TEXT_COMMANDS, " ")
+    text = unwrapped(text, _FONT_COMMANDS)
+    text = unwrapped(text, TEXT_COMMANDS, " ")
     previous = None
     while text != previous:
         previous = text
@@ -194,13 +194,25 @@ def _unicode(text: str) -> str:
     return "".join(made)
 
 
-def _unwrap_commands(text: str, names: str, around: str) -> str:
-    pattern = re.compile(rf"\\(?:{names})\s*\{{([^{{}}]*)\}}")
-    previous = None
-    while text != previous:
-        previous = text
-        text = pattern.sub(rf"{around}\1{around}", text)
-    return text
+def unwrapped(text: str, commands: str, around: str = "") -> str:
+    r"""Replace each \command{content} by its content, with `around` before and after it. Linear in the text's length.
+
+    `commands` is a regular expression of names. Braces are matched; a command without its closing brace stays.
+    """
+    opened: list[re.Match[str] | None] = []  # one entry for each open brace: its command, or None
+    removed: list[tuple[int, int]] = []
+    for match in re.finditer(rf"(\\(?:{commands})\s*\{{)|\\.|[{{}}]", text, re.DOTALL):
+        if match[1]:
+            opened.append(match)
+        elif match[0] == "{":
+            opened.append(None)
+        elif match[0] == "}" and opened and (command := opened.pop()) is not None:
+            removed += [command.span(), match.span()]
+    kept, at = [], 0
+    for start, end in sorted(removed):
+        kept.append(text[at:start])
+        at = end
+    return around.join([*kept, text[at:]])
 
 
 def _bare(text: str) -> str:
