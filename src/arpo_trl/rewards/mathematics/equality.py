@@ -69,9 +69,9 @@ def _same(p: Value, g: Value) -> bool:
         return any(_same(value, g) for value in _values_of(p, is_gold=False))
     if isinstance(g, Relation) and not is_set(p) and g.ops[0] in ("=", "≈"):
         return any(_same(p, value) for value in _values_of(g, is_gold=True))
-    if isinstance(p, Group) and len(p.items) == 1:
+    if isinstance(p, Group) and len(p.items) == 1 and not _is_set_of_set(p):
         return _same(p.items[0], g)
-    if isinstance(g, Group) and len(g.items) == 1:
+    if isinstance(g, Group) and len(g.items) == 1 and not _is_set_of_set(g):
         return _same(p, g.items[0])
     if isinstance(p, Table) and isinstance(g, Group):
         return _is_vector(p, g)
@@ -242,6 +242,11 @@ def _same_groups(p: Group, g: Group) -> bool:
     ):
         return False
     return _in_order(p.items, g.items)
+
+
+def _is_set_of_set(group: Group) -> bool:
+    """Whether a group is {∅} or {ℝ}, which are not ∅ and ℝ."""
+    return group.opening == "{" and isinstance(group.items[0], NumberSet)
 
 
 def _kind(group: Group) -> str:

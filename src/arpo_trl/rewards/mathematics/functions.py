@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -116,3 +117,5 @@ CONSTANTS: dict[str, Expr] = {
 }  # fmt: skip
 SPLIT_OFF = tuple("sqrt arcsin arccos arctan sin cos tan cot sec csc log ln lg exp pi".split())
 """Names that are split from adjacent letters: sinx, kpi."""
+OF_LETTERS = re.compile(rf"[xyz]?(?:(?:{'|'.join(SPLIT_OFF[:-1])})[xyz])+")
+"""Functions of letters without spaces: sinx, xlnx, sinxcosx."""

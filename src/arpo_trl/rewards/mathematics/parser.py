@@ -26,6 +26,7 @@ from arpo_trl.rewards.mathematics.functions import (
     CONSTANTS,
     FUNCTIONS,
     INVERSES,
+    OF_LETTERS,
     SPLIT_OFF,
     TAKES_SEVERAL,
     TRIGONOMETRIC,
@@ -464,6 +465,8 @@ class Parser(Numerals, Units):
             return None
         if len(word) == 2 and word[0] == "d" and word[1] in "xyztuvrsw":
             return
+        if OF_LETTERS.fullmatch(word):
+            return self.split(next((len(known) for known in SPLIT_OFF if word.startswith(known)), 1))
         for known in SPLIT_OFF:
             if word.startswith(known) and 0 < len(word) - len(known) <= 2:
                 return self.split(len(known))
@@ -900,6 +903,8 @@ class Parser(Numerals, Units):
             else:
                 rows[-1][-1].append(token)
         filled = [row for row in rows if any(row)]
+        if name in ("cases", "aligned"):
+            filled = [_aligned(row) for row in filled]
         if name in ("cases", "aligned") and any(len(row) > 1 for row in filled):
             return Table(tuple(self._case(row) for row in filled), cases=True)
         table = tuple(tuple(self._part(cell) for cell in row) for row in filled)
@@ -925,6 +930,17 @@ _NOT_FACTORS = frozenset(
     r"\pm \mp \cdot \times \ast \div \} \rfloor \rceil \rangle \| \% \$ \over \choose \end \to \rightarrow "
     r"\Rightarrow \ldots \degree \prime \implies \iff \cap \cup \mid \vee \wedge \lor \land".split()
 ) | {"\\\\"}
+
+
+def _aligned(row: list[list[Token]]) -> list[list[Token]]:
+    """Join the cells of a row that are parts of one relation: x &= 1."""
+    cells = row[:1]
+    for cell in row[1:]:
+        if (cell and cell[0].text in RELATIONS) or (cells[-1] and cells[-1][-1].text in RELATIONS):
+            cells[-1] = cells[-1] + cell
+        else:
+            cells.append(cell)
+    return cells
 
 
 def _entry(item: Value) -> Value:

@@ -8,7 +8,7 @@ import re
 import sympy
 from sympy import Expr, S
 
-from arpo_trl.rewards.mathematics.functions import CONSTANTS, FUNCTIONS
+from arpo_trl.rewards.mathematics.functions import CONSTANTS, FUNCTIONS, OF_LETTERS
 from arpo_trl.rewards.mathematics.parser import Parser, symbol_of
 from arpo_trl.rewards.mathematics.text import canonical, clean
 from arpo_trl.rewards.mathematics.tokens import Unreadable
@@ -59,7 +59,10 @@ def _words(cleaned: str) -> Value | None:
         return None
     if len(words) > 1 and ("and" in words or "or" in words):
         return None
-    if all(len(word) == 1 or word in FUNCTIONS or word in CONSTANTS or word in GREEK for word in words):
+    if all(
+        len(word) == 1 or word in FUNCTIONS or word in CONSTANTS or word in GREEK or OF_LETTERS.fullmatch(word)
+        for word in words
+    ):
         return None
     is_word = words[0].lower() in WORDS or _ROMAN.fullmatch(words[0]) is not None
     if len(words) == 1 and len(words[0]) == 2 and not is_word:

@@ -45,9 +45,15 @@ TEXT_COMMANDS = (
     r"text|textbf|textit|textrm|textsf|texttt|textnormal|mbox|hbox|mathrm|mathsf|mathtt|operatorname\*?|emph"
 )
 _FONT_COMMANDS = r"mathbf|boldsymbol|bm|mathit|mathnormal|pmb|underline|displaystyle|textstyle"
+_TEXT = rf"\\(?:{TEXT_COMMANDS})\s*\{{\s*([A-Za-z]+)\s*\}}"
 _REWRITES = tuple(
     (re.compile(pattern), to)
     for pattern, to in (
+        (
+            r"\\left\s*\\\{\s*\\begin\s*\{(array|aligned)\}(?:(?<=array\})\s*\{[^{}]*\})?"
+            r"((?:(?!\\(?:begin|end)(?![A-Za-z])).)*)\\end\s*\{\1\}\s*\\right\s*\.",
+            r"\\begin{cases}\2\\end{cases}",
+        ),
         (r"\\(?:left|right)\s*\.", ""),
         (r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\s*", ""),
         (
@@ -57,6 +63,8 @@ _REWRITES = tuple(
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
         (r"\\(?:hspace|vspace|phantom)\*?\{[^{}]*\}", " "),
+        (r"(?<=\d)\{,\}(?=\d)(?:(?!\d{3}(?!\d))|(?<=(?<!\d)0\{,\}))", "."),  # 3{,}14  0{,}125
+        (r"(\\mathbb\s*\{[A-Z]\}|\bR)\s*\\\s*\{([^{}\\]+)\}", r"\1\\setminus \\{\2\\}"),  # ℝ\{0}
         (r"(?<=\d)(?:\{,\}|,\\!|\\,|\\;|\\:|\\!|\\ |~)\s*(?=\d{3}(?:\D|$))", ","),  # 1{,}234  1\,234
         (r"(?<![\d.,])(\d{1,3})((?: \d{3})+)(?![\d/])", lambda m: m[1] + m[2].replace(" ", "")),
         (r"(?<!\\)\\(?:[,;:!> ]|(?:quad|qquad|thinspace|enspace|nobreakspace)(?![A-Za-z]))|~", " "),
@@ -64,7 +72,7 @@ _REWRITES = tuple(
         (r"\\(?:textcolor|color)\s*\{[^{}]*\}", ""),
         (r"\\colon(?![A-Za-z])", ":"),
         (r"\\mathrm\s*\{d\}\s*", "d"),
-        (r"(?<=[\d}])\s*\(([a-z]{2,}[^()]*)\)$", r" \1"),  # 5 (cm)
+        (rf"(?<=\d)\s*\\frac\s*\{{\s*{_TEXT}\s*\}}\s*\{{\s*{_TEXT}\s*\}}", r" \1/\2"),  # 5 \frac{\text{m}}{\text{s}}
         (r"(?<![\w)\]}])\*\*([^*\s][^*]*)\*\*(?!\w)", r"\1"),
         (r"_\s*\{\s*(?:\\text\s*\{)?\s*base\s*\}?\s*(\w+)\s*\}", r"_{\1}"),
         (r"^\s*(\w+)\s+\(?\s*(?:in\s+)?base[ -]?(\w+)\s*\)?\s*$", r"\1_{\2}"),
@@ -83,11 +91,21 @@ _REWRITES = tuple(
         (r"\\(?:lbrace|rbrace)(?![A-Za-z])", lambda m: r"\{" if "l" in m[0] else r"\}"),
         (r"\\(?:lbrack|rbrack)(?![A-Za-z])", lambda m: "[" if "l" in m[0] else "]"),
         (r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\}|\{?\s*\\degree\s*\}?)|\\textdegree", r"\\degree "),
-        (r"\\degree\s*\{?([CF])(?![A-Za-z])\}?", lambda m: " celsius" if m[1] == "C" else " fahrenheit"),
         (r"\\(?:ldots|cdots|dots|dotsc|dotsb)(?![A-Za-z])|\.{3,}", r"\\ldots "),
         (r"(?<![A-Za-z\\])(?:np|numpy)\.(?:float|u?int|longdouble)\d*\(([^()]*)\)", r"\1"),
         (r"(?<![A-Za-z\\])(?:math|np|numpy|sympy|sp|cmath)\.(?=[A-Za-z])", ""),
         (r"\(\s*([0-9A-Z]+)\s*\)\s*_", r"\1_"),  # (101)_2
+    )
+)
+# These follow the removal of commands of text, of wrappers and of introductory words.
+_LAST_REWRITES = tuple(
+    (re.compile(pattern), to)
+    for pattern, to in (
+        (r"\\degree\s*\{?([CF])(?![A-Za-z])\}?", lambda m: " celsius" if m[1] == "C" else " fahrenheit"),
+        (r"(?<=[\d}])\s*\(\s*([a-z]{2,}[^()]*)\)$", r" \1"),  # 5 (cm)
+        (r"^(\d+)\s*(?:\^\s*\{?\s*)?(?:st|nd|rd|th)\s*\}?$", r"\1"),
+        (r"(?<![A-Z\s])\s*\(\s*([kmn]\s*\\in(?![A-Za-z])[^()]*)\)$", r", \1"),  # kπ (k ∈ ℤ)
+        (r"^\[\s*(-?\d+\.\d*(?:\s+-?\d+\.\d*)+)\s*\]$", lambda m: f"array([{', '.join(m[1].split())}])"),  # numpy
     )
 )
 _WRAPPERS = tuple(
@@ -95,6 +113,7 @@ _WRAPPERS = tuple(
     for pattern in (
         r"\$\$(.*)\$\$", r"\$([^$]*)\$", r"\\\((.*)\\\)", r"\\\[(.*)\\\]", r"\*\*(.*)\*\*", r"\*([^*]+)\*",
         r"__(.*)__", r"_([^_]+)_", r"`+([^`]*)`+", r"\"([^\"]*)\"", r"'([^']*)'", r"\\(?:boxed|fbox)\s*\{(.*)\}",
+        r"\{([^,;|:]+|\s*\d(?:[^,;|:]|:(?!(?<!\s:)\s))*)\}",  # not the dictionary {1: 2}
     )
 )  # fmt: skip
 _BOUNDS = tuple(
@@ -152,6 +171,8 @@ def clean(text: str) -> str:
     while text != previous:
         previous = text
         text = _bare(text)
+    for pattern, to in _LAST_REWRITES:
+        text = pattern.sub(to, text)
     text = re.sub(r"\s+", " ", text)
     if _ALL_REALS.fullmatch(text):
         return r"\mathbb{R}"
@@ -176,8 +197,10 @@ def unspaced(text: str) -> str:
 
 
 def _unicode(text: str) -> str:
+    text = re.sub("[\u2061\u2062]", " ", text)  # the invisible marks of a function and of a product
     text = "".join(" " if unicodedata.category(c) in ("Zs", "Zl", "Zp", "Cc") else c for c in text)
     text = "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Cs"))
+    text = re.sub(r"(?<![\w)\]}])([²³⁴⁵⁶⁷⁸⁹])√", lambda m: rf"\sqrt[{m[1].translate(_SUPERSCRIPTS)}] ", text)  # ³√8
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ⁽⁾]+", lambda m: "^{" + m[0].translate(_SUPERSCRIPTS) + "}", text)
     text = re.sub(r"[₀₁₂₃₄₅₆₇₈₉₊₋ₙᵢₓ]+", lambda m: "_{" + m[0].translate(_SUBSCRIPTS) + "}", text)
     made = []
@@ -224,7 +247,7 @@ def _bare(text: str) -> str:
     if text.count("$") - text.count(r"\$") > 1:  # formulas in a sentence; a single dollar is a currency sign
         text = re.sub(r"(?<!\\)\$", " ", text)
     text = re.sub(r"\\\(|\\\)|(?<!\\)\\\[|(?<!\\)\\\](?!\d)", " ", text)
-    text = re.sub(r"^=(?!=)\s*", "", text.strip())
+    text = re.sub(r"^(?:=(?!=)|\\(?:Rightarrow|implies|therefore)(?![A-Za-z])|[⇒∴])\s*", "", text.strip())
     if not text.endswith(r"\ldots"):
         text = re.sub(r"(?<!\\)[\s.,;:?]+$", "", text)
     return text

@@ -6,7 +6,7 @@ import re
 
 from sympy import Expr, S
 
-from arpo_trl.rewards.mathematics.functions import CONSTANTS, FUNCTIONS
+from arpo_trl.rewards.mathematics.functions import CONSTANTS, FUNCTIONS, OF_LETTERS
 from arpo_trl.rewards.mathematics.tokens import Cursor, Token
 from arpo_trl.rewards.mathematics.vocabulary import (
     CHANGING,
@@ -89,7 +89,8 @@ class Units(Cursor):
         if token.text in JOINERS or token.text in CHANGING or token.text in MODS or token.text in SCALES:
             return False
         return token.kind == "foreign" or (
-            token.kind == "word" and (token.text in UNITS or not self.is_mathematical(token.text))
+            token.kind == "word"
+            and (token.text in UNITS or not (self.is_mathematical(token.text) or OF_LETTERS.fullmatch(token.text)))
         )
 
     def is_mathematical(self, word: str) -> bool:
