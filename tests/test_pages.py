@@ -287,6 +287,50 @@ def test_other_text_is_shown_as_it_is(visit: Any, server: Loopback, path: str, t
     assert visit(server.url + path) == text
 
 
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ("5.9722×10<sup>24</sup> kg<sup class=ref><a>[1]</a></sup>", "5.9722×10^24 kg[1]"),
+        ("10<sup>−9</sup> <i>m</i><sup>2</sup> (1 + <i>i</i>)<sup>n</sup>", "10^−9 m^2 (1 + i)^n"),
+        ("H<sub>2</sub>O, SO<sub>4</sub><sup>2−</sup>, Na<sup>+</sup>", "H2O, SO4^2−, Na+"),
+        ("the 1<sup>st</sup> isotope <sup>238</sup>U", "the 1st isotope 238U"),
+        ("a statement<sup>1</sup> per joule<sup>-1</sup>", "a statement1 per joule^-1"),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_powers_are_written_with_a_mark(server: Loopback, visit: Any, body: str, text: str, encoding: str) -> None:
+    page = f"<html><body><main><p>{PARAGRAPHS[0]}</p><p>Values: {body}.</p></main></body></html>".encode(encoding)
+    server.answer = lambda asked: Reply(page, headers={"Content-Type": f"text/html; charset={encoding}"})
+    assert visit(server.url) == f"{PARAGRAPHS[0]}\nValues: {text}."
+
+
+@pytest.mark.parametrize("headers", [{}, {"Content-Type": "text/html; charset=utf-8"}])
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ("The answer is 42.\nAnd x < y &amp; z.", "The answer is 42.\nAnd x < y & z."),
+        ("<p>The answer is 42</p>", "The answer is 42"),
+        ("<style>p {}</style><footer>The <b>answer</b><script>x</script><br>is 42</footer>", "The answer\nis 42"),
+    ],
+)
+def test_a_text_or_a_part_of_a_page_is_read_as_html(
+    server: Loopback, visit: Any, headers: dict[str, str], body: str, text: str
+) -> None:
+    server.answer = lambda asked: Reply(body, headers=headers)
+    assert visit(server.url) == text
+
+
+@pytest.mark.parametrize("opened", ["<div>", "<ul><li>"])
+def test_deeply_nested_elements_hide_nothing_after_them(server: Loopback, visit: Any, opened: str) -> None:
+    server.answer = lambda asked: html(
+        f"<html><body><p>before</p>{opened * 900}<p>in 10<sup>3</sup></p><p>it</p></div>"
+        + "</ul></div>" * 900
+        + "<p>after</p></body></html>"
+    )
+    shown = visit(server.url)
+    assert shown.startswith("before") and "in 10^3" in shown and shown.endswith("after")
+
+
 def test_a_page_without_the_goal_is_shown_from_its_beginning(visit: Any, server: Loopback) -> None:
     text = visit(f"{server.url}/metals", "zebra")
     assert text.startswith("Metals\nFiller paragraph number 0")
@@ -294,26 +338,35 @@ def test_a_page_without_the_goal_is_shown_from_its_beginning(visit: Any, server:
     assert len(text) == 4000
 
 
-def test_pdf_text_is_read(server: Loopback, visit: Any) -> None:
-    stream = b"BT /F1 24 Tf 72 700 Td (Iron melts at 1538 degrees) Tj ET"
+def pdf(*streams: bytes) -> bytes:
+    """A PDF file with a page for each stream. A stream without an operator is one that cannot be decoded."""
+    kids = b" ".join(b"%d 0 R" % (4 + 2 * number) for number in range(len(streams)))
     objects = [
         b"<</Type/Catalog/Pages 2 0 R>>",
-        b"<</Type/Pages/Kids[3 0 R]/Count 1>>",
-        b"<</Type/Page/Parent 2 0 R/Contents 4 0 R/Resources<</Font<</F1 5 0 R>>>>>>",
-        b"<</Length %d>>stream\n%s\nendstream" % (len(stream), stream),
+        b"<</Type/Pages/Kids[%s]/Count %d>>" % (kids, len(streams)),
         b"<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
     ]
+    for stream in streams:
+        coding = b"" if b"Tj" in stream else b"/Filter/NoSuchDecode"
+        resources = b"/Resources<</Font<</F1 3 0 R>>>>"
+        objects.append(b"<</Type/Page/Parent 2 0 R/Contents %d 0 R%s>>" % (len(objects) + 2, resources))
+        objects.append(b"<</Length %d%s>>stream\n%s\nendstream" % (len(stream), coding, stream))
     body, offsets = b"%PDF-1.4\n", []
     for number, content in enumerate(objects, start=1):
         offsets.append(len(body))
         body += b"%d 0 obj%s endobj\n" % (number, content)
     table = b"".join(b"%010d 00000 n \n" % offset for offset in offsets)
-    body += b"xref\n0 6\n0000000000 65535 f \n%strailer<</Size 6/Root 1 0 R>>\nstartxref\n%d\n%%%%EOF" % (
-        table,
+    size = len(objects) + 1
+    return body + b"xref\n0 %d\n0000000000 65535 f \n%strailer<</Size %d/Root 1 0 R>>\nstartxref\n%d\n%%%%EOF" % (
+        *(size, table, size),
         len(body),
     )
-    server.answer = lambda asked: Reply(body, headers={"Content-Type": "application/octet-stream"})
-    assert visit(server.url) == "Iron melts at 1538 degrees"
+
+
+def test_pdf_text_is_read_without_the_pages_that_are_broken(server: Loopback, visit: Any) -> None:
+    iron, tin = (b"BT /F1 24 Tf 72 700 Td (%s melts) Tj ET" % name for name in (b"Iron", b"Tin"))
+    server.answer = lambda asked: Reply(pdf(iron, b"?", tin), headers={"Content-Type": "application/octet-stream"})
+    assert visit(server.url) == "Iron melts\nTin melts"
 
 
 @pytest.mark.parametrize(

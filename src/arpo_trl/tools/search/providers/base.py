@@ -14,11 +14,15 @@ from typing import Any, ClassVar
 
 import httpx
 
+from arpo_trl.tools.superscripts import is_power
+
 FIELDS = ("title", "url", "text")
 _TAG = re.compile(
     r"</?(?:a|b|br|code|div|em|font|i|mark|p|small|span|strong|sub|sup|u|wbr)(?:\s[^<>]*)?/?>", re.IGNORECASE
 )
 _BREAK = re.compile(r"<(?:br|p|div)\b", re.IGNORECASE)
+_RAISED = re.compile(r"<sup\b", re.IGNORECASE)
+_NEAR_CHARS = 40  # around a superscript, with tags
 _ENTITY = re.compile(
     r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z]\w{1,31});"
 )  # with its semicolon: a=1&copy=2 is no ©
@@ -134,7 +138,24 @@ def without_html(value: Any) -> str:
     """Return a text or a number as text, without the tags and entities of HTML; any other value is empty."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return ""
-    text = _TAG.sub(lambda tag: " " if _BREAK.match(tag[0]) else "", str(value))
+    return _with_entities(_TAG.sub(_in_text, str(value)))
+
+
+def _in_text(tag: re.Match[str]) -> str:
+    """Return what a tag becomes in plain text."""
+    if _BREAK.match(tag[0]):
+        return " "
+    if not _RAISED.match(tag[0]):
+        return ""
+    around = (
+        tag.string[max(0, tag.start() - _NEAR_CHARS) : tag.start()],
+        tag.string[tag.end() : tag.end() + _NEAR_CHARS],
+    )
+    before, raised = (_with_entities(_TAG.sub("", part)) for part in around)
+    return "^" if is_power(before, raised) else ""
+
+
+def _with_entities(text: str) -> str:
     return _ENTITY.sub(lambda entity: html.unescape(entity[0]), text)
 
 
