@@ -24,6 +24,15 @@ def test_a_text_without_spaces_is_cut_into_windows():
     assert len(shown) <= 800
 
 
+@pytest.mark.parametrize("max_chars", [200, 300, 604, 605])
+def test_the_goal_counts_for_a_short_excerpt_too(max_chars):
+    lines = [f"Line {i} is about the weather in some town, and goes on for as long as it takes." for i in range(60)]
+    lines[50] += " Gallium melts at 29.76 °C."
+    shown = excerpt("\n".join(lines), "when does gallium melt", max_chars)
+    assert "Gallium melts" in shown
+    assert len(shown) <= max_chars
+
+
 def test_windows_are_ranked_by_bm25():
     """Of 3 windows of 2, 4 and 3 words, mean 3, one has "iron" once, one twice: df 2, idf ln(1 + 1.5 / 2.5).
 

@@ -21,7 +21,7 @@ def excerpt(text: str, goal: str, max_chars: int) -> str:
     text = text.strip()
     if len(text) <= max_chars:
         return text
-    windows = _windows(text)
+    windows = _windows(text, min(_WINDOW_CHARS, max_chars - len(_GAP)))
     kept: list[int] = []
     left = max_chars
     for number in _best(windows, goal):
@@ -38,14 +38,14 @@ def excerpt(text: str, goal: str, max_chars: int) -> str:
     return shown
 
 
-def _windows(text: str) -> list[str]:
-    """Split `text` into pieces of about `_WINDOW_CHARS`, between lines, or between words of long lines."""
-    pieces = (piece for line in text.split("\n") for piece in re.findall(rf".{{1,{_WINDOW_CHARS}}}(?:\s|$)|\S+", line))
+def _windows(text: str, chars: int) -> list[str]:
+    """Split `text` into pieces of at most `chars`, between lines, or between words of long lines."""
+    pieces = (piece for line in text.split("\n") for piece in re.findall(rf".{{1,{chars}}}(?:\s|$)|\S+", line))
     windows: list[str] = []
     for piece in filter(None, map(str.strip, pieces)):
-        for start in range(0, len(piece), _WINDOW_CHARS):  # a longer word is encoded data
-            part = piece[start : start + _WINDOW_CHARS]
-            if windows and len(windows[-1]) + len(part) < _WINDOW_CHARS:
+        for start in range(0, len(piece), chars):  # a longer word is encoded data
+            part = piece[start : start + chars]
+            if windows and len(windows[-1]) + len(part) < chars:
                 windows[-1] += "\n" + part
             else:
                 windows.append(part)
