@@ -42,6 +42,8 @@ def test_a_key_is_the_provider_the_normalised_query_and_the_parameters(cache: Se
     cache.put(key("Melting  point "), HITS)
     assert cache.get(key("search query: melting point")) == Entry(hits=HITS, error=None)
     assert cache.get(key("melting point", provider="brave")) is None
+    cache.put(key("Caf\u00e9 AB"), HITS)
+    assert cache.get(key("cafe\u0301 \uff21\uff22")) == Entry(hits=HITS, error=None)  # other forms in Unicode
     assert cache.get(key("melting point", results=5)) is None
 
 
@@ -234,6 +236,19 @@ def test_a_file_that_is_not_a_cache_or_has_another_version_is_rejected(tmp_path:
     connection.close()
     with pytest.raises(DataError, match="version 9, expected 1"):
         SearchCache(tmp_path / "new.sqlite")
+
+
+@pytest.mark.parametrize("version", [0, search_cache.FILE_VERSION])
+def test_a_database_of_another_program_is_refused_and_not_changed(tmp_path: Path, version: int) -> None:
+    path = tmp_path / "own.sqlite"
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE results (run TEXT, score REAL)")
+        connection.execute(f"PRAGMA user_version={version}")
+    connection.close()
+    before = path.read_bytes()
+    with pytest.raises(DataError, match=r"own\.sqlite is a database of another program"):
+        SearchCache(path)
+    assert path.read_bytes() == before
 
 
 def _search_all(path: str, url: str, worker: int) -> None:

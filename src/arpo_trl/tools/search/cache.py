@@ -49,6 +49,7 @@ CREATE TABLE IF NOT EXISTS leases (key TEXT PRIMARY KEY, owner TEXT, until REAL)
 CREATE TABLE IF NOT EXISTS slots (provider TEXT PRIMARY KEY, next REAL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS spending (run TEXT PRIMARY KEY, requests INTEGER) WITHOUT ROWID;
 """
+_TABLES = frozenset(("results", "leases", "slots", "spending"))
 _PUT = "INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?, NULL, ?)"
 
 
@@ -140,16 +141,23 @@ class SearchCache:
             self.path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False, cached_statements=32
         )
         try:
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=NORMAL")  # a power failure may lose only the last answers
-            version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version == 0:
-                connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version={FILE_VERSION}; COMMIT;")
-            elif version != FILE_VERSION:
+            # One statement, so that another process cannot create the tables between two. Before the first change.
+            version, names = connection.execute(
+                "SELECT user_version, (SELECT group_concat(name) FROM sqlite_master WHERE type='table') "
+                "FROM pragma_user_version"
+            ).fetchone()
+            tables = set(names.split(",") if names else ())
+            if tables if version == 0 else version == FILE_VERSION and not tables >= _TABLES:
+                raise DataError(f"{self.path} is a database of another program, no search cache. Name another file.")
+            if version not in (0, FILE_VERSION):
                 raise DataError(
                     f"{self.path} is a search cache of version {version}, expected {FILE_VERSION}. Export it with the "
                     f"release that wrote it (arpo-trl cache export), and import the export into a new file."
                 )
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=NORMAL")  # a power failure may lose only the last answers
+            if version == 0:
+                connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version={FILE_VERSION}; COMMIT;")
         except BaseException:
             connection.close()
             raise

@@ -11,6 +11,7 @@ import logging
 import mmap
 import re
 import time
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -396,5 +397,6 @@ def as_received(query: str, longest: int = MAX_QUERY_CHARS) -> str:
 
 
 def normalised(query: str) -> str:
-    """Return `query` in the form used to compare queries: lower case, without extra spaces or `search query:`."""
-    return _QUERY_PREFIX.sub("", " ".join(query.casefold().split()))
+    """Return `query` in the form used to compare queries: lower case, one Unicode form (NFKC) of each character,
+    without extra spaces or `search query:`."""
+    return _QUERY_PREFIX.sub("", " ".join(unicodedata.normalize("NFKC", query).casefold().split()))
