@@ -105,10 +105,10 @@ def cache(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cache.sqlite"
         store = SearchCache(path)
-        parameters = make_provider("searxng", url="http://127.0.0.1:9").parameters(10)
+        provider = make_provider("searxng", url="http://127.0.0.1:9")
         for number in range(10_000):
             hits = [Hit(title="A title", url="https://example.org/", text="x" * 500)] * 10
-            store.put(Key.of("searxng", f"query {number}", parameters), hits)
+            store.put(Key.of(provider.source, f"query {number}", provider.parameters(10)), hits)
         for processes in (1, arguments.processes):
             context = multiprocessing.get_context("spawn")
             with context.Manager() as manager, context.Pool(processes) as pool:

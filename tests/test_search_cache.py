@@ -149,6 +149,34 @@ def test_an_imported_query_is_found_as_a_search_asks_for_it(
             assert web.search(asked, 10) == [f"about {query[:20]}".strip()]
 
 
+def test_servers_without_a_key_share_a_file_but_no_answers(cache: SearchCache) -> None:
+    def searching(mode: search_cache.CacheMode) -> list[list[str]]:
+        services = [make_provider("retrieve", url=server.url) for server in (wiki, patents)]
+        return [WebSearch(service, cache, mode).search("iron", 5) for service in services]
+
+    with (
+        Loopback(lambda asked: Reply({"result": [["of the wiki"]]})) as wiki,
+        Loopback(lambda asked: Reply({"result": [["of the patents"]]})) as patents,
+    ):
+        for mode in (search_cache.CacheMode.CACHE, search_cache.CacheMode.OFFLINE, search_cache.CacheMode.REPLAY):
+            assert searching(mode) == [["of the wiki"], ["of the patents"]]
+        assert list(cache.stats()["results"]) == sorted(f"retrieve {server.url}" for server in (wiki, patents))
+
+
+def test_answers_are_imported_for_the_address_of_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in.json").write_text(json.dumps({"iron": "1538 °C"}))
+    path, url = tmp_path / "cache.sqlite", "http://127.0.0.1:1"
+    arguments = ["cache", "import", str(path), str(tmp_path / "in.json"), "--provider", "retrieve", "--url", url + "/"]
+    monkeypatch.setattr("sys.argv", ["arpo-trl", *arguments])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    found = [
+        WebSearch(make_provider("retrieve", url=address), SearchCache(path), search_cache.CacheMode.REPLAY)
+        for address in (url, None)
+    ]
+    assert [web.search("iron", 10) for web in found] == [["1538 °C"], []]
+
+
 def test_of_imported_queries_that_are_the_same_the_first_counts(
     cache: SearchCache, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -275,11 +303,11 @@ def test_eight_processes_share_a_file_without_loss_or_double_requests(tmp_path: 
     assert len(asked) == len(set(asked)) == 40 + 8 * 20  # every distinct query once
     cache = SearchCache(path)
     assert cache.stats() == {
-        "results": {"searxng": {"found": 200, "empty": 0, "failed": 0}},
+        "results": {f"searxng {server.url}": {"found": 200, "empty": 0, "failed": 0}},
         "requests": {"run": 200},
     }
     for query in asked:
-        entry = cache.get(key(query, "searxng", results=5))
+        entry = cache.get(key(query, f"searxng {server.url}", results=5))
         assert entry == Entry(hits=[Hit(title="", url="", text=query * 20)], error=None)
     with sqlite3.connect(path) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
@@ -307,7 +335,9 @@ def test_processes_share_the_cap_and_the_rate(tmp_path: Path) -> None:
 
     with Loopback(answer) as server:
         path = str(tmp_path / "cache.sqlite")
-        now = SearchCache(path).reserve("searxng", 1.0, math.inf)  # the next place is in a second, when all are ready
+        now = SearchCache(path).reserve(
+            f"searxng {server.url}", 1.0, math.inf
+        )  # the next place is in a second, when all are ready
         assert now is not None
         workers = [context.Process(target=_spend_all, args=(path, server.url, number)) for number in range(4)]
         for worker in workers:
@@ -324,11 +354,11 @@ def test_processes_share_the_cap_and_the_rate(tmp_path: Path) -> None:
 def test_a_damaged_answer_degrades_a_search_and_is_named_by_the_command(
     cache: SearchCache, stored: str | bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cache.put(Key.of("searxng", "q", {"results": 1}), HITS)
+    provider = make_provider("searxng", url="http://127.0.0.1:1")
+    cache.put(Key.of(provider.source, "q", {"results": 1}), HITS)
     with sqlite3.connect(cache.path) as connection:
         connection.execute("UPDATE results SET hits = ?", (stored,))
     connection.close()
-    provider = make_provider("searxng", url="http://127.0.0.1:1")
     with pytest.raises(ToolUnavailable):
         WebSearch(provider, cache, search_cache.CacheMode.OFFLINE).search("q", 1)
     with pytest.raises(DataError, match=r"cache\.sqlite cannot be used as a search cache: "):

@@ -98,9 +98,10 @@ def _parser() -> argparse.ArgumentParser:
     for action in (stats, export, load):
         action.add_argument("cache", type=Path, help="the file that search_cache names")
     export.add_argument("file", type=Path, help="JSON file to write")
-    export.add_argument("--provider", help="only results of this search_provider (default: all)")
+    export.add_argument("--provider", help="only results of this provider, as `stats` names it (default: all)")
     load.add_argument("file", type=Path, help="JSON file to read")
     load.add_argument("--provider", required=True, help="search_provider to store the results under")
+    load.add_argument("--url", help="search_url to store the results under, if the provider needs no key")
     load.add_argument("--top-k", type=int, default=10, help="search_top_k to store the results under (default: 10)")
     return parser
 
@@ -216,7 +217,7 @@ def _cache(arguments: argparse.Namespace) -> None:
 
 
 def _on_cache(cache: SearchCache, arguments: argparse.Namespace) -> None:
-    from arpo_trl.tools.search.providers import PROVIDERS
+    from arpo_trl.tools.search.providers import make_provider
 
     match arguments.action:
         case "stats":
@@ -225,7 +226,8 @@ def _on_cache(cache: SearchCache, arguments: argparse.Namespace) -> None:
             count = cache.export_json(arguments.file, arguments.provider)
             say(f"{count:,} queries written to {arguments.file}")
         case "import":
-            provider = PROVIDERS.get(arguments.provider)
+            # The zone is no part of the key; Bright Data needs one.
+            provider = make_provider(arguments.provider, url=arguments.url, zone="any")
             parameters, longest = provider.parameters(arguments.top_k), provider.max_query_chars
-            count = cache.import_json(arguments.file, arguments.provider, parameters, longest)
+            count = cache.import_json(arguments.file, provider.source, parameters, longest)
             say(f"{count:,} queries imported from {arguments.file}")

@@ -76,6 +76,7 @@ class Key:
     """
 
     provider: str
+    """`Provider.source`."""
     query: str
     """The query after `normalised`."""
     parameters: str

@@ -92,7 +92,7 @@ class WebSearch:
         self._recorded: NearestQuery | None = None
         if mode is CacheMode.REPLAY:
             try:
-                self._recorded = cache.nearest(provider.name, fields)
+                self._recorded = cache.nearest(provider.source, fields)
             except sqlite3.Error as error:
                 raise cache.unusable(error) from error
         self._capped = False
@@ -118,7 +118,7 @@ class WebSearch:
         query = as_received(query, self._provider.max_query_chars)
         if not query:
             return []
-        key = Key.of(self._provider.name, query, self._provider.parameters(top_k))
+        key = Key.of(self._provider.source, query, self._provider.parameters(top_k))
         deadline = time.time() + self._timeout_s
         match self._mode:
             case CacheMode.OFFLINE:
@@ -191,7 +191,7 @@ class WebSearch:
     def _request(self, query: str, results: int, deadline: float) -> list[Hit]:
         """Return the hits of one request. It is sent as soon as the limits allow it."""
         if self._per_second is not None:
-            start = self._cache.reserve(self._provider.name, self._per_second, deadline)
+            start = self._cache.reserve(self._provider.source, self._per_second, deadline)
             if start is None:
                 raise ToolUnavailable(_UNAVAILABLE)
             time.sleep(max(0.0, start - time.time()))

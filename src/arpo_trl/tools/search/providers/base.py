@@ -85,6 +85,12 @@ class Provider(ABC):
         """Return the values on which an answer depends in addition to the query, as JSON values, for the cache key."""
         return {"results": min(results, cls.max_results)}
 
+    @property
+    def source(self) -> str:
+        """The name under which the cache file stores the answers: the provider's; without a key also the address,
+        because then each server answers from documents of its own."""
+        return self.name if self.key_variable else f"{self.name} {self.base_url}"
+
     @abstractmethod
     def request(self, query: str, results: int, key: str) -> httpx.Request:
         """Return the request for at most `results` results; `key` is empty if the service needs none."""
