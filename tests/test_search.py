@@ -226,6 +226,29 @@ def test_chinese_and_japanese_are_searched_for_by_character() -> None:
     assert index.search("沸騰", 1) == ["水は100度で沸騰する"]
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("ภูเขาไฟ ๑๒ ที่", ["ภู", "เ", "ข", "า", "ไ", "ฟ", "๑๒", "ที่"]),  # Thai
+        ("ວຽງຈັນ", ["ວ", "ຽ", "ງ", "ຈັ", "ນ"]),  # Lao
+        ("မန္တလေး", ["မ", "န္", "တ", "လေး"]),  # Burmese
+        ("ភ្នំពេញ", ["ភ្", "នំ", "ពេ", "ញ"]),  # Khmer
+        ("हिमालय किला, की।", ["हिमालय", "किला", "की"]),  # Hindi
+        ("কলকাতা", ["কলকাতা"]),  # Bengali
+        ("தமிழ்", ["தமிழ்"]),  # Tamil
+        ("Café Й ё שָׁלוֹם مُحَمَّد ❤️ 5️⃣", ["cafe", "и", "е", "שלום", "محمد", "5"]),  # here the marks are accents
+    ],
+)
+def test_the_vowels_of_indian_and_south_east_asian_scripts_belong_to_their_words(text: str, words: list[str]) -> None:
+    assert tokenize(text) == words
+
+
+def test_words_that_differ_in_a_vowel_are_different() -> None:
+    index = LocalIndex(["कमल एक फूल है", "कमाल एक नाम है", "दिल्ली भारत की राजधानी है"])
+    assert index.search("कमाल", 3) == ["कमाल एक नाम है"]
+    assert index.search("किला", 3) == []
+
+
 def test_an_index_is_opened_from_every_supported_source(tmp_path: Path, index: LocalIndex) -> None:
     folder = tmp_path / "passages"
     folder.mkdir()
@@ -255,7 +278,7 @@ def test_an_index_of_another_version_is_refused_with_the_remedy(tmp_path: Path, 
     index.save(tmp_path)
     (tmp_path / "search_index.json").write_text('{"format": 99}')
     with pytest.raises(
-        DataError, match=r"another version: \{'format': 99\}, not 1\. Build it again: .*arpo-trl index"
+        DataError, match=r"another version: \{'format': 99\}, not 2\. Build it again: .*arpo-trl index"
     ):
         LocalIndex.open(tmp_path)
 
