@@ -57,6 +57,7 @@ class RequestFailed(Exception):
         status: The HTTP status of the answer; None if there was none.
         retry_after_s: The seconds after which the server requests a retry.
         about_account: Whether the answer mentions the API key, or the credits or quota of the account.
+        connected: Whether the request may have reached the server.
     """
 
     def __init__(
@@ -66,11 +67,13 @@ class RequestFailed(Exception):
         status: int | None = None,
         retry_after_s: float | None = None,
         about_account: bool = False,
+        connected: bool = True,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.retry_after_s = retry_after_s
         self.about_account = about_account
+        self.connected = connected
 
     @property
     def may_pass(self) -> bool:
@@ -207,6 +210,8 @@ async def _exchange(request: httpx.Request, timeout_s: float, max_bytes: int, po
                 return Answer(status=status, headers=response.headers, body=await _body(response, max_bytes))
             finally:
                 await response.aclose()
+    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+        raise RequestFailed(f"the connection failed ({type(error).__name__})", connected=False) from None
     except (TimeoutError, httpx.TimeoutException):
         raise _too_late(timeout_s) from None
     except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError, ValueError) as error:

@@ -6,7 +6,8 @@
 
 The model chooses the URL, so the URL is untrusted. Only http and https on their default ports are allowed, and only
 hosts whose addresses are all public. A host name is resolved once, all its addresses are checked, and the connection
-uses a checked address. So a name server cannot return one address to the check and another to the connection.
+uses a checked address, the first one that can be reached. So a name server cannot return one address to the check and
+another to the connection.
 
 The content of the page is untrusted too. This process only forwards its bytes. The process that parses them is killed
 at the deadline.
@@ -38,6 +39,8 @@ from arpo_trl.visible import get_logger
 logger = get_logger(__name__)
 
 MAX_REDIRECTS = 5
+MAX_ADDRESSES = 8
+"""The addresses of a host that are tried. A name server can state any number."""
 SUMMARY_KEY_VARIABLE = "VISIT_SUMMARY_API_KEY"
 
 _PORTS = {"http": 80, "https": 443}
@@ -145,8 +148,9 @@ class AddressGuard:
         self._allowed = frozenset(map(_host_and_port, allowed_hosts))
         self._resolve = resolve
 
-    def request(self, url: str, timeout_s: float) -> httpx.Request:
-        """Return a GET request for `url` to a checked IP address. Host header and certificate check use the host name.
+    def requests(self, url: str, timeout_s: float) -> list[httpx.Request]:
+        """Return a GET request for `url` to each checked IP address of its host, at most `MAX_ADDRESSES`, in the
+        resolver's order. Host header and certificate check use the host name.
 
         Args:
             timeout_s: The maximum seconds of name resolution.
@@ -179,12 +183,15 @@ class AddressGuard:
             raise ToolError(f"Error: there is no host {host!r}.")
         if not allowed and not all(map(is_public, addresses)):
             raise ToolError(f"Error: {host!r} is not on the public internet and cannot be visited.")
-        return httpx.Request(
-            "GET",
-            parsed.copy_with(host=addresses[0], fragment=None),
-            headers={"Host": parsed.netloc.decode("ascii"), "Accept": ", ".join(_KINDS) + ";q=0.9, */*;q=0.1"},
-            extensions={"sni_hostname": host},
-        )
+        return [
+            httpx.Request(
+                "GET",
+                parsed.copy_with(host=address, fragment=None),
+                headers={"Host": parsed.netloc.decode("ascii"), "Accept": ", ".join(_KINDS) + ";q=0.9, */*;q=0.1"},
+                extensions={"sni_hostname": host},
+            )
+            for address in list(dict.fromkeys(addresses))[:MAX_ADDRESSES]
+        ]
 
 
 def _resolve(host: str, port: int) -> list[str]:
@@ -196,12 +203,7 @@ def _fetched(url: str, guard: AddressGuard, deadline: float, max_bytes: int) -> 
     """Return the kind (html, pdf or text), the stated encoding ("" if there is none) and the content of the page at
     `url`, after redirects."""
     for _ in range(MAX_REDIRECTS + 1):
-        request = guard.request(url, max(0.1, deadline - time.monotonic()))
-        left = deadline - time.monotonic()
-        try:
-            answer = fetch(request, timeout_s=max(0.1, left), max_bytes=max_bytes, pooled=False)
-        except RequestFailed as error:
-            raise ToolError(f"Error: the page could not be fetched: {error}.") from None
+        answer = _answer(guard.requests(url, max(0.1, deadline - time.monotonic())), deadline, max_bytes)
         location = answer.headers.get("location")
         if answer.status in (301, 302, 303, 307, 308) and location:
             url = _joined(url, location)
@@ -210,6 +212,21 @@ def _fetched(url: str, guard: AddressGuard, deadline: float, max_bytes: int) -> 
         else:
             return _kind_of(answer), answer.encoding or "", answer.body
     raise ToolError(f"Error: the page could not be fetched: more than {MAX_REDIRECTS} redirects.")
+
+
+def _answer(requests: Sequence[httpx.Request], deadline: float, max_bytes: int) -> Answer:
+    """Return the answer of the first address that can be reached."""
+    for left_over in reversed(range(len(requests))):
+        request = requests[-1 - left_over]
+        left = max(0.1, deadline - time.monotonic())
+        if left_over:  # an address without a route may not even refuse
+            request.extensions["timeout"] = {"connect": left / (left_over + 1)}
+        try:
+            return fetch(request, timeout_s=left, max_bytes=max_bytes, pooled=False)
+        except RequestFailed as error:
+            if error.connected or not left_over:
+                raise ToolError(f"Error: the page could not be fetched: {error}.") from None
+    raise AssertionError("`requests` is empty")
 
 
 def _joined(url: str, location: str) -> str:
