@@ -170,13 +170,14 @@ def make_trainer(model: str | PreTrainedModel, output: Path, **settings: Any) ->
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """The data that must not depend on interruptions of a run: its weights, its trees, and all logged values except
-    times."""
+    """The data that must not depend on interruptions of a run: its weights, its best checkpoint, its trees, and all
+    logged values except times."""
     last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    history = json.loads((last / "trainer_state.json").read_text("utf-8"))["log_history"]
+    state = json.loads((last / "trainer_state.json").read_text("utf-8"))
     weights = [*last.glob("*.safetensors"), *last.glob("global_step*/*model_states.pt")]
     return {
-        "history": [{k: v for k, v in row.items() if not any(t in k for t in TIMES)} for row in history],
+        "history": [{k: v for k, v in row.items() if not any(t in k for t in TIMES)} for row in state["log_history"]],
+        "best": state["best_model_checkpoint"] and Path(state["best_model_checkpoint"]).name,
         "weights": {path.name: zlib.crc32(path.read_bytes()) for path in weights},
         "trees": {path.name: _trees(path) for path in (folder / "trajectories").iterdir()},
     }

@@ -32,6 +32,15 @@ BUFFERED = {
     "gradient_accumulation_steps": 2,
     "logging_steps": 3,
 }
+AFTER_EPOCH = {
+    "max_steps": -1,
+    "num_train_epochs": 1,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "per_device_eval_batch_size": 8,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_reward",
+}
 
 
 ENVIRONMENTS = {"environment_factory": resuming.Notes, "tools": [python], "tool_timeout_s": 3.0}
@@ -88,10 +97,14 @@ def interrupting(name: str, call: int):
         ("search", 4, None, {}),
         ("reward", 2, 4, BUFFERED),  # a generation batch serves four steps
         ("reward", 4, 2, {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 8}),
+        ("reward", 6, 5, AFTER_EPOCH),
         ("search", 4, None, ENVIRONMENTS),
         ("reset", 18, None, ENVIRONMENTS),  # a step has 4 to 8 of them, with those of replays
     ],
-    ids=["reward", "new epoch", "tool", "buffered", "evaluation", "call of an environment", "reset"],
+    ids=[
+        *("reward", "new epoch", "tool", "buffered", "evaluation", "evaluation after the last step"),
+        *("call of an environment", "reset"),
+    ],
 )
 def test_an_interrupted_run_resumes_like_an_uninterrupted_run(
     model, left_alone, waits, call, step, settings, tmp_path, monkeypatch
@@ -110,6 +123,26 @@ def test_an_interrupted_run_resumes_like_an_uninterrupted_run(
     monkeypatch.setattr(resuming, "wait_while_told", lambda caller: None)
     train(model, tmp_path, True, **settings)
     assert outcome(tmp_path) == left_alone(**settings)
+
+
+@pytest.mark.slow
+def test_an_evaluation_after_the_last_step_that_is_interrupted_twice_costs_no_rows(
+    model, left_alone, tmp_path, monkeypatch
+):
+    """Step 7 is the second one of the second epoch, and steps 8 and 9 are trained when the run is continued."""
+    settings = {
+        "eval_strategy": "steps",
+        "eval_steps": STEPS,
+        "per_device_eval_batch_size": 8,
+        "lr_scheduler_type": "constant",
+    }
+    for call, resume in ((STEPS + 1, False), (1, True)):
+        monkeypatch.setattr(resuming, "wait_while_told", interrupting("reward", call))
+        with pytest.raises(Interrupted):
+            train(model, tmp_path, resume, **settings)
+    monkeypatch.setattr(resuming, "wait_while_told", lambda caller: None)
+    train(model, tmp_path, True, max_steps=9, **settings)
+    assert outcome(tmp_path) == left_alone(max_steps=9, **settings)
 
 
 def test_an_interrupt_in_the_first_step_leaves_no_checkpoint(model, tmp_path, monkeypatch):
@@ -131,10 +164,11 @@ def test_a_step_that_is_saved_is_not_saved_again(model, tmp_path, monkeypatch):
     assert Checkpoints(tmp_path).find(True).written == written
 
 
-def test_an_interrupts_checkpoint_has_everything_whatever_the_others_have(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("save_steps", [1, 100])
+def test_an_interrupts_checkpoint_has_everything_whatever_the_others_have(model, tmp_path, monkeypatch, save_steps):
     monkeypatch.setattr(resuming, "wait_while_told", interrupting("reward", 2))
     with pytest.raises(Interrupted):
-        train(model, tmp_path, save_only_model=True)
+        train(model, tmp_path, save_only_model=True, save_steps=save_steps)
     assert (tmp_path / "checkpoint-1" / "optimizer.pt").exists()
 
 

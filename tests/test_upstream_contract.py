@@ -206,9 +206,13 @@ class Watched(GRPOTrainer):
         self.seen.append("saved")
         super()._save_rng_state(output_dir)
 
+    def _finalize_training(self, *args):
+        self.seen.append("end")
+        return super()._finalize_training(*args)
+
 
 @pytest.mark.slow
-def test_a_resumed_run_loads_its_generators_once_right_before_its_first_step(model_path, tmp_path):
+def test_a_resumed_run_loads_its_generators_once_right_before_its_first_step_if_there_is_one(model_path, tmp_path):
     """Two prompts make one step, and four prompts an epoch of two: step 1 is within it, step 2 ends it."""
 
     def train(steps: int, resume: str | None) -> list:
@@ -222,10 +226,11 @@ def test_a_resumed_run_loads_its_generators_once_right_before_its_first_step(mod
         return made.seen
 
     folder = tmp_path / "resumed"
-    assert train(2, None) == [("epoch", 0, 0, 0), "step", "saved", "step", "saved"]
+    assert train(2, None) == [("epoch", 0, 0, 0), "step", "saved", "step", "saved", "end"]
     within, between = str(folder / "checkpoint-1"), str(folder / "checkpoint-2")
-    assert train(2, within) == [("epoch", 0, 0, 1), "generators", "step", "saved"]
-    assert train(3, between) == [("epoch", 1, 1, 0), "generators", "step", "saved"]
+    assert train(2, within) == [("epoch", 0, 0, 1), "generators", "step", "saved", "end"]
+    assert train(2, between) == ["end"]
+    assert train(3, between) == [("epoch", 1, 1, 0), "generators", "step", "saved", "end"]
 
 
 def test_a_sampler_draws_each_epochs_order_from_a_generator_of_its_own():
@@ -282,6 +287,7 @@ def test_accelerate_splits_a_stream_by_shards_where_each_rank_can_have_one():
         ("_push_from_checkpoint", ["self", "checkpoint_folder"]),
         ("_save_rng_state", ["self", "output_dir"]),
         ("_load_rng_state", ["self", "checkpoint"]),
+        ("_finalize_training", ["self", "trial", "num_train_samples", "start_time"]),
         ("_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
         ("_issue_warnings_after_load", ["self", "load_result"]),
         ("_load_callback_state", ["self"]),

@@ -58,6 +58,7 @@ class Resumable(GRPOTrainer):
     - `_issue_warnings_after_load`: a checkpoint has tied weights under one of their names.
     - `_save_rng_state`, `_load_rng_state`: also save and load the trainer's state in memory between two steps.
     - `_run_epoch`: a resumed epoch has the same order of rows, and a finished run takes no further step.
+    - `_finalize_training`: a run that resumes at its end has the state in memory, too, and its last evaluation.
     """
 
     args: ARPOConfig
@@ -72,6 +73,7 @@ class Resumable(GRPOTrainer):
     weights: the step begins anew with each training."""
     _evaluation_is_owed = False
     _is_restored = True
+    """Whether the state in memory is that of the checkpoint, in a run that resumes from one."""
     _passes = 0
     """The epoch, which is the number of complete passes over the training rows."""
     _pass_began_at = 0
@@ -177,8 +179,14 @@ class Resumable(GRPOTrainer):
         self._dataset_identity = None
         self._moment, self._saved_step, self._evaluation_is_owed = None, None, False
         self._is_restored = self._resumed is None
+        self._passes, self._pass_began_at = 0, 0
         if self._resumed is not None:
             self._check_resumable(self._resumed)
+            if self._resumed.steps_in_pass is not None:
+                self._passes, self._pass_began_at = (
+                    self._resumed.passes,
+                    self._resumed.step - self._resumed.steps_in_pass,
+                )
             if self._resumed.folder.resolve() == self._checkpoints.place(self._resumed.step).resolve():
                 self._saved_step = self._resumed.step
             logger.info(f"Resuming from {self._resumed.folder}.", main_process_only=True)
@@ -297,8 +305,6 @@ class Resumable(GRPOTrainer):
                 torch.randperm(sampler.num_samples, generator=sampler.generator)
         # transformers would train one more step, or more epochs for those that a callback has ended early.
         if self.state.global_step >= self.state.max_steps or epoch >= self.state.num_train_epochs:
-            if resumed is not None and is_first:
-                self._load_rng_state(str(resumed.folder))
             self.control.should_training_stop = True
             return
         self._starts_epoch = not (is_first and loop["steps_trained_in_current_epoch"])
@@ -307,6 +313,11 @@ class Resumable(GRPOTrainer):
         self._pass_began_at = self.state.global_step - skipped
         self._epoch_generators = _generators() if self._starts_epoch else None
         super()._run_epoch(**loop)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        if self._resumed is not None and not self._is_restored:  # no epoch, or no step, was left
+            self._load_rng_state(str(self._resumed.folder))
+        return super()._finalize_training(*args, **kwargs)
 
     def _in_pass(self, loop: dict[str, Any]) -> dict[str, Any]:
         """The arguments of an epoch, at the pass and the step in it of the checkpoint. Given its own result, it
@@ -473,7 +484,7 @@ class Resumable(GRPOTrainer):
         finally:
             self._writing = False
         self.accelerator.wait_for_everyone()
-        self._saved_step = step
+        self._saved_step = None if self.args.save_only_model else step
         folder = str(self._checkpoints.place(step))
         if self.args.push_to_hub:
             self._push_from_checkpoint(folder)
@@ -519,7 +530,8 @@ class Resumable(GRPOTrainer):
         torch.save(self.state_dict(), self._memory_file(Path(output_dir), self.accelerator.process_index))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Also restores the trainer's state in memory. transformers calls it once, right before the first step."""
+        """Also restores the trainer's state in memory, and repeats an interrupted evaluation. transformers calls it
+        once, right before the first step."""
         super()._load_rng_state(checkpoint)
         self._epoch_generators = None
         state = self._resumed
@@ -536,7 +548,8 @@ class Resumable(GRPOTrainer):
         self.load_state_dict(memory)
         self._is_restored = True
         if state.owes_evaluation:
-            self.control.should_evaluate, self.control.should_save, self.control.should_log = True, False, False
+            # The new checkpoint contains the evaluation, and can be the best one.
+            self.control.should_evaluate, self.control.should_save, self.control.should_log = True, True, False
             self._maybe_log_save_evaluate(self._tr_loss, None, self.model, None, self.state.epoch or 0.0, None, 0.0)
         if self._starts_epoch:
             self._epoch_generators = _generators()
