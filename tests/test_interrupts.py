@@ -16,8 +16,9 @@ from transformers.trainer_callback import PrinterCallback
 
 import resuming
 from arpo_trl.errors import Interrupted
+from arpo_trl.runs import interrupts as running
 from arpo_trl.runs.checkpoints import Checkpoints
-from arpo_trl.runs.interrupts import Interrupts, _forks
+from arpo_trl.runs.interrupts import SAME_S, Interrupts, _forks
 from forked import Fork
 from resuming import BOUND_S, make_trainer, outcome, save_calling_model
 from support import VLLM, python, save_sharp_model
@@ -280,6 +281,18 @@ def test_a_run_whose_log_has_no_reader_goes_on_to_its_last_line(writes):
     assert (run.returncode, "BrokenPipeError" in said) == (0, False), said
 
 
+def test_a_run_whose_terminal_is_closed_goes_on(monkeypatch):
+    """A run in the background, which ignores SIGHUP."""
+    terminal, own = os.openpty()
+    with os.fdopen(own, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with Interrupts().listening():
+            os.close(terminal)
+            print("trains", flush=True)
+            print("held until the end")
+        print("how to resume", flush=True)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="macOS does not tell who sent a signal")
 @pytest.mark.parametrize("start", ["fork", "forkserver"])
@@ -309,6 +322,25 @@ def test_a_signal_while_a_reward_forks_ends_the_reward_after_the_fork():
         time.sleep(BOUND_S)
         raise AssertionError("the reward runs to its end")
     assert forked
+
+
+def test_one_ctrl_c_is_no_second_one_when_a_reward_forks_later(monkeypatch):
+    """A reward that catches everything forks a process for each completion. A second one at that time is heard."""
+    interrupts, stopped = Interrupts(), []
+    monkeypatch.setattr(running, "stop_at_once", stopped.append)
+    with interrupts.listening():
+        with interrupts.raising():
+            with pytest.raises(Interrupted):
+                signal.raise_signal(signal.SIGINT)
+            time.sleep(SAME_S + 0.2)
+            with pytest.raises(Interrupted) as interrupted:
+                _forks.before()
+                _forks.in_parent()
+                time.sleep(BOUND_S)
+        time.sleep(0.2)
+        assert (interrupted.value.signum, stopped) == (signal.SIGINT, [])
+        signal.raise_signal(signal.SIGINT)
+    assert stopped == [130]
 
 
 def test_streams_without_a_file_are_left_as_they_are(monkeypatch):

@@ -1,4 +1,4 @@
-"""Output to a pipe whose reader may end."""
+"""Output to a pipe or a terminal whose reader may end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def is_unread(stream: Any) -> bool:
-    """Whether the stream is a pipe without a reader."""
+    """Whether the stream is a pipe without a reader, or a closed terminal."""
     with contextlib.suppress(AttributeError, OSError, ValueError):  # not a file, closed, or a system without poll
         poller = select.poll()
         poller.register(stream.fileno(), 0)

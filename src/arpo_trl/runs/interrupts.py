@@ -17,6 +17,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import errno
 import multiprocessing
 import os
 import select
@@ -143,7 +144,7 @@ class Interrupts:
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         self._record(signum)
         if self._raises:
-            raise Interrupted(signum)
+            raise Interrupted(self.told or signum)
 
     def _watch(self, reader: int) -> None:
         poller = select.poll()  # unlike `select`, it accepts descriptors above 1,023
@@ -168,15 +169,17 @@ class Interrupts:
             self._shared.post(self.told)
         elif (signum := self._shared.read()) is not None:
             self._record(signum)
-            self._send_to_main_thread(signum)  # also interrupts a wait of the main thread
+            self._interrupt_main_thread()
 
     def raise_in_main_thread(self) -> None:
         """Repeats the signal for the code in `raising`, which has not noticed it."""
         if self._raises and self.told is not None:
-            self._send_to_main_thread(self.told)
+            self._interrupt_main_thread()
 
-    def _send_to_main_thread(self, signum: int) -> None:
-        signal.pthread_kill(threading.main_thread().ident or 0, signum)
+    def _interrupt_main_thread(self) -> None:
+        """Runs the handler in the main thread, also if it waits. SIGTERM, whatever signal was received, since SIGINT
+        could be taken for a second Ctrl-C."""
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     def _record(self, signum: int) -> None:
         if self.told is None:
@@ -191,7 +194,7 @@ def _lasting(stream: Any) -> Iterator[None]:
     """A context in which the stream loses its text if its reader is gone.
 
     A Ctrl-C also ends the `tee` of `… | tee run.log`. Then a line of the log must not raise before the checkpoint is
-    saved.
+    saved. A run in the background may outlive its terminal.
     """
     before: dict[str, Any] = {}
     own: dict[str, Any] = {}
@@ -200,7 +203,9 @@ def _lasting(stream: Any) -> Iterator[None]:
         def called(*args: Any) -> Any:
             try:
                 return method(*args)
-            except BrokenPipeError:
+            except OSError as error:
+                if not isinstance(error, BrokenPipeError) and error.errno != errno.EIO:  # that of a closed terminal
+                    raise
                 discard(stream)
                 return len(args[0]) if args else None
 
@@ -245,7 +250,7 @@ class _Forks(threading.local):
         self._unblock()
         if self.raises and (listener := _Forks.listener) is not None:
             listener._raises, self.raises = True, False
-            if listener.told is not None:  # since the fork began
+            if listener.told is not None:  # perhaps since the fork began
                 threading.Timer(AFTER_FORK_S, listener.raise_in_main_thread).start()
 
     def _unblock(self) -> None:
