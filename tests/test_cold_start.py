@@ -386,13 +386,14 @@ def test_a_cold_start_warns_of_prompts_without_the_chat_template(tmp_path, monke
     "settings",
     [
         {"chat_template_path": "other"},
-        {"chat_template_path": "own.jinja"},
+        {"chat_template_path": "~/own.jinja"},
         {"eos_token": "<|im_start|>"},
         {"eos_token": "<|im_start|>", "chat_template_path": "other"},
     ],
     ids=lambda settings: "+".join(settings.values()),
 )
 def test_demonstrations_are_encoded_with_the_tokenizer_that_is_saved(tmp_path, monkeypatch, settings):
+    monkeypatch.setenv("HOME", str(tmp_path))
     save_tiny_model(tmp_path / "model")
     other = copy.deepcopy(tokenizer())
     other.chat_template = "{% for m in messages %}<new>{{ m.content }}{% endfor %}"

@@ -88,6 +88,8 @@ def test_every_configuration_of_the_checkout_has_a_name(tmp_path, monkeypatch) -
     assert file_or_shipped(CONFIGS, "quickstart") == shipped_file(CONFIGS, "quickstart")
     (tmp_path / "quickstart").touch()  # a file of the user comes first
     assert file_or_shipped(CONFIGS, "quickstart") == Path("quickstart")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert file_or_shipped(CONFIGS, "~/quickstart") == tmp_path / "quickstart"
 
 
 # Help ----------------------------------------------------------------------------------------------------------------

@@ -140,6 +140,13 @@ def test_resuming_is_read_from_flags_and_files(given, meant):
     assert wants_to_resume(given) == meant
 
 
+def test_the_path_of_a_checkpoint_may_begin_in_a_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    fill(tmp_path / "run", "checkpoint-2/arpo_state.json", "trajectories/step-000000-rank0.jsonl")
+    prepare(Path("~/run"), "~/run/checkpoint-2")
+    assert wants_to_resume("~/run/checkpoint-2") == str(tmp_path / "run" / "checkpoint-2")
+
+
 @pytest.mark.parametrize("name", ["trajectories", ".unfinished", "curves", "checkpoint-5"])
 def test_a_file_in_the_place_of_a_runs_folder_is_an_error_that_names_it(tmp_path, name):
     fill(tmp_path, name)

@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from arpo_trl.common.flags import NEAR, nearest
@@ -132,10 +131,10 @@ def _config_apart(words: Sequence[str]) -> list[str]:
 
 
 def _read_config(path: str) -> dict[Any, Any]:
-    from arpo_trl.common.user_files import read_yaml
+    from arpo_trl.common.user_files import read_yaml, user_path
 
     try:
-        config = read_yaml(Path(path))
+        config = read_yaml(user_path(path, "--config"))
     except DataError as error:
         raise ConfigError(f"The --config file cannot be read: {error}") from error
     if not isinstance(config, dict):

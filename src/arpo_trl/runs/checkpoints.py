@@ -185,6 +185,7 @@ class Checkpoints:
             CheckpointError: The checkpoint at the path, or every checkpoint in the folder, is incomplete.
             ConfigError: The path does not exist, `wanted` is something else, or it is None or False and the folder
                 contains checkpoints.
+            DataError: The system refuses the path.
         """
         wanted = wants_to_resume(wanted)
         if not wanted:
@@ -206,7 +207,7 @@ class Checkpoints:
             return last
         state = None
         try:
-            if not os.path.isdir(wanted):  # unlike Path.is_dir, false for a name that the system refuses
+            if not os.path.isdir(wanted):
                 raise ConfigError(f"resume_from_checkpoint is {wanted}; expected a folder, true or false.")
             state = SavedState.of(Path(wanted))
             state.check_files()

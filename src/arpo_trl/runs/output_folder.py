@@ -28,18 +28,19 @@ _ATTEMPTS = 10
 
 def wants_to_resume(wanted: str | PathLike[str] | bool | None) -> str | bool:
     """`resume_from_checkpoint` as True (the last checkpoint), False, or a path. The input may be text, as in a
-    flag.
+    flag, and a path may begin with ~.
 
     Raises:
         ConfigError: It is something else.
+        DataError: The system refuses the path.
     """
-    if isinstance(wanted, PathLike):
-        return os.fspath(wanted)
-    if not isinstance(wanted, str | bool | None):
+    if wanted is None or isinstance(wanted, bool):
+        return bool(wanted)
+    if not isinstance(wanted, str | PathLike):
         raise ConfigError(f"resume_from_checkpoint is {wanted!r}; expected true, false or a checkpoint's folder.")
     if isinstance(wanted, str) and wanted.strip().lower() in ("true", "false", "none", ""):
         return wanted.strip().lower() == "true"
-    return wanted or False
+    return str(user_path(os.fspath(wanted), "resume_from_checkpoint"))
 
 
 @contextmanager
@@ -134,8 +135,6 @@ def check_output(folder: str, *, resume: str | bool | None, overwrite: bool, mod
     if not is_first_rank():
         return
     output, resume = user_path(folder, "output_dir"), wants_to_resume(resume)
-    if isinstance(resume, str):
-        user_path(resume, "resume_from_checkpoint")
     if overwrite and resume:
         raise ConfigError(
             "overwrite_output_dir and resume_from_checkpoint are both set, but a run cannot continue from files that "

@@ -27,7 +27,7 @@ from arpo_trl.common.build_locks import remove_left_build_locks
 from arpo_trl.common.full_disk import naming
 from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.common.settings import changed, check_fields, setting, template_arguments
-from arpo_trl.common.user_files import is_url, user_path
+from arpo_trl.common.user_files import is_url, model_name, user_path
 from arpo_trl.config import (
     INHERITED,
     refuse_best_without_evaluation,
@@ -200,6 +200,7 @@ def as_saved(tokenizer: PreTrainedTokenizerBase, config: SFTConfig) -> PreTraine
         tokenizer.eos_token = eos
     if path is None:
         return tokenizer
+    config.chat_template_path = path = model_name(path, "chat_template_path")
     if path.endswith((".jinja", ".j2")) and Path(path).is_file():
         tokenizer.chat_template = Path(path).read_text("utf-8")
         return tokenizer

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch.distributed import ProcessGroup
 from transformers import PreTrainedTokenizerBase
 
+from arpo_trl.common.user_files import user_path
 from arpo_trl.config import ARPOConfig
 from arpo_trl.options import WeightSync
 from arpo_trl.rollout.engines.base import SamplingParams
@@ -87,7 +88,8 @@ def served_weights(
     else:
         folder = Path(args.output_dir) / "served_weights"
         if args.weight_sync_dir is not None:
-            folder = Path(args.weight_sync_dir) / from_main(accelerator, _name_of_run(args.output_dir))
+            own = from_main(accelerator, _name_of_run(args.output_dir))
+            folder = user_path(args.weight_sync_dir, "weight_sync_dir") / own
         transfer = DiskTransfer(model, accelerator, tokenizer, folder, facts)
     weights = ServedWeights(
         clients,
