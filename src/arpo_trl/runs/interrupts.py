@@ -27,12 +27,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from multiprocessing.connection import Connection
 from types import FrameType
 from typing import Any, ClassVar, NoReturn
 
 import psutil
 from torch import distributed
 
+from arpo_trl.common.per_process import one_per_process
 from arpo_trl.common.streams import discard, is_unread
 from arpo_trl.errors import Interrupted
 from arpo_trl.visible import say
@@ -270,25 +273,33 @@ _forks = _Forks()
 os.register_at_fork(before=_forks.before, after_in_parent=_forks.in_parent, after_in_child=_forks.in_child)
 
 
-def begin_worker(begin: Callable[[int], None] | None, number: int) -> None:
-    """`worker_init_fn` of a data loader, after its own (`begin`): only its parent ends the worker.
+@one_per_process
+def _end_of_run() -> tuple[Connection, Connection]:
+    """The reader and the writer of a pipe to which this process writes at its end."""
+    return multiprocessing.Pipe(duplex=False)
+
+
+def until_the_run_ends(begin: Callable[[int], None] | None) -> Callable[[int], None]:
+    """The `worker_init_fn` of a data loader, after its own (`begin`), whose workers only their parent ends.
 
     A job may send SIGTERM to all its processes, and torch raises an error when a worker ends. Then the parent could
-    not save. The parent itself sends SIGTERM to workers that are left at its exit, and waits for them.
+    not save. So workers ignore SIGTERM, also that of their parent: multiprocessing sends it at the parent's exit to
+    workers that are left, and waits for them. Signals that are blocked would tell the two apart, but the threads that
+    libraries start when a worker imports them, under forkserver and spawn, have blocked none.
     """
+    return partial(_begin_worker, begin, _end_of_run()[0])
+
+
+def _begin_worker(begin: Callable[[int], None] | None, end: Connection, number: int) -> None:
     if begin is not None:
         begin(number)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_by_parent, name="arpo-worker-end", daemon=True).start()
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+    threading.Thread(target=_end_worker, args=(end,), name="arpo-worker-end", daemon=True).start()
 
 
-def _end_by_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:  # under forkserver not os.getppid()
-        pass
+def _end_worker(end: Connection) -> None:
+    end.poll(None)
     os._exit(0)
 
 
@@ -327,6 +338,7 @@ def follow_launcher() -> None:
 def _end_process() -> None:
     if Interrupts.stopped:
         kill_children()
+    _end_of_run()[1].send_bytes(_END)
     if Interrupts.exit_status is not None:  # skips seconds of garbage collection
         sys.stdout.flush()
         sys.stderr.flush()

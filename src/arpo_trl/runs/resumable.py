@@ -8,7 +8,6 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from arpo_trl.config import ARPOConfig
 from arpo_trl.errors import ArpoError, CheckpointError, ConfigError, Interrupted
 from arpo_trl.runs.checkpoints import Checkpoints, SavedState, changed_versions
 from arpo_trl.runs.identity import RunIdentity, dataset_identity, deciding_settings, frozen_weights, model_identity
-from arpo_trl.runs.interrupts import Interrupts, begin_worker
+from arpo_trl.runs.interrupts import Interrupts, until_the_run_ends
 from arpo_trl.runs.output_folder import wants_to_resume
 from arpo_trl.runs.shared_folder import check_shared, found_by_all
 from arpo_trl.runs.tied_weights import without_tied_keys
@@ -183,10 +182,8 @@ class Resumable(GRPOTrainer):
         if self._resumed is not None:
             self._check_resumable(self._resumed)
             if self._resumed.steps_in_pass is not None:
-                self._passes, self._pass_began_at = (
-                    self._resumed.passes,
-                    self._resumed.step - self._resumed.steps_in_pass,
-                )
+                self._passes = self._resumed.passes
+                self._pass_began_at = self._resumed.step - self._resumed.steps_in_pass
             if self._resumed.folder.resolve() == self._checkpoints.place(self._resumed.step).resolve():
                 self._saved_step = self._resumed.step
             logger.info(f"Resuming from {self._resumed.folder}.", main_process_only=True)
@@ -356,7 +353,7 @@ class Resumable(GRPOTrainer):
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         loader = super()._get_dataloader(*args, **kwargs)
         inner = loader.base_dataloader  # accelerate's own class passes attributes on, but does not take them
-        inner.worker_init_fn = partial(begin_worker, inner.worker_init_fn)
+        inner.worker_init_fn = until_the_run_ends(inner.worker_init_fn)
         return loader
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
