@@ -338,7 +338,8 @@ def follow_launcher() -> None:
 def _end_process() -> None:
     if Interrupts.stopped:
         kill_children()
-    _end_of_run()[1].send_bytes(_END)
+    with contextlib.suppress(OSError):  # no more files can be open
+        _end_of_run()[1].send_bytes(_END)
     if Interrupts.exit_status is not None:  # skips seconds of garbage collection
         sys.stdout.flush()
         sys.stderr.flush()
