@@ -855,6 +855,16 @@ def test_the_next_tier_is_taken_where_the_first_does_not_hold(monkeypatch: pytes
     assert tier is Tier.NAMESPACES
 
 
+def test_a_worker_that_does_not_start_is_a_reason_of_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text("raise OSError(28, 'user namespaces are denied or used up')\n", "utf-8")
+    monkeypatch.setattr(sandbox_module.python_worker, "__file__", str(script))
+    with pytest.raises(SandboxError) as raised:
+        Worker(LIMITS, tier=Tier.UNSAFE, preload=False)
+    error = "OSError: [Errno 28] user namespaces are denied or used up"
+    assert str(raised.value) == f"the Python worker (unsafe) did not start: {error}"
+
+
 def test_an_unknown_isolation_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"is 'docker'; expected one of \('auto', 'sandlock', 'namespaces'\)"):
         python_tool(isolation="docker")

@@ -15,7 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from arpo_trl.errors import ConfigError
-from arpo_trl.quickstart.__main__ import _arguments
+from arpo_trl.quickstart import stages
+from arpo_trl.quickstart.__main__ import _arguments, main
 from arpo_trl.quickstart.corpus import ALIASES, TOPICS, Quantity, passages
 from arpo_trl.quickstart.demonstrations import NO_NOISE, Failures, NoiseRates, make_demonstrations
 from arpo_trl.quickstart.heldout import HeldOut
@@ -23,6 +24,7 @@ from arpo_trl.quickstart.model import TAGS, build_model, build_tokenizer, quicks
 from arpo_trl.quickstart.report import accuracy_lines
 from arpo_trl.quickstart.stages import _tree_to_show
 from arpo_trl.quickstart.tasks import make_tasks, parse_question
+from arpo_trl.tools.python import sandbox
 from arpo_trl.tools.search.index import LocalIndex, search_tool
 from test_view import logged, save
 
@@ -345,6 +347,27 @@ def test_held_out_accuracy_counts_a_bad_format_as_wrong_and_other_answers_by_the
         {"fault": None, "scores": {"math": 0.0, "em": 0.0}},
     ]
     assert HeldOut(trees=[], records=records).accuracy == 0.375  # (1 + 0 + 0.5 + 0) / 4
+
+
+# --- command ---
+
+
+def test_without_isolation_only_the_shop_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    started: list[str] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sandbox, "ISOLATING", (sandbox.Tier.UNSAFE,))
+    monkeypatch.setattr(stages, "run", lambda task, *_, **__: started.append(task))
+    monkeypatch.setattr("sys.argv", ["arpo-trl quickstart"])
+    with pytest.raises(SystemExit):
+        main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("SandboxError: unsafe: the sandbox does not isolate") and line.endswith("--task shop.")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("sys.argv", ["arpo-trl quickstart", "--task", "shop"])
+    main()
+    assert started == ["shop"]
 
 
 # --- report ---

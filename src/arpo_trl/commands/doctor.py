@@ -116,12 +116,9 @@ def devices() -> Iterator[Finding]:
 def sandbox() -> Iterator[Finding]:
     """Whether the model's code can be isolated, tested with a worker."""
     try:
-        from arpo_trl.tools.python.sandbox import ISOLATING, Limits, isolated_worker
+        from arpo_trl.tools.python.sandbox import isolating_tier
 
-        worker, tier = isolated_worker(
-            Limits(timeout_s=5, cpu_s=5, memory_mb=256, output_bytes=1000), ISOLATING, preload=False
-        )
-        worker.close()
+        tier = isolating_tier()
     except (ArpoError, ImportError, OSError) as error:
         yield Finding(
             "python tool",

@@ -13,7 +13,7 @@ from arpo_trl.command_line import report_errors
 from arpo_trl.common.flags import CommandParser
 from arpo_trl.common.shipped import CONFIGS, file_or_shipped
 from arpo_trl.common.waiting import say_loading
-from arpo_trl.errors import ConfigError
+from arpo_trl.errors import ConfigError, SandboxError
 from arpo_trl.runs.output_folder import check_output, remove_earlier_run, sole_run
 from arpo_trl.visible import say
 
@@ -50,6 +50,8 @@ def main() -> None:
     folders = [str(output / name) for name in ("sft", "rl")]
     for folder in folders:
         check_output(folder, resume=None, overwrite=arguments.overwrite_output_dir)
+    if arguments.task == "search":
+        _check_isolation()
     if arguments.overwrite_output_dir:
         for folder in folders:
             with sole_run(folder):
@@ -63,6 +65,23 @@ def main() -> None:
     from arpo_trl.quickstart import stages
 
     stages.run(arguments.task, output, arguments.seed, hard=arguments.hard, config=config)
+
+
+def _check_isolation() -> None:
+    """Checks that the python tool works here, which stage 2 and the measurements use.
+
+    Raises:
+        SandboxError: Nothing isolates the model's code on this machine.
+    """
+    from arpo_trl.tools.python.sandbox import isolating_tier
+
+    try:
+        isolating_tier()
+    except SandboxError as error:
+        raise SandboxError(
+            f"{error}. The quickstart's model writes Python code, which must be isolated. Without isolation, "
+            "run arpo-trl quickstart --task shop."
+        ) from error
 
 
 def _arguments() -> argparse.Namespace:

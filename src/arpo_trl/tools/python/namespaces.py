@@ -66,7 +66,7 @@ def enter(folder: str, readable: list[str]) -> None:
         resource.setrlimit(resource.RLIMIT_NPROC, (hard, hard))
         with contextlib.suppress(OSError):  # without the right to change it
             os.setresuid(_NOT_ROOT, -1, -1)
-    _checked("new namespaces", _libc.unshare(_NAMESPACES))
+    _checked("user namespaces are denied or used up", _libc.unshare(_NAMESPACES))
     for name, text in (
         ("setgroups", "deny"),
         ("uid_map", f"{_USER_ID} {user} 1"),

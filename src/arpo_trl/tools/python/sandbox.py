@@ -221,10 +221,9 @@ class Worker:
             chunk = os.read(self._control, _READ_BYTES) if _poll(wait_ms, self._control) else b""
             said += chunk
             if not chunk:
-                raise SandboxError(
-                    f"the Python worker ({tier}) did not start: "
-                    f"{said.decode(errors='replace').strip()[-500:] or 'it printed nothing'}"
-                )
+                lines = said.decode(errors="replace").split("\n")
+                error = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+                raise SandboxError(f"the Python worker ({tier}) did not start: {error[-500:]}")
 
     def _set_limits(self) -> None:
         """Set limits on the worker from outside. Its forks inherit them and cannot raise them."""
@@ -558,3 +557,11 @@ def isolated_worker(limits: Limits, tiers: Sequence[Tier], *, preload: bool) -> 
             if worker is not None:
                 worker.close()
     raise SandboxError("; ".join(faults))
+
+
+def isolating_tier() -> Tier:
+    """Return the first tier that isolates code on this machine. Raises as `isolated_worker`."""
+    limits = Limits(timeout_s=5, cpu_s=5, memory_mb=256, output_bytes=1000)
+    worker, tier = isolated_worker(limits, ISOLATING, preload=False)
+    worker.close()
+    return tier
