@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from arpo_trl.command_line import report_errors
-from arpo_trl.commands import launch
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,17 +45,3 @@ def test_other_errors_during_imports_keep_their_traceback(tmp_path):
     )
     assert "Traceback" in ended.stderr and ended.stderr.endswith("KeyError: 'a bug'\n")
     assert ended.returncode == 1
-
-
-def test_the_quickstarts_process_alone_handles_ctrl_c(monkeypatch):
-    before = signal.getsignal(signal.SIGINT)
-
-    def program(*_: object, **__: object) -> subprocess.CompletedProcess[str]:
-        os.kill(os.getpid(), signal.SIGINT)  # the terminal sends it to both processes
-        return subprocess.CompletedProcess([], -signal.SIGINT)
-
-    monkeypatch.setattr("subprocess.run", program)
-    try:
-        assert launch.quickstart([]) == 130
-    finally:
-        signal.signal(signal.SIGINT, before)

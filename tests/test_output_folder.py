@@ -15,6 +15,7 @@ from transformers import Trainer
 
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.publishing.push import Snapshot
+from arpo_trl.quickstart import stages
 from arpo_trl.quickstart.__main__ import main as quickstart
 from arpo_trl.runs.output_folder import check_output, remove_earlier_run, sole_run, wants_to_resume
 
@@ -282,6 +283,19 @@ def test_a_quickstart_does_not_remove_the_files_of_a_run(tmp_path, other, monkey
         quickstart()
     assert f"in use by another run (process {other.pid} on" in capsys.readouterr().err
     assert (tmp_path / "run/model.safetensors").exists()
+
+
+def test_a_quickstart_has_its_folder_to_itself_until_its_end(tmp_path, other, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["arpo-trl", "--task", "shop", "--output", str(tmp_path / "run")])
+    monkeypatch.setattr(stages, "run", lambda *_, **__: print((tmp_path / "run/_lock").read_text()))
+    with pytest.raises(SystemExit):
+        quickstart()
+    said = capsys.readouterr()
+    assert said.out == "" and f"run is in use by another run (process {other.pid} on" in said.err
+    assert said.err.startswith("ConfigError: --output ") and said.err.endswith("or choose another --output.\n")
+    other.communicate()
+    quickstart()
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"process {os.getpid()} on ")
 
 
 def test_the_lock_is_not_pushed(tmp_path):

@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -26,6 +30,7 @@ from arpo_trl.quickstart.stages import _tree_to_show
 from arpo_trl.quickstart.tasks import make_tasks, parse_question
 from arpo_trl.tools.python import sandbox
 from arpo_trl.tools.search.index import LocalIndex, search_tool
+from support import until
 from test_view import logged, save
 
 
@@ -368,6 +373,50 @@ def test_without_isolation_only_the_shop_starts(
     monkeypatch.setattr("sys.argv", ["arpo-trl quickstart", "--task", "shop"])
     main()
     assert started == ["shop"]
+
+
+@pytest.mark.slow
+def test_a_stage_that_fails_ends_in_the_line_of_its_program(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        stages.launch("sft", stages.SFT_CONFIG, "--max_steps", "two")
+    said = capfd.readouterr().err
+    assert ended.value.code == 2 and "Traceback" not in said
+    assert said.endswith("\nConfigError: max_steps is 'two'; expected an integer.\n")
+
+
+ENDLESS = """
+from functools import partial
+from arpo_trl.cli import main
+from arpo_trl.quickstart import stages
+stages.N_DEMONSTRATIONS = 64
+stages.TASKS["search"] = stages.replace(stages.SEARCH, prepare=partial(stages.prepare, n_train=8, n_heldout=2))
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the names of processes as on Linux")
+def test_a_terminated_quickstart_leaves_no_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", ENDLESS, "quickstart", "--output", str(tmp_path / "q")]
+    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    family: list[psutil.Process] = []
+
+    def trains() -> bool:
+        assert process.poll() is None
+        family[:] = process.children(recursive=True)
+        return any(each.cmdline()[1:3] == ["-m", "arpo_trl.scripts.sft"] for each in family)
+
+    try:
+        until(trains, 120.0)
+        process.terminate()
+        assert process.wait(60.0) == 128 + signal.SIGTERM
+        assert psutil.wait_procs(family, timeout=60.0)[1] == []
+    finally:
+        for each in (*family, process):
+            with contextlib.suppress(psutil.Error):
+                each.kill()
 
 
 # --- report ---

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from arpo_trl.command_line import CONFIG_TWICE
+from arpo_trl.command_line import CONFIG_TWICE, report_errors
 from arpo_trl.common.flags import NEAR, nearest
 from arpo_trl.common.shipped import ACCELERATE_CONFIGS, CONFIGS, file_or_shipped, shipped_file
 from arpo_trl.common.waiting import say_loading
@@ -78,7 +78,7 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def launch(program: str, words: Sequence[str]) -> int:
-    """Runs the module `program` with the arguments `words` under accelerate and returns its exit status.
+    """Runs `program`, a module or a path that ends with .py, under accelerate. Returns its exit status.
 
     Without --accelerate and --config_file, the user's default configuration of accelerate is used if there is one,
     and the shipped "single" otherwise.
@@ -88,7 +88,7 @@ def launch(program: str, words: Sequence[str]) -> int:
             is more than 1, which accelerate would ignore.
     """
     for_accelerate, for_program = split_words(words)
-    say_loading(f"arpo-trl {program.rpartition('.')[2]}")
+    say_loading(f"arpo-trl {os.path.basename(program).removesuffix('.py').rpartition('.')[2]}")
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file
     from accelerate.commands.launch import launch_command, launch_command_parser
     from accelerate.utils import DistributedType
@@ -98,7 +98,8 @@ def launch(program: str, words: Sequence[str]) -> int:
         for_accelerate = ["--config_file", str(shipped_file(ACCELERATE_CONFIGS, DEFAULT)), *for_accelerate]
         # By default accelerate gives a process one thread.
         os.environ.setdefault("OMP_NUM_THREADS", str(min(MOST_THREADS, os.cpu_count() or 1)))
-    arguments = launch_command_parser().parse_args([*for_accelerate, "--module", program, *for_program])
+    kind = [] if program.endswith(".py") else ["--module"]
+    arguments = launch_command_parser().parse_args([*for_accelerate, *kind, program, *for_program])
     for name in ("num_processes", "num_machines"):
         number = getattr(arguments, name) or 1
         if number > 1 and load_config_from_file(arguments.config_file).distributed_type == DistributedType.NO:
@@ -141,6 +142,16 @@ def _program(name: str, words: Sequence[str]) -> int:
 
 
 def quickstart(words: Sequence[str]) -> int:
-    """Runs the quickstart in a new process and returns its exit status."""
-    _leave_interrupts_to_the_program()
-    return _status(subprocess.run([sys.executable, "-m", "arpo_trl.quickstart", *words], check=False).returncode)
+    from arpo_trl.quickstart.__main__ import run
+
+    run(words)
+    return 0
+
+
+@report_errors
+def _launch() -> int:
+    return launch(sys.argv[1], sys.argv[2:])
+
+
+if __name__ == "__main__":  # the quickstart's stages
+    raise SystemExit(_launch())

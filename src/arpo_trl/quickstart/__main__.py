@@ -6,6 +6,7 @@ This module reads the arguments and says what will happen. `stages` does it, and
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,32 +40,41 @@ TASKS = {
 }
 
 
-@report_errors
-def main() -> None:
-    arguments = _arguments()
+def run(words: Sequence[str] | None = None) -> None:
+    """Runs the quickstart with the arguments `words`, or with those of this process.
+
+    Raises:
+        ConfigError: The arguments do not fit, or the output folder is in use or contains an earlier quickstart.
+        SandboxError: The task needs the python tool, and nothing isolates the model's code on this machine.
+    """
+    arguments = _arguments(words)
     task = TASKS[arguments.task]
     if arguments.hard and arguments.task != "search":
         raise ConfigError(f"--hard is a variant of --task search, but the task is {arguments.task}. Remove --hard.")
     config = file_or_shipped(CONFIGS, arguments.config) if arguments.config else None
     output = arguments.output or task.output
     folders = [str(output / name) for name in ("sft", "rl")]
-    for folder in folders:
-        check_output(folder, resume=None, overwrite=arguments.overwrite_output_dir)
     if arguments.task == "search":
         _check_isolation()
-    if arguments.overwrite_output_dir:
+    with sole_run(str(output), "--output"):
         for folder in folders:
-            with sole_run(folder):
-                remove_earlier_run(folder)
-    say(
-        f"The quickstart builds a tiny model that learns to {task.purpose}. Stage 1 trains it on demonstrations of "
-        "tool calls, stage 2 with ARPO. Before and after stage 2 it answers held-out tasks.\n"
-        f"This takes about {task.duration} and downloads nothing. All output goes to {output}."
-    )
-    say_loading("arpo-trl quickstart")
-    from arpo_trl.quickstart import stages
+            check_output(folder, resume=None, overwrite=arguments.overwrite_output_dir)
+        if arguments.overwrite_output_dir:
+            for folder in folders:
+                with sole_run(folder):
+                    remove_earlier_run(folder)
+        say(
+            f"The quickstart builds a tiny model that learns to {task.purpose}. Stage 1 trains it on demonstrations "
+            "of tool calls, stage 2 with ARPO. Before and after stage 2 it answers held-out tasks.\n"
+            f"This takes about {task.duration} and downloads nothing. All output goes to {output}."
+        )
+        say_loading("arpo-trl quickstart")
+        from arpo_trl.quickstart import stages
 
-    stages.run(arguments.task, output, arguments.seed, hard=arguments.hard, config=config)
+        stages.run(arguments.task, output, arguments.seed, hard=arguments.hard, config=config)
+
+
+main = report_errors(run)
 
 
 def _check_isolation() -> None:
@@ -84,7 +94,7 @@ def _check_isolation() -> None:
         ) from error
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     durations = "; ".join(f"{name}: about {task.duration}" for name, task in TASKS.items())
     parser = CommandParser(
         prog="arpo-trl quickstart",
@@ -110,7 +120,7 @@ def _arguments() -> argparse.Namespace:
         default="false",
         help="remove an earlier quickstart in --output",
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     arguments.overwrite_output_dir = arguments.overwrite_output_dir == "true"
     return arguments
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
@@ -22,8 +23,7 @@ from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from arpo_trl.common.shipped import ACCELERATE_CONFIGS, CONFIGS, shipped_file
-from arpo_trl.common.waiting import say_loading
+from arpo_trl.common.shipped import CONFIGS, shipped_file
 from arpo_trl.logs.render import render_tree
 from arpo_trl.logs.trajectories import LoggedTree, read_trees
 from arpo_trl.quickstart.corpus import passages
@@ -34,6 +34,7 @@ from arpo_trl.quickstart.report import draw, entropy_places, summarise, summary_
 from arpo_trl.quickstart.shop.task import SHOP
 from arpo_trl.quickstart.task import Measured, Task, like_lengths_together, read_lines, write_lines
 from arpo_trl.quickstart.tasks import make_tasks
+from arpo_trl.runs.interrupts import kill_children, leave
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.tools.search.index import LocalIndex, search_tool
 from arpo_trl.tools.toolbox import ToolBox
@@ -46,7 +47,6 @@ TOP_K = 2
 MAX_COMPLETION_LENGTH = 208
 MAX_TOOL_CALLS = 5
 SFT_CONFIG, RL_CONFIG = shipped_file(CONFIGS, "quickstart_sft"), shipped_file(CONFIGS, "quickstart")
-ACCELERATE_CONFIG = shipped_file(ACCELERATE_CONFIGS, "single")
 
 
 def prepare(
@@ -89,7 +89,7 @@ def measure(model: Path, data: Path, seed: int, *, temperature: float, device: t
 
 
 def launch(script: str, config: Path, *flags: str) -> float:
-    """Run a program with `accelerate launch`. Return its duration in seconds.
+    """Run a program as `arpo-trl train` runs its own. Return its duration in seconds.
 
     Args:
         script: A program of `arpo_trl.scripts`, the full name of another module, or a path that ends with `.py`.
@@ -97,15 +97,12 @@ def launch(script: str, config: Path, *flags: str) -> float:
     Raises:
         SystemExit: The script failed. It has printed its own error.
     """
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ACCELERATE_CONFIG)]
     # By default accelerate gives a process one thread. This model does not get faster with more than four.
     environment = {"OMP_NUM_THREADS": str(min(4, os.cpu_count() or 1)), **os.environ}
     start = time.perf_counter()
-    if not script.endswith(".py"):
-        command.append("--module")
-        script = script if "." in script else f"arpo_trl.scripts.{script}"
-    command += [script, "--config", str(config), *flags]
-    say_loading(script)
+    program = script if "." in script else f"arpo_trl.scripts.{script}"
+    command = [sys.executable, "-m", "arpo_trl.commands.launch", program, "--accelerate", "single"]
+    command += ["--config", str(config), *flags]
     status = subprocess.run(command, env=environment, check=False).returncode
     if status:
         raise SystemExit(status)
@@ -150,6 +147,7 @@ def run(name: str, output: Path, seed: int, *, hard: bool = False, config: Path 
         hard: The variant of the task "search" in which queries have many forms.
         config: The settings of stage 2. None: the task's.
     """
+    signal.signal(signal.SIGTERM, _end)
     task = TASKS[name]
     if hard:
         task = replace(task, prepare=partial(prepare, hard=True))
@@ -200,6 +198,12 @@ def run(name: str, output: Path, seed: int, *, hard: bool = False, config: Path 
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
     draw(history, summary, places, entropy_places(after.trees, task.tools), output / "quickstart.png", task.accuracy)
     _show(console, output, rl, summary)
+
+
+def _end(number: int, _: object) -> NoReturn:
+    """Ends this process and the stage that it runs, which would otherwise go on alone."""
+    kill_children()
+    leave(128 + number)
 
 
 def _show(console: Console, output: Path, rl: Path, summary: Mapping[str, Any]) -> None:

@@ -41,6 +41,7 @@ from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.logs.progress import closed_bars, show_compactly
 from arpo_trl.publishing.model_card import is_hub_id
 from arpo_trl.rollout.protocols import TagProtocol
+from arpo_trl.runs.interrupts import follow_launcher
 from arpo_trl.runs.output_folder import check_output, sole_run, wants_to_resume
 from arpo_trl.runs.tied_weights import without_tied_keys
 from arpo_trl.scripts.start import (
@@ -218,6 +219,7 @@ def as_saved(tokenizer: PreTrainedTokenizerBase, config: SFTConfig) -> PreTraine
 
 @report_errors
 def main() -> None:
+    follow_launcher()
     with start_errors():  # transformers reads the files that some settings name
         arguments, config, model_config = parse_settings(SETTINGS, elsewhere=_settings_of_train)
     refuse_token(config)
