@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+from pathlib import Path
 
 import pytest
 
 from arpo_trl import cli
 from arpo_trl.command_line import parse_settings
-from arpo_trl.commands.launch import OWN_FLAGS
+from arpo_trl.commands.launch import OWN_FLAGS, split_words
 from arpo_trl.common.flags import NEAR, CommandParser, nearest
 from arpo_trl.common.parser import SettingsParser
 from arpo_trl.errors import ConfigError
+from arpo_trl.quickstart.__main__ import _arguments as quickstart_arguments
 from arpo_trl.tools.builtin import ToolArguments
 from support import script
 from test_architecture import modules
@@ -63,6 +65,28 @@ def test_no_parser_takes_abbreviations() -> None:
     assert not SettingsParser((ToolArguments,)).allow_abbrev
     commands = next(action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction))
     assert len(commands.choices) > 10 and not any(each.allow_abbrev for each in commands.choices.values())
+
+
+def test_a_path_in_a_flag_may_begin_with_the_home_directory(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text("tools: [python]\n")
+    parsed = cli._parser().parse_args(["plot", "run", "--output=~/a.png"])
+    assert (parsed.runs, parsed.output) == ([Path("run")], tmp_path / "a.png")
+    assert quickstart_arguments(["--output=~/q"]).output == tmp_path / "q"
+    config = str(tmp_path / "c.yaml")
+    assert split_words(["--config=~/c.yaml", "--config_file=~/c.yaml"]) == (
+        ["--config_file", config],
+        ["--config", config],
+    )
+    assert parse_settings((ToolArguments,), ["--config=~/c.yaml"])[0].tools == ["python"]
+
+
+def test_no_parser_takes_a_path_as_it_is() -> None:
+    """`path_in_flag` does what a shell does not do after --flag=."""
+    keywords = [
+        (module, each) for module, tree in modules() for each in ast.walk(tree) if isinstance(each, ast.keyword)
+    ]
+    assert [module for module, each in keywords if ast.unparse(each) == "type=Path"] == []
 
 
 def test_a_shortened_setting_is_an_error_that_names_it() -> None:

@@ -88,6 +88,13 @@ def test_a_dtype_is_that_of_the_result(base, adapter, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype is torch.bfloat16
 
 
+def test_adapter_and_base_may_be_in_the_home_directory(base, adapter, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base").symlink_to(base)
+    merge_adapter("~/adapter", tmp_path / "merged", base="~/base")
+    assert (tmp_path / "merged/config.json").is_file()
+
+
 def test_a_merged_run_keeps_its_card(adapter, tmp_path):
     (adapter / "training_config.yaml").write_text("model_name_or_path: Qwen/Qwen3-8B\nuse_peft: true\nlora_r: 4\n")
     (adapter / "evaluation.md").write_text("half are right")

@@ -8,12 +8,11 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import arpo_trl
 from arpo_trl.command_line import report_errors
-from arpo_trl.common.flags import CommandParser
+from arpo_trl.common.flags import CommandParser, path_in_flag
 from arpo_trl.common.full_disk import is_full_disk
 from arpo_trl.common.noise import hide_noise
 from arpo_trl.common.waiting import say_loading
@@ -51,9 +50,9 @@ def _parser() -> argparse.ArgumentParser:
         help="test whether one evaluation is better than another",
         description="Compares two runs of `arpo-trl eval` on their common questions: paired bootstrap and McNemar.",
     )
-    compare.add_argument("run_a", type=Path, help="output folder of the first run")
-    compare.add_argument("run_b", type=Path, help="output folder of the second run")
-    compare.add_argument("--plot", type=Path, help="picture to write (default: in RUN_B)")
+    compare.add_argument("run_a", type=path_in_flag, help="output folder of the first run")
+    compare.add_argument("run_b", type=path_in_flag, help="output folder of the second run")
+    compare.add_argument("--plot", type=path_in_flag, help="picture to write (default: in RUN_B)")
 
     index = commands.add_parser(
         "index",
@@ -61,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Builds a BM25 index over passages and saves it. Takes two minutes per million passages.",
     )
     index.add_argument("passages", help="a .jsonl file, a folder of such files, or a dataset on the Hub")
-    index.add_argument("folder", type=Path, help="folder to save the index in")
+    index.add_argument("folder", type=path_in_flag, help="folder to save the index in")
 
     merge = commands.add_parser(
         "merge",
@@ -69,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Merges an adapter into its base model and saves the result with tokenizer and chat template.",
     )
     merge.add_argument("adapter", help="folder or Hub id of the adapter")
-    merge.add_argument("--output", type=Path, required=True, help="new folder for the merged model")
+    merge.add_argument("--output", type=path_in_flag, required=True, help="new folder for the merged model")
     merge.add_argument("--base", help="base model (default: the one named in the adapter)")
     merge.add_argument("--dtype", help="dtype such as bfloat16 (default: the base model's)")
     merge.add_argument("--trust-remote-code", action="store_true", help="allow the base model to run code of its own")
@@ -80,11 +79,11 @@ def _parser() -> argparse.ArgumentParser:
         help="push a finished run to the Hub",
         description="Pushes a run's folder: model, card and curves, its trajectories as a dataset, or both.",
     )
-    push.add_argument("run", type=Path, help="output_dir of the run")
+    push.add_argument("run", type=path_in_flag, help="output_dir of the run")
     push.add_argument("--repo", help="model repository")
     push.add_argument("--trajectories", metavar="REPO", help="dataset repository for the logged trajectories")
     push.add_argument(
-        "--evaluation", type=Path, help="output folder of `arpo-trl eval`; its table is added to the card"
+        "--evaluation", type=path_in_flag, help="output folder of `arpo-trl eval`; its table is added to the card"
     )
     push.add_argument("--private", action="store_true", help="create new repositories as private")
 
@@ -96,10 +95,10 @@ def _parser() -> argparse.ArgumentParser:
     export = actions.add_parser("export", help="write the results as JSON {query: result text}")
     load = actions.add_parser("import", help="add results from such a JSON file")
     for action in (stats, export, load):
-        action.add_argument("cache", type=Path, help="the file that search_cache names")
-    export.add_argument("file", type=Path, help="JSON file to write")
+        action.add_argument("cache", type=path_in_flag, help="the file that search_cache names")
+    export.add_argument("file", type=path_in_flag, help="JSON file to write")
     export.add_argument("--provider", help="only results of this provider, as `stats` names it (default: all)")
-    load.add_argument("file", type=Path, help="JSON file to read")
+    load.add_argument("file", type=path_in_flag, help="JSON file to read")
     load.add_argument("--provider", required=True, help="search_provider to store the results under")
     load.add_argument("--url", help="search_url to store the results under, if the provider needs no key")
     load.add_argument("--top-k", type=int, default=10, help="search_top_k to store the results under (default: 10)")

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from arpo_trl.command_line import CONFIG_TWICE, report_errors
 from arpo_trl.common.flags import NEAR, nearest
 from arpo_trl.common.shipped import ACCELERATE_CONFIGS, CONFIGS, file_or_shipped, shipped_file
+from arpo_trl.common.user_files import user_path
 from arpo_trl.common.waiting import say_loading
 from arpo_trl.errors import ConfigError
 
@@ -71,7 +72,7 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
         elif name == "accelerate":
             for_accelerate += ["--config_file", str(shipped_file(ACCELERATE_CONFIGS, value))]
         else:
-            for_accelerate += [f"--{name}", value]
+            for_accelerate += [f"--{name}", str(user_path(value, word)) if name == "config_file" else value]
     if for_accelerate.count("--config_file") > 1:
         raise ConfigError("--accelerate and --config_file are both set, or set twice; expected one configuration.")
     return for_accelerate, for_program

@@ -13,7 +13,7 @@ from typing import Any
 
 from arpo_trl.commands.project.my_tools import CAPITALS, lookup
 from arpo_trl.common.files import whole_folder
-from arpo_trl.common.flags import CommandParser
+from arpo_trl.common.flags import CommandParser, path_in_flag
 from arpo_trl.common.full_disk import naming
 from arpo_trl.common.waiting import say_loading
 from arpo_trl.errors import ConfigError
@@ -31,7 +31,7 @@ def main(words: Sequence[str]) -> int:
         description="Creates a project: a configuration, a tool, a reward, questions, and a tiny model to try them "
         "with on a CPU. Takes about half a minute and downloads nothing.",
     )
-    parser.add_argument("folder", type=Path, help="new folder")
+    parser.add_argument("folder", type=path_in_flag, help="new folder")
     folder: Path = parser.parse_args(words).folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} exists and is not an empty folder. Choose another name.")

@@ -6,8 +6,11 @@ import argparse
 import difflib
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
+from arpo_trl.common.user_files import user_path
+from arpo_trl.errors import DataError
 from arpo_trl.visible import for_people
 
 NUMBERS = {"int": "an integer", "float": "a number"}
@@ -52,6 +55,15 @@ class CommandParser(VisibleParser):
         if wrong := re.fullmatch(r"(argument \S+: )invalid (int|float) value: (.+)", message, re.DOTALL):
             message = f"{wrong[1]}{wrong[3]}; expected {NUMBERS[wrong[2]]}"
         super().error(message)
+
+
+def path_in_flag(text: str) -> Path:
+    """The path in a flag, with ~ for a home directory: a shell leaves it as it is after --flag=. argparse prints the
+    error."""
+    try:
+        return user_path(text, "the path")
+    except DataError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def nearest(name: str, names: Sequence[str], cutoff: float = 0.6) -> str | None:

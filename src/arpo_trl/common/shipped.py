@@ -39,7 +39,7 @@ def shipped_file(kind: str, name: str) -> Path:
 
 
 def file_or_shipped(kind: str, name: str) -> Path:
-    """The file at the path `name` or, if there is none, the shipped file of that name.
+    """The file at the path `name`, with ~ for a home directory, or, if there is none, the shipped file of that name.
 
     Raises:
         ConfigError: Neither exists, or the path is a folder.

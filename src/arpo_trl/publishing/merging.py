@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from arpo_trl.common.adapters import base_revision, merged, tokenizer_of
 from arpo_trl.common.files import whole_folder
+from arpo_trl.common.user_files import model_name
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.publishing.model_card import ADAPTER_CONFIG_NAME, CONFIG_NAME, EVALUATION_NAME, Card
 from arpo_trl.rollout.protocols.generation_ends import eos_ids_of
@@ -44,6 +45,7 @@ def merge_adapter(
         DataError: `adapter` is not an adapter, its base model cannot be loaded, it belongs to another base model, or
             its tokenizer cannot be saved.
     """
+    adapter, base = model_name(adapter, "adapter"), None if base is None else model_name(base, "base")
     if output.exists():
         raise ConfigError(f"--output {output} exists. Pass a new folder, or remove this one.")
     if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):

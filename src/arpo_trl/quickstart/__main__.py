@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arpo_trl.command_line import report_errors
-from arpo_trl.common.flags import CommandParser
+from arpo_trl.common.flags import CommandParser, path_in_flag
 from arpo_trl.common.shipped import CONFIGS, file_or_shipped
 from arpo_trl.common.waiting import say_loading
 from arpo_trl.errors import ConfigError, SandboxError
@@ -108,7 +108,7 @@ def _arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         default="search",
         help="search: questions for search and python; shop: orders in a shop, an environment (default: search)",
     )
-    parser.add_argument("--output", type=Path, help="default: runs/quickstart, or runs/quickstart_shop")
+    parser.add_argument("--output", type=path_in_flag, help="default: runs/quickstart, or runs/quickstart_shop")
     parser.add_argument("--hard", action="store_true", help="search only: queries have many forms, which is harder")
     parser.add_argument("--config", help="name or file of stage 2's settings; default: the task's")
     parser.add_argument(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from arpo_trl.common.files import write_whole
+from arpo_trl.common.flags import path_in_flag
 from arpo_trl.errors import DataError
 from arpo_trl.visible import say
 
@@ -23,7 +24,10 @@ def add_commands(commands: Any) -> None:
         description="Lists the steps of a run that have logged trees, or shows the trees of one step as text.",
     )
     tree.add_argument(
-        "run_folder", metavar="RUN", type=Path, help="output_dir of the run, or a .jsonl file of its trajectories"
+        "run_folder",
+        metavar="RUN",
+        type=path_in_flag,
+        help="output_dir of the run, or a .jsonl file of its trajectories",
     )
     tree.add_argument("--step", type=int, help="show the trees of this step")
     tree.add_argument("--group", type=int, help="only the trees of this group")
@@ -35,8 +39,8 @@ def add_commands(commands: Any) -> None:
         help="show a run in the browser: curves, groups, trees",
         description="Writes one self-contained page with a run's curves, groups and trees, or serves it (--serve).",
     )
-    view.add_argument("run_folder", metavar="RUN", type=Path, help="output_dir of the run")
-    view.add_argument("--output", type=Path, metavar="FILE", help="page to write (default: RUN/view.html)")
+    view.add_argument("run_folder", metavar="RUN", type=path_in_flag, help="output_dir of the run")
+    view.add_argument("--output", type=path_in_flag, metavar="FILE", help="page to write (default: RUN/view.html)")
     view.add_argument(
         "--leaves",
         type=at_least_one,
@@ -56,9 +60,9 @@ def add_commands(commands: Any) -> None:
         help="draw curves of one or more runs",
         description="Draws curves of one or more runs as PNG, SVG or PDF.",
     )
-    plot.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="output_dir of a run")
+    plot.add_argument("runs", metavar="RUN", type=path_in_flag, nargs="+", help="output_dir of a run")
     plot.add_argument("--kind", choices=KINDS_OF_PLOTS, default="reward", help="what to draw (default: %(default)s)")
-    plot.add_argument("--output", type=Path, metavar="FILE", help="picture to write (default: RUN/KIND.png)")
+    plot.add_argument("--output", type=path_in_flag, metavar="FILE", help="picture to write (default: RUN/KIND.png)")
     plot.set_defaults(call=plot_run)
 
     timeline = commands.add_parser(
@@ -66,9 +70,11 @@ def add_commands(commands: Any) -> None:
         help="write the timeline of a rollout for Perfetto",
         description="Writes the times at which each path of a rollout decoded, ran tools and waited, for https://ui.perfetto.dev.",
     )
-    timeline.add_argument("run_folder", metavar="RUN", type=Path, help="output_dir of the run")
+    timeline.add_argument("run_folder", metavar="RUN", type=path_in_flag, help="output_dir of the run")
     timeline.add_argument("--step", type=int, help="step of the rollout (default: the newest)")
-    timeline.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: in RUN/trajectories)")
+    timeline.add_argument(
+        "--output", type=path_in_flag, metavar="FILE", help="file to write (default: in RUN/trajectories)"
+    )
     timeline.set_defaults(call=timeline_run)
 
 
