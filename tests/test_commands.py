@@ -4,11 +4,13 @@ import dataclasses
 import json
 import os
 import re
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from accelerate.commands.config import config_args
 from accelerate.commands.launch import launch_command_parser
 
 from arpo_trl.commands import doctor, new
@@ -79,6 +81,39 @@ def test_several_processes_need_a_configuration_that_starts_them(tmp_path, flag)
     for configuration in (["--accelerate", "single"], ["--config_file", str(own)]):
         with pytest.raises(ConfigError, match=rf"{flag} is 4, but .* starts one process .* --accelerate ddp"):
             launch("arpo_trl.scripts.train", [*configuration, flag, "4"])
+
+
+@pytest.mark.parametrize(
+    ("flag", "text", "message"),
+    [
+        ("--config_file", None, r"The accelerate configuration .*own\.yaml cannot be read \(FileNotFoundError: "),
+        ("--config_file", "a: [1", r"cannot be read \(ParserError: "),
+        ("--config_file", "- 1", r"cannot be read \(AttributeError: "),
+        ("--config_file", "use_cpu: true", r"\(ValueError: .*distributed_type.*\)\. Correct it, or .* ddp"),
+        (None, "a: [1", r"cannot be read \(ParserError: "),
+    ],
+)
+def test_a_configuration_that_accelerate_cannot_read_is_one_line(tmp_path, monkeypatch, flag, text, message) -> None:
+    own = tmp_path / "own.yaml"
+    if text is not None:
+        own.write_text(text, "utf-8")
+    monkeypatch.setattr(config_args, "default_config_file", str(own))
+    with pytest.raises(ConfigError, match=message) as raised:
+        launch("arpo_trl.scripts.train", [flag, str(own)] if flag else [])
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num_processes", "two"], r"--num_processes: 'two'; expected an integer\."),
+        (["--mixed_precision=fp12"], r"--mixed_precision: invalid choice: 'fp12' \(choose from .*\)\."),
+    ],
+)
+def test_a_flag_that_accelerate_rejects_is_one_line(capsys, words, message) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        launch("arpo_trl.scripts.train", words)
+    assert "usage" not in capsys.readouterr().err
 
 
 def test_every_configuration_of_the_checkout_has_a_name(tmp_path, monkeypatch) -> None:
@@ -219,6 +254,32 @@ def test_the_doctor_finds_a_package_that_has_no_metadata(monkeypatch, tmp_path) 
     found = {finding.subject: finding for finding in doctor.packages()}
     assert (found["bare_package"].verdict, found["bare_package"].text) == ("ok", "version unknown: a test")
     assert found["absent_package"].text == "is not installed: no another"
+
+
+def test_the_doctor_names_an_optional_package_of_a_version_that_cannot_be_used(monkeypatch) -> None:
+    version = metadata.version
+    versions = {"mcp": "1.12", "vllm": "0.31.0+cpu", "deepspeed": "0.1"}
+    monkeypatch.setattr(metadata, "version", lambda name: versions.get(name) or version(name))
+    found = {finding.subject: finding for finding in doctor.packages()}
+    assert [found[name].verdict for name in ("mcp", "vllm", "deepspeed")] == ["note", "ok", "note"]
+    assert found["mcp"].text == (
+        "is 1.12; expected <3,>=2.3 for tools of MCP servers. To install it: pip install 'mcp<3,>=2.3'"
+    )
+
+
+def test_the_doctor_looks_at_the_cache_that_is_used_and_notes_one_that_it_cannot_read(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    *_, cache = doctor.space()
+    assert (cache.subject, cache.verdict) == ("disk, model cache", "ok")
+    assert cache.text.endswith(f"GB free in {tmp_path / 'hub'}")
+
+    def denied(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("shutil.disk_usage", denied)
+    *_, cache = doctor.space()
+    assert cache.verdict == "note"
+    assert cache.text == f"{tmp_path / 'hub'} cannot be read (Permission denied): set HF_HOME to a folder of yours"
 
 
 def test_the_doctor_fails_if_training_cannot_work(monkeypatch, capsys) -> None:

@@ -9,11 +9,15 @@ from dataclasses import dataclass
 from enum import StrEnum
 from importlib import metadata, util
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from arpo_trl.common.flags import CommandParser
 from arpo_trl.common.full_disk import free_bytes
 from arpo_trl.errors import ArpoError
 from arpo_trl.visible import say
+
+if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet
 
 GB = 1e9
 LEAST_MEMORY_GB, LEAST_DISK_GB = 2, 2
@@ -28,6 +32,8 @@ EXTRAS = {
     "tensorboard": "report_to: tensorboard",
 }
 """Package → the feature that needs it."""
+OF_USERS = ("vllm", "deepspeed", "qlora", "tools")
+"""The extras of this package that are not for its development."""
 
 
 class Verdict(StrEnum):
@@ -80,10 +86,15 @@ def packages() -> Iterator[Finding]:
             yield Finding(requirement.name, Verdict.BAD, text)
         elif requirement.name in shown:
             yield Finding(requirement.name, Verdict.GOOD, found)
+    optional = _optional()
     for name, use in EXTRAS.items():
         found = _version(name)
+        wanted = optional.get(name)
         if found is None and util.find_spec(name) is None:
             yield Finding(name, Verdict.LIMITED, f"is not installed: no {use}")
+        elif found is not None and wanted is not None and not wanted.contains(found, prereleases=True):
+            text = f"is {found}; expected {wanted} for {use}. To install it: pip install '{name}{wanted}'"
+            yield Finding(name, Verdict.LIMITED, text)
         else:
             yield Finding(name, Verdict.GOOD, f"{found or 'version unknown'}: {use}")
 
@@ -151,11 +162,17 @@ def keys() -> Iterator[Finding]:
 def space() -> Iterator[Finding]:
     """Free memory, and free disk in this folder and in the cache of models."""
     import psutil
+    from huggingface_hub import constants
 
     yield _enough("memory", psutil.virtual_memory().available / GB, LEAST_MEMORY_GB, "free")
-    cache = Path(os.environ.get("HF_HOME", Path.home() / ".cache/huggingface"))
-    for subject, folder in (("disk, here", Path.cwd()), ("disk, model cache", cache)):
-        yield _enough(subject, free_bytes(folder) / GB, LEAST_DISK_GB, f"free in {folder}")
+    for subject, folder in (("disk, here", Path.cwd()), ("disk, model cache", Path(constants.HF_HUB_CACHE))):
+        try:
+            free = free_bytes(folder)
+        except OSError as error:  # such as the cache of another user
+            remedy = "set HF_HOME to a folder of yours"
+            yield Finding(subject, Verdict.LIMITED, f"{folder} cannot be read ({error.strerror}): {remedy}")
+        else:
+            yield _enough(subject, free / GB, LEAST_DISK_GB, f"free in {folder}")
 
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (packages, devices, sandbox, keys, space)
@@ -165,6 +182,20 @@ def _enough(subject: str, gigabytes: float, least: float, where: str) -> Finding
     if gigabytes >= least:
         return Finding(subject, Verdict.GOOD, f"{gigabytes:.1f} GB {where}")
     return Finding(subject, Verdict.BAD, f"{gigabytes:.1f} GB {where}; expected at least {least:g} GB")
+
+
+def _optional() -> dict[str, SpecifierSet]:
+    """Optional package → the versions that the extras of this package, which include some of TRL's, require."""
+    from packaging.requirements import Requirement
+
+    listed = [
+        line for package in ("trl", "arpo-trl") if _version(package) for line in metadata.requires(package) or ()
+    ]
+    return {
+        requirement.name: requirement.specifier
+        for requirement in map(Requirement, listed)
+        if requirement.marker and any(requirement.marker.evaluate({"extra": extra}) for extra in OF_USERS)
+    }
 
 
 def _version(name: str) -> str | None:

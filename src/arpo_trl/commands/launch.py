@@ -9,14 +9,16 @@ all others to the program.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from arpo_trl.command_line import CONFIG_TWICE, report_errors
-from arpo_trl.common.flags import NEAR, nearest
-from arpo_trl.common.shipped import ACCELERATE_CONFIGS, CONFIGS, file_or_shipped, shipped_file
+from arpo_trl.common.flags import NEAR, in_words, nearest
+from arpo_trl.common.shipped import ACCELERATE_CONFIGS, CONFIGS, file_or_shipped, shipped_file, shipped_names
 from arpo_trl.common.user_files import user_path
 from arpo_trl.common.waiting import say_loading
 from arpo_trl.errors import ConfigError
@@ -85,8 +87,9 @@ def launch(program: str, words: Sequence[str]) -> int:
     and the shipped "single" otherwise.
 
     Raises:
-        ConfigError: See `split_words`. Or the configuration starts one process, and --num_processes or --num_machines
-            is more than 1, which accelerate would ignore.
+        ConfigError: See `split_words`. Or accelerate rejects the value of a flag, or its configuration cannot be read.
+            Or the configuration starts one process, and --num_processes or --num_machines is more than 1, which
+            accelerate would ignore.
     """
     for_accelerate, for_program = split_words(words)
     say_loading(f"arpo-trl {os.path.basename(program).removesuffix('.py').rpartition('.')[2]}")
@@ -100,13 +103,24 @@ def launch(program: str, words: Sequence[str]) -> int:
         # By default accelerate gives a process one thread.
         os.environ.setdefault("OMP_NUM_THREADS", str(min(MOST_THREADS, os.cpu_count() or 1)))
     kind = [] if program.endswith(".py") else ["--module"]
-    arguments = launch_command_parser().parse_args([*for_accelerate, *kind, program, *for_program])
+    parser = launch_command_parser()
+    parser.error = _refuse
+    arguments = parser.parse_args([*for_accelerate, *kind, program, *for_program])
+    file = arguments.config_file or default_config_file
+    try:
+        configuration = load_config_from_file(arguments.config_file)
+    except Exception as error:  # accelerate raises many kinds for a file that is missing, broken or of another version
+        raise ConfigError(
+            f"The accelerate configuration {file} cannot be read ({type(error).__name__}: "
+            f"{' '.join(str(error).split())}). Correct it, or choose a shipped one with --accelerate "
+            f"{', '.join(shipped_names(ACCELERATE_CONFIGS))}."
+        ) from error
     for name in ("num_processes", "num_machines"):
         number = getattr(arguments, name) or 1
-        if number > 1 and load_config_from_file(arguments.config_file).distributed_type == DistributedType.NO:
+        if number > 1 and configuration.distributed_type == DistributedType.NO:
             raise ConfigError(
-                f"--{name} is {number}, but the configuration {arguments.config_file or default_config_file} starts "
-                "one process (distributed_type: NO). Choose one for several processes, such as --accelerate ddp."
+                f"--{name} is {number}, but the configuration {file} starts one process (distributed_type: NO). "
+                "Choose one for several processes, such as --accelerate ddp."
             )
     _leave_interrupts_to_the_program()
     try:
@@ -116,6 +130,11 @@ def launch(program: str, words: Sequence[str]) -> int:
     except ChildFailedError as failed:  # raised by torchrun
         return _status(failed.get_first_failure()[1].exitcode)
     return 0
+
+
+def _refuse(message: str) -> NoReturn:
+    """Replaces the `error` of accelerate's parser, which would print all of accelerate's flags."""
+    raise ConfigError(re.sub(r"^argument (--\w+)[^:]*", r"\1", in_words(message)) + ".")
 
 
 def _leave_interrupts_to_the_program() -> None:

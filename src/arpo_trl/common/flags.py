@@ -52,9 +52,13 @@ class CommandParser(VisibleParser):
 
     def error(self, message: str) -> NoReturn:
         """Like argparse's, but describes the expected kind of number in words."""
-        if wrong := re.fullmatch(r"(argument \S+: )invalid (int|float) value: (.+)", message, re.DOTALL):
-            message = f"{wrong[1]}{wrong[3]}; expected {NUMBERS[wrong[2]]}"
-        super().error(message)
+        super().error(in_words(message))
+
+
+def in_words(message: str) -> str:
+    """A message of argparse, with the expected kind of number in words."""
+    wrong = re.fullmatch(r"(argument \S+: )invalid (int|float) value: (.+)", message, re.DOTALL)
+    return message if wrong is None else f"{wrong[1]}{wrong[3]}; expected {NUMBERS[wrong[2]]}"
 
 
 def path_in_flag(text: str) -> Path:
