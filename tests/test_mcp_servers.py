@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import psutil
@@ -433,6 +434,12 @@ def test_servers_stop_with_a_killed_process() -> None:
 def test_a_server_that_cannot_work_is_an_error_at_start_up(server: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_tools(ToolArguments([], mcp_servers=[server]))
+
+
+def test_an_older_library_is_not_blamed_on_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mcp", ModuleType("mcp"))
+    with pytest.raises(ConfigError, match=r"needs the mcp library, version 2\.3 or newer \(cannot import name"):
+        mcp_tools([{"command": "true"}])
 
 
 def test_a_secret_that_the_server_repeats_stays_out_of_the_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,9 +142,15 @@ def mcp_tools(servers: Sequence[Mapping[str, Any]], *, timeout_s: float = 15.0) 
     if not timeout_s > 0:
         raise ConfigError(f"mcp_timeout_s is {timeout_s}; expected more than 0.")
     try:
-        import mcp  # noqa: F401
+        # All names that sessions use: in an older mcp they are missing, which would look like a fault of the server.
+        from mcp import Client, MCPError, StdioServerParameters  # noqa: F401
+        from mcp.client.stdio import stdio_client  # noqa: F401
+        from mcp.client.streamable_http import streamable_http_client  # noqa: F401
+        from mcp.types import CONNECTION_CLOSED, INVALID_REQUEST  # noqa: F401
     except ImportError as error:
-        raise ConfigError("mcp_servers needs the mcp library: pip install 'arpo-trl[tools]'.") from error
+        raise ConfigError(
+            f"mcp_servers needs the mcp library, version 2.3 or newer ({error}): pip install 'arpo-trl[tools]'."
+        ) from error
     tools = []
     for number, settings in enumerate(servers):
         where = f"mcp_servers[{number}]"

@@ -105,7 +105,8 @@ def check_quantized_training(peft_config: Any) -> None:
         )
     if find_spec("bitsandbytes") is None:
         raise ConfigError(
-            "Quantization needs bitsandbytes, which is not installed. Install the extra: pip install '.[qlora]'."
+            "Quantization needs bitsandbytes, which is not installed. Install the extra: "
+            "pip install 'arpo-trl[qlora]'."
         )
     from bitsandbytes.functional import has_avx512bf16
 
@@ -217,7 +218,9 @@ def without_trls_vllm_client(args: ARPOConfig, engine: Engine | None) -> Iterato
     args.use_vllm = use_vllm and args.vllm_mode == "colocate" and engine is None
     if args.use_vllm:
         if find_spec("vllm") is None:
-            raise ConfigError("use_vllm is set, but vLLM is not installed. Install the extra: pip install '.[vllm]'.")
+            raise ConfigError(
+                "use_vllm is set, but vLLM is not installed. Install the extra: pip install 'arpo-trl[vllm]'."
+            )
         prepare_cpu()
     try:
         yield
