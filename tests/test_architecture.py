@@ -18,7 +18,7 @@ ROOMS = (
     *("visible", "errors", "options", "common", "trl_seam"),
     *("net", "tools", "rollout", "rewards", "data", "config"),
     *("logs", "runs", "command_line", "publishing", "training", "evaluation"),
-    *("viewing", "scripts", "quickstart", "commands", "cli"),
+    *("viewing", "scripts", "quickstart", "commands", "cli", "__main__"),
 )
 """From the bottom up: a room imports only from rooms before it."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 
+import arpo_trl
 from arpo_trl import cli, command_line
 from arpo_trl.errors import ConfigError
 from arpo_trl.logs.trajectories import LoggedTree, TrajectoryLog
@@ -153,6 +154,12 @@ def test_tree_of_a_run_lists_its_steps_and_shows_one(monkeypatch, capsys, log):
     assert "H: mean entropy" in out  # the legend
 
 
+def test_on_a_narrow_terminal_the_steps_of_a_run_keep_their_numbers(monkeypatch, capsys, log):
+    monkeypatch.setenv("COLUMNS", "40")
+    _, out, _ = run(monkeypatch, capsys, "tree", str(log.parent))
+    assert out.splitlines()[1].split() == ["4", "training", "2", "4", "0.50", "2", "0", "4", "0"]
+
+
 def test_tree_shows_whole_texts_if_requested(monkeypatch, capsys, log):
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     rows[0]["nodes"][1]["text"] = "word " * 100 + "end"
@@ -174,6 +181,12 @@ def nested(levels: int) -> LoggedTree:
     made.end(made.add_turn(parent, [1], text, [-0.5], [0.5]).index, (0,), StopReason.EOS)
     leaves = levels + 1
     return LoggedTree(step=123456, group=0, prompt=text, tree=made, rewards=[1.0] * leaves, advantages=[0.0] * leaves)
+
+
+@pytest.mark.parametrize("words", [["-m", "arpo_trl"], ["-m", "arpo_trl.cli"]], ids=str)
+def test_the_package_is_a_program_too(words):
+    done = subprocess.run([sys.executable, *words, "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"arpo-trl {arpo_trl.__version__}\n")
 
 
 @pytest.mark.parametrize("full", [False, True])

@@ -230,3 +230,7 @@ def _on_cache(cache: SearchCache, arguments: argparse.Namespace) -> None:
             parameters, longest = provider.parameters(arguments.top_k), provider.max_query_chars
             count = cache.import_json(arguments.file, provider.source, parameters, longest)
             say(f"{count:,} queries imported from {arguments.file}")
+
+
+if __name__ == "__main__":
+    main()

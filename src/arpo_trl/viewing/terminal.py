@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -73,7 +74,9 @@ def _print_steps(console: Console, run: Path, files: Iterable[LogFile]) -> None:
             table.add_row(str(step), KINDS[file.kind], *_counts(trees))
     if not table.row_count:
         raise DataError(f"{run} has no readable trees.")
-    console.print(table)
+    # On a narrow terminal lines go on in the next one: rich would cut numbers off.
+    table.width = console.measure(table, options=console.options.update(max_width=sys.maxsize)).maximum
+    console.print(table, crop=False)
     console.print(Text("wrong: leaves with a reward of 0 or less. failed: tool calls that failed.", style="dim"))
     say(f"One step's trees: arpo-trl tree {shlex.quote(str(run))} --step {step}")
 
