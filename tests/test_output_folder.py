@@ -285,6 +285,19 @@ def test_a_quickstart_does_not_remove_the_files_of_a_run(tmp_path, other, monkey
     assert (tmp_path / "run/model.safetensors").exists()
 
 
+def test_a_quickstart_that_was_broken_off_is_refused_in_the_words_of_its_flags(tmp_path, monkeypatch, capsys):
+    fill(tmp_path / "q", "sft/model.safetensors", "rl/checkpoint-2/a")
+    flags = ["--task", "shop", "--output", str(tmp_path / "q")]
+    for broken_off in ("sft", "rl"):
+        monkeypatch.setattr("sys.argv", ["arpo-trl", *flags])
+        with pytest.raises(SystemExit):
+            quickstart()
+        said = capsys.readouterr().err
+        assert said.startswith(f"ConfigError: --output {tmp_path / 'q' / broken_off} contains ")
+        assert " choose another --output. " in said and "resume" not in said
+        (tmp_path / "q/sft/model.safetensors").unlink(missing_ok=True)
+
+
 def test_a_quickstart_has_its_folder_to_itself_until_its_end(tmp_path, other, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["arpo-trl", "--task", "shop", "--output", str(tmp_path / "run")])
     monkeypatch.setattr(stages, "run", lambda *_, **__: print((tmp_path / "run/_lock").read_text()))

@@ -58,7 +58,7 @@ def run(words: Sequence[str] | None = None) -> None:
         _check_isolation()
     with sole_run(str(output), "--output"):
         for folder in folders:
-            check_output(folder, resume=None, overwrite=arguments.overwrite_output_dir)
+            check_output(folder, resume=None, overwrite=arguments.overwrite_output_dir, setting="--output")
         if arguments.overwrite_output_dir:
             for folder in folders:
                 with sole_run(folder):

@@ -117,7 +117,9 @@ def _is_still_at(file: FileIO, path: Path) -> bool:
         return False
 
 
-def check_output(folder: str, *, resume: str | bool | None, overwrite: bool, model: str | None = None) -> None:
+def check_output(
+    folder: str, *, resume: str | bool | None, overwrite: bool, model: str | None = None, setting: str = "output_dir"
+) -> None:
     """Checks that a run may write to `folder`. With `overwrite`, that `remove_earlier_run` may remove an earlier run.
 
     Only the process of rank 0 checks.
@@ -125,6 +127,8 @@ def check_output(folder: str, *, resume: str | bool | None, overwrite: bool, mod
     Args:
         resume: The run's `resume_from_checkpoint`.
         model: Path or Hub id of the model to train, which must not be removed.
+        setting: The setting that names the folder, for errors. A program with another one than output_dir cannot
+            resume.
 
     Raises:
         ConfigError: The folder contains a finished model, trajectories or checkpoints of an earlier run, and the run
@@ -134,7 +138,7 @@ def check_output(folder: str, *, resume: str | bool | None, overwrite: bool, mod
     """
     if not is_first_rank():
         return
-    output, resume = user_path(folder, "output_dir"), wants_to_resume(resume)
+    output, resume = user_path(folder, setting), wants_to_resume(resume)
     if overwrite and resume:
         raise ConfigError(
             "overwrite_output_dir and resume_from_checkpoint are both set, but a run cannot continue from files that "
@@ -143,16 +147,17 @@ def check_output(folder: str, *, resume: str | bool | None, overwrite: bool, mod
     found = None if overwrite else _earlier_run(output, resume)
     if not resume and _has_own_readme(output):
         raise ConfigError(
-            f"output_dir {folder} contains a README.md that is no model card, and the run's model card would replace "
-            "it. Choose another output_dir."
+            f"{setting} {folder} contains a README.md that is no model card, and the run's model card would replace "
+            f"it. Choose another {setting}."
         )
     if overwrite:
         _check_that_the_model_stays(output, model)
     elif found is not None:
-        ways = "To continue it, set resume_from_checkpoint to true. " if _newest(output) and not resume else ""
+        can_resume = setting == "output_dir" and _newest(output) and not resume
+        ways = "To continue it, set resume_from_checkpoint to true. " if can_resume else ""
         raise ConfigError(
-            f"output_dir {folder} contains {found} of an earlier run, which this run would replace or mix with. {ways}"
-            "To keep it, choose another output_dir. To remove it, set overwrite_output_dir to true."
+            f"{setting} {folder} contains {found} of an earlier run, which this run would replace or mix with. {ways}"
+            f"To keep it, choose another {setting}. To remove it, set overwrite_output_dir to true."
         )
     check_names(output)
 
