@@ -324,7 +324,7 @@ def test_an_earlier_quickstart_is_not_replaced(quick: Command, tmp_path: Path) -
     (tmp_path / "q/rl").mkdir(parents=True)
     (tmp_path / "q/rl/model.safetensors").touch()
     refused = quick(tmp_path, "quickstart", "--output", "q", status=2)
-    assert "output_dir q/rl contains a finished model (model.safetensors)" in refused.stderr
+    assert "--output q/rl contains a finished model (model.safetensors)" in refused.stderr
 
 
 @pytest.mark.usefixtures("project", "said")
