@@ -146,6 +146,18 @@ def test_rows_are_trained_in_the_order_of_a_run_without_rollouts_ahead(model_pat
     assert prompts_by_step(tmp_path / "ahead") == prompts_by_step(tmp_path / "plain")
 
 
+def test_rows_of_later_epochs_lose_the_columns_that_the_data_loader_drops(model_path, tmp_path):
+    found = []
+
+    def reward(completions, **columns):
+        found.append({"answer", "task"} & columns.keys())
+        return by_length(completions)
+
+    rows = {"train_dataset": ROWS.select(range(4)), "remove_unused_columns": True}  # two steps an epoch
+    make_trainer(model_path, tmp_path, reward_funcs=reward, max_steps=4, **rows).train()
+    assert found == [set()] * 4
+
+
 def test_staleness_grows_with_the_batches_ahead_and_rollouts_cross_epochs(model_path, tmp_path):
     made = make_trainer(model_path, tmp_path, rollouts_ahead=2, max_steps=14)
     made.add_callback(OnStep(lambda step: all_are_sampled(made)))  # every turn is there before the next update

@@ -82,7 +82,8 @@ class SamplesAhead(Resumable):
             return iter(())
         size = self._train_batch_size * self.args.steps_per_generation
         ranks = self.accelerator.num_processes
-        return later_epochs(self.train_dataset, self._sampler, size, self.accelerator.process_index, ranks)
+        dataset = self._remove_unused_columns(self.train_dataset)  # as the data loader does
+        return later_epochs(dataset, self._sampler, size, self.accelerator.process_index, ranks)
 
     def _run_epoch(self, **loop: Any) -> None:
         loop = self._in_pass(loop)
