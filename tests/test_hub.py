@@ -23,7 +23,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from arpo_trl import ARPOConfig, ARPOTrainer, cli
-from arpo_trl.errors import ConfigError, HubError
+from arpo_trl.errors import ConfigError, DataError, HubError
 from arpo_trl.logs.curves import PANELS
 from arpo_trl.publishing import push as hub_module
 from arpo_trl.publishing.model_card import drop_paths
@@ -218,7 +218,7 @@ def test_a_snapshot_has_the_state_of_training_only_in_a_checkpoint(tmp_path):
     model = {"model.safetensors", "pytorch_model.bin", "config.json", "modeling_mine.py", "trainer_state.json"}
     state = {
         *("optimizer.bin", "optimizer_1.bin", "pytorch_model_fsdp.bin", "pytorch_model_fsdp_1.bin"),  # of FSDP
-        *("zero_to_fp32.py", "arpo_state.json"),
+        *("zero_to_fp32.py", "zero_to_torch.py", "arpo_state.json"),  # the first two of DeepSpeed
     }
     checkpoint = tmp_path / "checkpoint-1"
     written(checkpoint, dict.fromkeys({*model, *state, "training_args.bin"}, b"x"))
@@ -641,7 +641,7 @@ def test_short_values_and_other_variables_are_no_secrets(tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (("{folder}/run",), "ConfigError: No repository is given. Pass --repo, --trajectories or both."),
-        (("{folder}/none", "--repo", "me/a"), "DataError: {folder}/none contains no model and no adapter."),
+        (("{folder}/none", "--repo", "me/a"), "DataError: {folder}/none contains no model and no adapter;"),
         (("{folder}/run", "--trajectories", "me/a"), "DataError: {folder}/run/trajectories contains no logged trees."),
         (("{folder}/run", "--repo", "them/policy"), "ConfigError: --repo requires the model repository 'them/policy'"),
         (
@@ -658,6 +658,16 @@ def test_a_push_that_cannot_work_is_one_line(hub, model_path, tmp_path, capsys, 
     assert (status, out) == (2, "")
     assert message.format(folder=tmp_path) in err and err.count("\n") == 1
     assert hub.commits == []
+
+
+def test_a_folder_without_weights_is_not_pushed(hub, model_path, tmp_path):
+    run = written(whole_run(tmp_path / "run", model_path), {"training_args.bin": b"x", "optimizer.bin": b"x"})
+    (run / "model.safetensors").unlink()
+    with pytest.raises(DataError, match=r"run contains no model and no adapter; expected .* weights \(\.safetensors"):
+        push_run(run, "me/policy", None)
+    with pytest.raises(HubError, match=r"run contains no weights, so nothing was pushed"):
+        push_snapshot("me/policy", Snapshot(run=run, model=run), message="m")
+    assert hub.commits == [] and not list(run.glob(".push-*"))
 
 
 def test_an_evaluation_without_a_model_repository_is_refused(tmp_path):

@@ -112,7 +112,7 @@ def test_trees_rewards_and_advantages_are_those_of_one_rank(alone, together, run
 
 @pytest.mark.parametrize("run", ["plain", "reference", "later"])
 def test_the_update_with_shared_prefixes_is_the_padded_one_of_one_rank(alone, together, base, run):
-    """Also: what is saved is whole, and loads."""
+    """Also: what is saved is whole, and loads, with accelerate's defaults for saved weights (`SAVED_IN_PARTS`) too."""
     _, folder, _ = together
     before, expected, found = saved(base), saved(alone[0] / run / "first"), saved(folder / run / "first")
     assert distance(expected, before) > 1e-3

@@ -282,6 +282,8 @@ def test_accelerate_splits_a_stream_by_shards_where_each_rank_can_have_one():
             ],
         ),
         ("_get_train_sampler", ["self", "dataset"]),
+        ("create_accelerator_and_postprocess", ["self"]),
+        ("save_model", ["self", "output_dir", "_internal_call"]),
         ("_get_output_dir", ["self", "trial"]),
         ("_save_checkpoint", ["self", "model", "trial"]),
         ("_push_from_checkpoint", ["self", "checkpoint_folder"]),
@@ -299,6 +301,13 @@ def test_accelerate_splits_a_stream_by_shards_where_each_rank_can_have_one():
 )
 def test_overridden_methods_accept_our_arguments(method, expected):
     assert parameters(getattr(GRPOTrainer, method)) == expected
+
+
+def test_two_settings_of_the_launch_determine_whether_the_trainer_saves_a_sharded_model():
+    """When this fails, `WholeModels` may be superfluous, or without effect."""
+    saved = inspect.getsource(Trainer.save_model)
+    assert '"FULL_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type)' in saved
+    assert "stage3_gather_16bit_weights_on_model_save" in saved
 
 
 def test_the_trainer_has_the_arguments_that_ours_passes_on_or_refuses():

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -55,6 +56,12 @@ RUNS: dict[str, dict[str, Any]] = {
 """What is trained in several ways, by name. In float32, in which all of them are equal."""
 DEFAULT: dict[str, Any] = {"max_steps": 1, "bf16": True}
 """What is trained besides in the precision that users get."""
+SAVED_IN_PARTS = ("adapter", "later")
+"""What is trained with accelerate's defaults for saved weights, which the shipped configurations change."""
+DEFAULTS_OF_SAVES = {
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "false",
+}
 WITH_ENVIRONMENTS = ("ddp", "zero3")
 """Ways to share the model that also train with environments. Their rollouts differ only in whether a forward needs
 the other rank, and their calls that hang take long."""
@@ -222,7 +229,10 @@ def main(way: str, folder: Path, flags: list[str]) -> None:
     ranks = int(os.environ["WORLD_SIZE"])
     said: dict[str, Any] = {}
     for run in RUNS:
-        made = trainer(str(folder / "model"), folder / run, run, ranks, shared_prefix_forward="on")
+        with patch.dict(os.environ, DEFAULTS_OF_SAVES if run in SAVED_IN_PARTS else {}):
+            made = trainer(str(folder / "model"), folder / run, run, ranks, shared_prefix_forward="on")
+        plugin = getattr(made.accelerator.state, "fsdp_plugin", None)
+        assert plugin is None or (plugin.state_dict_type.name == "SHARDED_STATE_DICT") == (run in SAVED_IN_PARTS)
         said[run] = train(made, folder / run)
         transfer = send(made, folder / run / "served")
         if run == "plain":

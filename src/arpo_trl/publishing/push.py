@@ -49,7 +49,7 @@ _KEPT_SUFFIXES = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", "
 _KEPT_FOLDERS = (CURVES_FOLDER, "additional_chat_templates", "runs")  # the last is TensorBoard's
 _PICKLE = "training_args.bin"  # training_config.yaml has the same settings as text
 _STATE_OF_TRAINING = re.compile(
-    rf"{re.escape(_PICKLE)}|arpo_state\.json|zero_to_fp32\.py|(optimizer|pytorch_model_fsdp).*\.bin"
+    rf"{re.escape(_PICKLE)}|arpo_state\.json|zero_to_(fp32|torch)\.py|(optimizer|pytorch_model_fsdp).*\.bin"
 )
 """The files of a checkpoint that have a kept suffix and are not part of the model. FSDP saves the last two kinds."""
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
@@ -216,6 +216,11 @@ def _top_files(folder: Path) -> list[Path]:
     ]
 
 
+def _has_weights(folder: Path) -> bool:
+    """Whether the folder has the weights of a model or of an adapter."""
+    return any(path.suffix in _WEIGHTS for path in _top_files(folder))
+
+
 def _take_tree(source: Path, target: Path) -> None:
     for path in sorted(source.rglob("*")):
         if path.is_file() and path.name != _PICKLE:
@@ -263,11 +268,17 @@ def push_snapshot(
     """Pushes the snapshot, removes it, and returns the commit.
 
     Raises:
-        HubError: The push failed. For a finished run, the message gives the command to push later.
+        HubError: There are no weights, or the push failed. For a finished run, the message gives the command to push
+            later.
     """
     run = snapshot.run
     try:
         with snapshot as folder:
+            if not _has_weights(folder):
+                raise HubError(
+                    f"{snapshot.model} contains no weights, so nothing was pushed; expected files .safetensors or "
+                    ".bin. Save the model there first."
+                )
             refuse_secrets(folder.rglob("*"))
             return _retried(
                 lambda: HfApi(token=token).upload_folder(
@@ -339,8 +350,12 @@ def push_run(
             "--evaluation is given without --repo, but its table belongs to the card of a model repository. Pass "
             "--repo, or omit --evaluation."
         )
-    if repo is not None and not any((run / name).is_file() for name in ("config.json", ADAPTER_CONFIG_NAME)):
-        raise DataError(f"{run} contains no model and no adapter. Pass the output_dir of a run that has been saved.")
+    configured = any((run / name).is_file() for name in ("config.json", ADAPTER_CONFIG_NAME))
+    if repo is not None and not (configured and _has_weights(run)):
+        raise DataError(
+            f"{run} contains no model and no adapter; expected config.json or {ADAPTER_CONFIG_NAME}, and weights "
+            "(.safetensors or .bin). Pass the output_dir of a run that has been saved."
+        )
     if trajectories is not None and not log_files(run):
         raise DataError(
             f"{run / FOLDER} contains no logged trees. Set trajectory_log_rate above 0 to log trajectories."

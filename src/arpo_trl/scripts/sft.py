@@ -44,6 +44,7 @@ from arpo_trl.rollout.protocols import TagProtocol
 from arpo_trl.runs.interrupts import follow_launcher
 from arpo_trl.runs.output_folder import check_output, sole_run, wants_to_resume
 from arpo_trl.runs.tied_weights import without_tied_keys
+from arpo_trl.runs.whole_models import WholeModels
 from arpo_trl.scripts.start import (
     final_save,
     loading_arguments,
@@ -113,8 +114,9 @@ class ColdStartConfig(SFTConfig):
         refuse_best_without_evaluation(self)
 
 
-class ColdStartTrainer(SFTTrainer):
-    """TRL's `SFTTrainer`. It does not warn that a checkpoint has tied weights under one of their names."""
+class ColdStartTrainer(WholeModels, SFTTrainer):
+    """TRL's `SFTTrainer`. It saves whole models, and does not warn of tied weights that a checkpoint has under one of
+    their names."""
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         super()._issue_warnings_after_load(without_tied_keys(self.model, load_result))

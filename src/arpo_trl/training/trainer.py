@@ -32,6 +32,7 @@ from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.runs.interrupts import Interrupts
 from arpo_trl.runs.output_folder import check_names
 from arpo_trl.runs.resumable import readable
+from arpo_trl.runs.whole_models import WholeModels
 from arpo_trl.training.advantages import Advantages
 from arpo_trl.training.answers import check_answers
 from arpo_trl.training.arguments import check_arguments
@@ -105,7 +106,7 @@ from arpo_trl.visible import get_rank_logger
 logger = get_rank_logger(__name__)
 
 
-class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publishing, GRPOTrainer):
+class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publishing, WholeModels, GRPOTrainer):
     """Agentic Reinforced Policy Optimization (arXiv 2507.19849) as a `GRPOTrainer`.
 
     Takes the arguments of `GRPOTrainer` except `rollout_func` (docs/from-grpo.md). Reward functions receive TRL's
@@ -127,6 +128,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
     - repeated rollouts of groups: see `Resampling`.
     - `log`: adds the `arpo/` metrics gathered since the last call. `evaluate`: checks `metric_for_best_model`.
     - `train`, and saving and loading checkpoints: see `Resumable`. Rollouts and rewards can be interrupted.
+    - saved models under ZeRO-3 and FSDP: they are whole, see `WholeModels`.
     - With `rollouts_ahead`, the order in which rollouts and updates run: see `SamplesAhead`.
     - `create_model_card`, `push_to_hub` and the pushes during training: see `Publishing`.
 
