@@ -231,8 +231,11 @@ def main(way: str, folder: Path, flags: list[str]) -> None:
     for run in RUNS:
         with patch.dict(os.environ, DEFAULTS_OF_SAVES if run in SAVED_IN_PARTS else {}):
             made = trainer(str(folder / "model"), folder / run, run, ranks, shared_prefix_forward="on")
-        plugin = getattr(made.accelerator.state, "fsdp_plugin", None)
-        assert plugin is None or (plugin.state_dict_type.name == "SHARDED_STATE_DICT") == (run in SAVED_IN_PARTS)
+        state, in_parts = made.accelerator.state, run in SAVED_IN_PARTS
+        if way == "fsdp2":
+            assert (state.fsdp_plugin.state_dict_type.name == "SHARDED_STATE_DICT") == in_parts
+        elif way == "zero3":
+            assert state.deepspeed_plugin.zero3_save_16bit_model != in_parts
         said[run] = train(made, folder / run)
         transfer = send(made, folder / run / "served")
         if run == "plain":
