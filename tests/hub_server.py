@@ -125,7 +125,8 @@ class Hub:
     def _file(self, repo_id: str, revision: str, path: str) -> Reply:
         content = self._files(repo_id, revision).get(path) if ("models", repo_id) in self.repos else None
         if content is None:
-            return Reply({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
+            headers = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": _commit_of(revision)}
+            return Reply({"error": "Entry not found"}, 404, headers)
         return Reply(content, headers={"ETag": f'"{_blob_oid(content)}"', "X-Repo-Commit": _commit_of(revision)})
 
     def _mode(self, file: dict[str, Any], held: bytes | None) -> dict[str, Any]:

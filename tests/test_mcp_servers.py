@@ -170,6 +170,8 @@ KINDS = {"anyOf": [{"const": "id"}, {"const": "name"}]}
             "a",
             "further",
         ),
+        ({"$ref": "#/%24defs/a", "$defs": {"a": {"properties": {"q": TEXT}}}}, {"q": TEXT}, [], "q", "further"),
+        ({"$ref": "#/oneOf/0", "oneOf": [{"properties": {"q": TEXT}}]}, {"q": TEXT}, [], "q", "further"),
         ({"additionalProperties": True}, {}, [], "further", None),
         ({"properties": {"n": NUMBER}, "additionalProperties": {}}, {"n": NUMBER}, [], "further", None),
         ({"allOf": [{"additionalProperties": TEXT}]}, {}, [], "further", None),
@@ -194,7 +196,7 @@ def test_arguments_are_those_of_all_parts_of_the_servers_schema(
         assert tools.refusal(ToolCall(name="t", arguments={**needed, refused: "a"})) is not None
 
 
-@pytest.mark.parametrize("reference", ["#/$defs/absent", "https://example.org/a", "#/$defs/circle"])
+@pytest.mark.parametrize("reference", ["#/$defs/absent", "#/oneOf/1", "https://example.org/a", "#/$defs/circle"])
 def test_a_schema_whose_parameters_cannot_be_found_is_an_error_at_start_up(reference: str) -> None:
     schema = {"type": "object", "$ref": reference, "$defs": {"circle": {"$ref": "#/$defs/circle"}}}
     with pytest.raises(ToolSpecError, match=r"'t' of an MCP server has a schema whose .* Exclude the tool: list the"):

@@ -140,6 +140,16 @@ def test_an_adapter_whose_tokenizer_is_unknown_is_not_one_without(hub, base, ada
             tokenizer_of("me/adapter", base, "main", trust_remote_code=False)
 
 
+def test_an_adapter_that_is_known_to_have_no_tokenizer_gets_its_bases_offline(hub, base, adapter, monkeypatch, caplog):
+    files = files_of(adapter)
+    hub.repos["models", "me/bare"] = {name: files[name] for name in files if name.startswith("adapter_")}
+    for offline in (False, True):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+        own = tokenizer_of("me/bare", base, "main", trust_remote_code=False)
+        assert own.chat_template == tokenizer().chat_template
+    assert "has no tokenizer" not in caplog.text
+
+
 def test_the_base_is_loaded_in_the_revision_of_the_training(hub, base, adapter, tmp_path):
     other = AutoModelForCausalLM.from_pretrained(base)
     with torch.no_grad():

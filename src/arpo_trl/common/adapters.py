@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import hf_hub_download, is_offline_mode
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import AutoTokenizer
 
@@ -62,6 +62,8 @@ def _is_on_hub(adapter: str) -> bool:
     except LocalEntryNotFoundError:  # an EntryNotFoundError too, although the Hub was not asked or did not answer
         if not is_offline_mode():
             raise
+        if try_to_load_from_cache(adapter, _TOKENIZER) is _CACHED_NO_EXIST:
+            return False
         logger.warning(
             f"The cache of the Hub has no tokenizer of the adapter {adapter!r}, so that of its base model is used. If "
             "the adapter has its own, download it first: run once without HF_HUB_OFFLINE."

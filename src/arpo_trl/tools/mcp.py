@@ -26,6 +26,7 @@ from concurrent.futures import CancelledError
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from typing import IO, Any
+from urllib.parse import unquote
 
 from arpo_trl.errors import ConfigError, ToolError, ToolOverdue, ToolSpecError, ToolUnavailable
 from arpo_trl.net import background
@@ -48,7 +49,7 @@ _OVERLONG: ContextVar[Callable[[], None]] = ContextVar("overlong")
 """The callback for a line that is too long from the connection's process."""
 
 _PARTS = ("$ref", "allOf", "anyOf", "oneOf", "$defs", "definitions")
-"""Of a schema, besides its properties: what the model also reads."""
+"""The parts of a schema, besides its properties, that the model reads."""
 _OPEN = "additionalProperties"
 
 # The library logs messages of servers. The errors of failed calls are enough.
@@ -468,10 +469,7 @@ def _like(tool: Any, call: Callable[..., Any], parameters: list[inspect.Paramete
     try:
         described = _with_properties(tool.input_schema, tool.input_schema)
     except (LookupError, RecursionError) as error:
-        raise ToolSpecError(
-            f"tool {tool.name!r} of an MCP server has a schema whose parameters cannot be found: {error}. "
-            "Exclude the tool: list the tools to offer in the server's `tools`."
-        ) from error
+        raise _excluded(tool, f"a schema whose parameters cannot be found: {error}") from error
     given: dict[str, Any] = described["properties"]
     properties = {name: schema if isinstance(schema, dict) else {} for name, schema in given.items()}  # or a bool
     required = [name for name in dict.fromkeys(described["required"]) if name in properties]
@@ -482,10 +480,7 @@ def _like(tool: Any, call: Callable[..., Any], parameters: list[inspect.Paramete
         try:
             parameters.append(inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default))
         except ValueError as error:
-            raise ToolSpecError(
-                f"tool {tool.name!r} of an MCP server has a parameter that a Python function cannot have: {error}. "
-                "Exclude the tool: list the tools to offer in the server's `tools`."
-            ) from error
+            raise _excluded(tool, f"a parameter that a Python function cannot have: {error}") from error
     if is_open:
         further = "further"
         while further in properties:
@@ -510,9 +505,16 @@ def _like(tool: Any, call: Callable[..., Any], parameters: list[inspect.Paramete
     return call
 
 
+def _excluded(tool: Any, what: str) -> ToolSpecError:
+    return ToolSpecError(
+        f"tool {tool.name!r} of an MCP server has {what}. Exclude the tool: list the tools to offer in the server's "
+        "`tools`."
+    )
+
+
 def _with_properties(schema: Any, root: Any) -> dict[str, Any]:
-    """Return the schema of an object with the `properties`, the names of those `required`, and the permission of
-    further ones, that it has from its parts: a `$ref`, `allOf`, `anyOf`, `oneOf`.
+    """Return the schema of an object with the `properties`, the `required` names and the `additionalProperties` of its
+    `$ref`, `allOf`, `anyOf` and `oneOf` added to its own.
 
     Raises:
         LookupError: A `$ref` does not lead to a part of `root`.
@@ -548,8 +550,11 @@ def _referred(reference: str, root: Any) -> Any:
     start, *steps = reference.split("/")
     part = root if start == "#" else None
     for step in steps:
-        step = step.replace("~1", "/").replace("~0", "~")
-        part = part.get(step) if isinstance(part, dict) else None
+        step = unquote(step).replace("~1", "/").replace("~0", "~")
+        if isinstance(part, list) and step.isdecimal() and int(step) < len(part):
+            part = part[int(step)]
+        else:
+            part = part.get(step) if isinstance(part, dict) else None
     if part is None:
         raise LookupError(f"$ref {reference!r} does not lead to a part of it")
     return part

@@ -304,13 +304,22 @@ def _json_type(hint: Any, annotated: str, outer: tuple[Any, ...] = ()) -> dict[s
 
 def _typed_dict(hint: Any, annotated: str, outer: tuple[Any, ...]) -> dict[str, Any]:
     """Return the JSON schema of a TypedDict. `_json_type` explains the arguments and the error."""
-    marks = {name: get_origin(value) for name, value in get_type_hints(hint, include_extras=True).items()}
+    try:
+        hints, marked = get_type_hints(hint), get_type_hints(hint, include_extras=True)
+    except NameError:  # of a local class, or imported only for type checkers
+        return {"type": "object"}
+    marks = {name: get_origin(value) for name, value in marked.items()}
     required = [  # __required_keys__ does not know marks in annotations that are strings
         name
         for name, mark in marks.items()
         if mark is Required or (name in hint.__required_keys__ and mark is not NotRequired)
     ]
-    properties = {name: _json_type(value, annotated, outer) for name, value in get_type_hints(hint).items()}
+    properties = {
+        name: _json_type(
+            value, f"{annotated}, whose key {name!r} is annotated {inspect.formatannotation(value)}", outer
+        )
+        for name, value in hints.items()
+    }
     return {"type": "object", "properties": properties, **({"required": required} if required else {})}
 
 

@@ -119,8 +119,10 @@ def _unwrapped(value: Any) -> Any:
         return to_string()
     if callable(getattr(value, "tolist", None)) and hasattr(value, "dtype"):  # numpy, or a library with its interface
         kind = getattr(value.dtype, "kind", "")
-        if kind in ("M", "m"):  # times and durations; `tolist` makes a number of a nanosecond
+        if kind == "M":  # `tolist` makes numbers of times in nanoseconds
             return value.astype(str).tolist()
+        if kind == "m":  # and of durations
+            return value.astype("timedelta64[us]").tolist()
         is_short = kind == "f" and value.dtype.itemsize < 8
         return (value.astype(str).astype(float) if is_short else value).tolist()  # 0.1, not 0.10000000149011612
     if is_dataclass(value):

@@ -124,8 +124,7 @@ class ReadFile:
 class RunReader:
     """Reads the log files of a run, and rereads changed files.
 
-    It holds texts and metrics, and no tokens; and texts of the newest trees only, since a long run's log is larger
-    than the memory.
+    It holds no tokens, and the texts of the newest trees only: the log of a long run is larger than the memory.
 
     `revision` grows with every change, also from one reader of a run to the next. `history` contains the logged
     metrics.
