@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import transformers
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 import resuming
 from arpo_trl.errors import Interrupted
@@ -174,6 +174,26 @@ def test_an_interrupts_checkpoint_has_everything_whatever_the_others_have(model,
     assert (tmp_path / "checkpoint-1" / "optimizer.pt").exists()
 
 
+@pytest.mark.slow
+def test_a_repeated_evaluation_keeps_a_checkpoint_to_resume_from(model, tmp_path, monkeypatch):
+    class Killed(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            raise MemoryError("at the first step after the evaluation")
+
+    settings = {"save_only_model": True, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 8}
+    monkeypatch.setattr(resuming, "wait_while_told", interrupting("reward", 3))
+    with pytest.raises(Interrupted):
+        train(model, tmp_path, save_steps=100, **settings)
+    written = Checkpoints(tmp_path).find(True).written
+    monkeypatch.setattr(resuming, "wait_while_told", lambda caller: None)
+    trainer = make_trainer(model, tmp_path, save_steps=100, **settings)
+    trainer.add_callback(Killed())
+    with pytest.raises(MemoryError):
+        trainer.train(resume_from_checkpoint=True)
+    assert Checkpoints(tmp_path).find(True).written > written
+    assert (tmp_path / "checkpoint-2" / "optimizer.pt").exists()
+
+
 def test_an_async_reward_is_not_waited_for(model, tmp_path):
     import asyncio
 
@@ -318,17 +338,35 @@ def test_workers_that_load_data_are_ended_by_the_run_only(model, tmp_path, monke
     assert worker.exitcode == 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("start", ["fork", "forkserver"])
-def test_workers_that_are_left_end_with_the_run(start):
-    script = f"""
-        from torch.utils.data import DataLoader
-        from arpo_trl.runs.interrupts import until_the_run_ends
-        workers = dict(num_workers=2, worker_init_fn=until_the_run_ends(None), multiprocessing_context="{start}")
+LEAVE_WORKERS = """
+    import multiprocessing
+    from torch.utils.data import DataLoader
+    from arpo_trl.runs.interrupts import until_the_run_ends
+
+    def train(start):
+        global batches
+        workers = dict(num_workers=2, worker_init_fn=until_the_run_ends(None), multiprocessing_context=start)
         batches = iter(DataLoader(range(9), **workers))
         next(batches)
-        print(*(worker.pid for worker in batches._workers))
-    """
+        print(*(worker.pid for worker in batches._workers), flush=True)
+
+    {call}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "call",
+    [
+        "train('fork')",
+        "train('forkserver')",
+        # as notebook_launcher and torch.multiprocessing start ranks: without atexit functions
+        "rank = multiprocessing.get_context('fork').Process(target=train, args=('fork',)); rank.start(); rank.join()",
+    ],
+    ids=["fork", "forkserver", "a rank that is a process of multiprocessing"],
+)
+def test_workers_that_are_left_end_with_the_run(call):
+    script = LEAVE_WORKERS.format(call=call)
     ended = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=BOUND_S
     )

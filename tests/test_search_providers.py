@@ -315,6 +315,18 @@ def test_the_settings_name_a_provider_from_outside_the_package(
     assert asked.headers["x-key"] == KEY
 
 
+def test_an_address_with_and_without_its_path_is_one_server() -> None:
+    sources = {make_provider("retrieve", url=f"http://127.0.0.1:8000{path}").source for path in ("", "/retrieve")}
+    assert sources == {"retrieve http://127.0.0.1:8000"}
+
+
+def test_an_error_names_the_flag_of_the_address() -> None:
+    with pytest.raises(ConfigError, match="Set --url to the address"):
+        make_provider("searxng", setting="--url")
+    with pytest.raises(ConfigError, match="--url must be an address"):
+        make_provider("searxng", url="searx", setting="--url")
+
+
 def test_a_provider_may_yield_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def read(provider: Wiki, answer: Any) -> Iterator[Hit]:
         for page in answer["pages"]:

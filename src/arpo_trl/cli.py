@@ -226,7 +226,7 @@ def _on_cache(cache: SearchCache, arguments: argparse.Namespace) -> None:
             say(f"{count:,} queries written to {arguments.file}")
         case "import":
             # The zone is no part of the key; Bright Data needs one.
-            provider = make_provider(arguments.provider, url=arguments.url, zone="any")
+            provider = make_provider(arguments.provider, url=arguments.url, zone="any", setting="--url")
             parameters, longest = provider.parameters(arguments.top_k), provider.max_query_chars
             count = cache.import_json(arguments.file, provider.source, parameters, longest)
             say(f"{count:,} queries imported from {arguments.file}")

@@ -165,14 +165,16 @@ def space() -> Iterator[Finding]:
     from huggingface_hub import constants
 
     yield _enough("memory", psutil.virtual_memory().available / GB, LEAST_MEMORY_GB, "free")
-    for subject, folder in (("disk, here", Path.cwd()), ("disk, model cache", Path(constants.HF_HUB_CACHE))):
+    for subject, folder, remedy in (
+        ("disk, here", Path(), "run this in another folder"),
+        ("disk, model cache", Path(constants.HF_HUB_CACHE), "set HF_HOME to a folder of yours"),
+    ):
         try:
             free = free_bytes(folder)
         except OSError as error:  # such as the cache of another user
-            remedy = "set HF_HOME to a folder of yours"
             yield Finding(subject, Verdict.LIMITED, f"{folder} cannot be read ({error.strerror}): {remedy}")
         else:
-            yield _enough(subject, free / GB, LEAST_DISK_GB, f"free in {folder}")
+            yield _enough(subject, free / GB, LEAST_DISK_GB, f"free in {folder.absolute()}")
 
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (packages, devices, sandbox, keys, space)

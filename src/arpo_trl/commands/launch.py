@@ -74,7 +74,7 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
         elif name == "accelerate":
             for_accelerate += ["--config_file", str(shipped_file(ACCELERATE_CONFIGS, value))]
         else:
-            for_accelerate += [f"--{name}", str(user_path(value, word)) if name == "config_file" else value]
+            for_accelerate += [f"--{name}", str(user_path(value, f"--{name}")) if name == "config_file" else value]
     if for_accelerate.count("--config_file") > 1:
         raise ConfigError("--accelerate and --config_file are both set, or set twice; expected one configuration.")
     return for_accelerate, for_program

@@ -62,8 +62,8 @@ def in_words(message: str) -> str:
 
 
 def path_in_flag(text: str) -> Path:
-    """The path in a flag, with ~ for a home directory: a shell leaves it as it is after --flag=. argparse prints the
-    error."""
+    """The path in a flag, with ~ for a home directory, which a shell does not replace after --flag=. argparse prints
+    the error."""
     try:
         return user_path(text, "the path")
     except DataError as error:

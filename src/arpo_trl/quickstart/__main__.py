@@ -71,7 +71,8 @@ def run(words: Sequence[str] | None = None) -> None:
         say_loading("arpo-trl quickstart")
         from arpo_trl.quickstart import stages
 
-        stages.run(arguments.task, output, arguments.seed, hard=arguments.hard, config=config)
+        with stages.ended_by_sigterm():
+            stages.run(arguments.task, output, arguments.seed, hard=arguments.hard, config=config)
 
 
 main = report_errors(run)

@@ -11,7 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -147,7 +148,6 @@ def run(name: str, output: Path, seed: int, *, hard: bool = False, config: Path 
         hard: The variant of the task "search" in which queries have many forms.
         config: The settings of stage 2. None: the task's.
     """
-    signal.signal(signal.SIGTERM, _end)
     task = TASKS[name]
     if hard:
         task = replace(task, prepare=partial(prepare, hard=True))
@@ -200,10 +200,19 @@ def run(name: str, output: Path, seed: int, *, hard: bool = False, config: Path 
     _show(console, output, rl, summary)
 
 
-def _end(number: int, _: object) -> NoReturn:
-    """Ends this process and the stage that it runs, which would otherwise go on alone."""
-    kill_children()
-    leave(128 + number)
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """A context in which SIGTERM ends this process and the stage that it runs, which would otherwise go on alone."""
+
+    def end(number: int, _: object) -> NoReturn:
+        kill_children()
+        leave(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _show(console: Console, output: Path, rl: Path, summary: Mapping[str, Any]) -> None:

@@ -24,9 +24,9 @@ _ONE_SPELLING = WITHOUT_MEANING | str.maketrans(
 _KEPT = {mark: chr(0xE000 + at) for at, mark in enumerate(".-+*/^=<>:!#%‰'\"[]|")}
 _BACK = str.maketrans({kept: mark for mark, kept in _KEPT.items()})
 
-# LaTeX's spaces, in numbers and between words.
+# LaTeX's spaces, in numbers and between words: New~York, Boeing~747.
 _THIN_SPACE = re.compile(r"(?<=\d)\\[,;:](?=\d{3}(?!\d))")  # 10\,000
-_SPACE = re.compile(r"\\[,;:]|\\q?quad(?![A-Za-z])|(?<=[\w.,])~(?=[A-Z])")  # New~York
+_SPACE = re.compile(r"\\[,;:]|\\q?quad(?![A-Za-z])|(?<=[\w.,])~(?=[A-Z])|(?<=[A-Za-z][A-Za-z.])~(?=\d)")
 _FUNCTION = r"(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|inf|infty|infinity|oo)(?![A-Za-z])"
 _SYMBOL = "[α-ωΑ-Ω∞√∛∫∑∏∂∇](?![α-ωΑ-Ω])"
 _LEFT = rf"(?:\d|[)\]}}!|]|(?<![A-Za-z])[a-z]|(?<![A-Za-z]){_FUNCTION}|\\[A-Za-z]+|{_SYMBOL})"  # what operators follow
@@ -63,8 +63,9 @@ def _primes(text: str) -> str:
     text = re.sub(r"(?<=[\dA-Za-z])′|(?<=\d)’(?!\w*[A-Za-z])", "'", text)
     if _QUOTED.search(text):
         return _keep(r"(?<=\d)['\"](?=\s?\d)")(text)
-    # Before a word it is an apostrophe: Guns N' Roses.
-    return _keep(r"(?<=\d)['\"](?![A-Za-z])|(?<![A-Za-z]{2})(?<=[A-Za-z])['\"]+(?!\w|\s+[A-Za-z]{2})")(text)
+    # Before a name, and after an n before a word, it is an apostrophe: Guns N' Roses, rock n' roll.
+    apostrophe = r"\s+[A-Z][a-z]|(?<=[nN]['\"])\s+[A-Za-z]{2}"
+    return _keep(rf"(?<=\d)['\"](?![A-Za-z])|(?<![A-Za-z]{{2}})(?<=[A-Za-z])['\"]+(?!\w|{apostrophe})")(text)
 
 
 def _brackets(text: str) -> str:

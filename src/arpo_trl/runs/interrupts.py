@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing import util
 from multiprocessing.connection import Connection
 from types import FrameType
 from typing import Any, ClassVar, NoReturn
@@ -276,7 +277,10 @@ os.register_at_fork(before=_forks.before, after_in_parent=_forks.in_parent, afte
 @one_per_process
 def _end_of_run() -> tuple[Connection, Connection]:
     """The reader and the writer of a pipe to which this process writes at its end."""
-    return multiprocessing.Pipe(duplex=False)
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    # Before multiprocessing waits for the processes that are left. A process of its own runs no atexit functions.
+    util.Finalize(None, writer.send_bytes, (_END,), exitpriority=10)
+    return reader, writer
 
 
 def until_the_run_ends(begin: Callable[[int], None] | None) -> Callable[[int], None]:
@@ -284,8 +288,8 @@ def until_the_run_ends(begin: Callable[[int], None] | None) -> Callable[[int], N
 
     A job may send SIGTERM to all its processes, and torch raises an error when a worker ends. Then the parent could
     not save. So workers ignore SIGTERM, also that of their parent: multiprocessing sends it at the parent's exit to
-    workers that are left, and waits for them. Signals that are blocked would tell the two apart, but the threads that
-    libraries start when a worker imports them, under forkserver and spawn, have blocked none.
+    workers that are left, and waits for them. A blocked SIGTERM could be asked for its sender, but threads that
+    libraries start before this function do not block it.
     """
     return partial(_begin_worker, begin, _end_of_run()[0])
 
@@ -338,8 +342,6 @@ def follow_launcher() -> None:
 def _end_process() -> None:
     if Interrupts.stopped:
         kill_children()
-    with contextlib.suppress(OSError):  # no more files can be open
-        _end_of_run()[1].send_bytes(_END)
     if Interrupts.exit_status is not None:  # skips seconds of garbage collection
         sys.stdout.flush()
         sys.stderr.flush()

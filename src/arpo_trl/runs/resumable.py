@@ -438,15 +438,23 @@ class Resumable(GRPOTrainer):
             self.current_flos, self.state.total_flos = moment["flos"]
             del self.state.log_history[moment["logged"] :]
             self._evaluation_is_owed = moment["owed"]
-            only_model, self.args.save_only_model = self.args.save_only_model, False
-            self._save_checkpoint(self.model_wrapped, None)
-            self.args.save_only_model = only_model
+            with self._saving_all():
+                self._save_checkpoint(self.model_wrapped, None)
         saved = f"{told} Step {step} is saved in {self._checkpoints.place(step)}."
         if self.args.sync_ref_model:
             return f"{saved} A run with sync_ref_model cannot resume; use its weights in a new run."
         return f"{saved} To resume, run the same command with --resume_from_checkpoint true."
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _saving_all(self) -> Iterator[None]:
+        """A context in which checkpoints can be resumed from, also with `save_only_model`."""
+        only_model, self.args.save_only_model = self.args.save_only_model, False
+        try:
+            yield
+        finally:
+            self.args.save_only_model = only_model
 
     def _get_output_dir(self, trial: Any = None) -> str:
         return str(self._checkpoints.unfinished) if self._writing else super()._get_output_dir(trial)
@@ -545,9 +553,11 @@ class Resumable(GRPOTrainer):
         self.load_state_dict(memory)
         self._is_restored = True
         if state.owes_evaluation:
-            # The new checkpoint contains the evaluation, and can be the best one.
+            # The checkpoint is replaced by one with the evaluation, which can be the best one.
             self.control.should_evaluate, self.control.should_save, self.control.should_log = True, True, False
-            self._maybe_log_save_evaluate(self._tr_loss, None, self.model, None, self.state.epoch or 0.0, None, 0.0)
+            epoch = self.state.epoch or 0.0
+            with self._saving_all():
+                self._maybe_log_save_evaluate(self._tr_loss, None, self.model, None, epoch, None, 0.0)
         if self._starts_epoch:
             self._epoch_generators = _generators()
 

@@ -216,9 +216,8 @@ def _fetched(url: str, guard: AddressGuard, deadline: float, max_bytes: int) -> 
 
 def _answer(requests: Sequence[httpx.Request], deadline: float, max_bytes: int) -> Answer:
     """Return the answer of the first address that can be reached."""
-    for left_over in reversed(range(len(requests))):
-        request = requests[-1 - left_over]
-        left = max(0.1, deadline - time.monotonic())
+    for at, request in enumerate(requests):
+        left, left_over = max(0.1, deadline - time.monotonic()), len(requests) - 1 - at
         if left_over:  # an address without a route may not even refuse
             request.extensions["timeout"] = {"connect": left / (left_over + 1)}
         try:

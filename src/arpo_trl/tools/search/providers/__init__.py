@@ -19,12 +19,15 @@ PROVIDERS: Registry[type[Provider]] = Registry("search provider", __name__, __pa
 register_provider = PROVIDERS.register
 
 
-def make_provider(name: str, *, url: str | None = None, zone: str | None = None) -> Provider:
+def make_provider(
+    name: str, *, url: str | None = None, zone: str | None = None, setting: str = "search_url"
+) -> Provider:
     """Return the provider called `name`.
 
     Args:
         url: The address of the service; None: the provider's `default_url`.
         zone: The value of the field `zone`, for a provider that has one, such as Bright Data.
+        setting: The setting or flag of `url`, for errors.
 
     Raises:
         ConfigError: There is no such provider, its address is missing or malformed, or its zone is missing.
@@ -33,9 +36,9 @@ def make_provider(name: str, *, url: str | None = None, zone: str | None = None)
     base_url = (url or kind.default_url).rstrip("/")
     if not base_url:
         raise ConfigError(
-            f"search_provider {name} has no default address. Set search_url to the address of your server."
+            f"search_provider {name} has no default address. Set {setting} to the address of your server."
         )
-    check_server_url(base_url, "search_url", kind.key_variable)
+    check_server_url(base_url, setting, kind.key_variable)
     settings = {"base_url": base_url}
     if "zone" in {field.name for field in fields(kind)}:
         if not zone:

@@ -20,6 +20,10 @@ class Retrieve(Provider):
 
     default_url = "http://127.0.0.1:8000"
 
+    @property
+    def source(self) -> str:
+        return super().source.removesuffix("/retrieve")
+
     def request(self, query: str, results: int, key: str) -> httpx.Request:
         url = self.base_url.removesuffix("/retrieve") + "/retrieve"
         return httpx.Request("POST", url, json={"queries": [query], "topk": results, "return_scores": True})
