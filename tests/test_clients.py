@@ -1,6 +1,7 @@
 """Many requests at once are shared among several clients."""
 
 import asyncio
+import socket
 from contextlib import ExitStack
 
 import httpx
@@ -71,6 +72,50 @@ def test_a_request_is_cancelled_when_its_server_refuses_connections_and_not_befo
         await clients.aclose()
 
     asyncio.run(ask())
+
+
+def probing(monkeypatch, addresses) -> str:
+    """The result of a request during which a server's port is checked at least twice, unless the first check cancels
+    it. `addresses()` are those of the server's name."""
+    monkeypatch.setattr("arpo_trl.net.clients.PROBE_S", 0.02)
+
+    async def ask() -> str:
+        checks: asyncio.Queue[None] = asyncio.Queue()
+
+        async def resolved(*args: object, **options: object) -> list[tuple]:
+            checks.put_nowait(None)
+            return [(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (ip, 9)) for ip in addresses()]
+
+        async def answer() -> str:
+            for _ in range(2):
+                await checks.get()
+            return "an answer"
+
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolved)
+        clients = HTTPClients(lambda verify: httpx.AsyncClient(verify=verify, trust_env=False))
+        try:
+            return await clients.while_up("http://server:9/health", answer())
+        finally:
+            assert asyncio.all_tasks() == {asyncio.current_task()}  # a server without running requests is not checked
+            await clients.aclose()
+
+    return asyncio.run(ask())
+
+
+@pytest.mark.parametrize(
+    "error", [socket.gaierror(-3, "Temporary failure in name resolution"), OSError(24, "Too many open files")]
+)
+def test_a_check_that_fails_before_it_reaches_the_server_cancels_no_request(monkeypatch, error):
+    def fail():
+        raise error
+
+    assert probing(monkeypatch, fail) == "an answer"
+
+
+@pytest.mark.parametrize("addresses", [["127.0.0.1"], ["127.0.0.1", "127.0.0.2"]])
+def test_a_port_that_is_closed_at_all_addresses_of_a_name_cancels_its_requests(monkeypatch, addresses):
+    with pytest.raises(httpx.ConnectError, match="no longer accepts connections"):
+        probing(monkeypatch, lambda: addresses)
 
 
 def test_all_clients_are_closed():

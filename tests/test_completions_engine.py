@@ -282,6 +282,20 @@ def test_a_turn_does_not_wait_for_a_server_that_stops_but_keeps_its_connection(m
     ended.set()
 
 
+def test_the_checks_during_a_turn_have_the_key(monkeypatch):
+    monkeypatch.setattr("arpo_trl.net.clients.PROBE_S", 0.05)
+    monkeypatch.setenv(KEY_VARIABLE, "sesame")
+    ended = threading.Event()
+    answers = Server(lambda prompt: Reply(stream=lambda out: ended.wait(60)), ids=False, key="sesame")
+    with Loopback(answers) as loopback:
+        made = engine(loopback)
+        with made.session():
+            made.submit(request(0))
+            until(lambda: [asked.path for asked in loopback.asked].count("/v1/models") >= 2)  # the engine's own first
+        ended.set()
+    assert {asked.headers.get("authorization") for asked in loopback.asked} == {"Bearer sesame"}
+
+
 def test_a_session_that_is_left_early_leaves_nothing_behind():
     gate = threading.Event()
     with Loopback(Server(lambda prompt: Reply(stream=lambda out: gate.wait(60)), ids=False)) as loopback:

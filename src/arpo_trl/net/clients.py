@@ -38,6 +38,9 @@ class HTTPClients:
         self._verify = httpx.create_ssl_context()
         self._running: dict[httpx.AsyncClient, int] = {}
         self._watches: dict[str, asyncio.Task[str]] = {}
+        """The check of each address for which `while_up` runs requests."""
+        self._watched: dict[str, set[asyncio.Task[Any]]] = {}
+        """These requests."""
 
     @contextmanager
     def one(self) -> Iterator[httpx.AsyncClient]:
@@ -56,7 +59,8 @@ class HTTPClients:
         A server that gets SIGTERM may keep the connections of running requests open without ever answering them.
 
         Args:
-            url: An address that the server answers without computation. All running requests share its checks.
+            url: An address that the server answers without computation. All running requests share its checks, which
+                end with the last of them.
 
         Raises:
             httpx.ConnectError: The server no longer accepts connections.
@@ -65,14 +69,21 @@ class HTTPClients:
         if watch is None or watch.done():
             watch = self._watches[url] = asyncio.create_task(self._refusal(url))
         running = asyncio.create_task(request)
+        watched = self._watched.setdefault(url, set())
+        watched.add(running)
         try:
             await asyncio.wait([running, watch], return_when=asyncio.FIRST_COMPLETED)
             if not running.done():
                 raise httpx.ConnectError(f"no longer accepts connections: {watch.result()}")
             return running.result()
         finally:
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
+            ended: list[asyncio.Task[Any]] = [running]
+            watched.remove(running)
+            if not watched:
+                ended.append(self._watches.pop(url))
+            for task in ended:
+                task.cancel()
+            await asyncio.gather(*ended, return_exceptions=True)
 
     async def _refusal(self, url: str) -> str:
         """Wait until a connection is refused, and return the error."""
@@ -81,14 +92,20 @@ class HTTPClients:
             try:
                 with self.one() as http:
                     await http.get(url, timeout=PROBE_S)
-            except httpx.ConnectError as error:
-                return str(error)
-            except httpx.HTTPError:
-                pass  # it is slow, or closed the connection of an earlier check
+            except httpx.HTTPError as error:
+                # Otherwise it is slow, or its name was not resolved, or no file descriptor is left here.
+                if _is_refused(error):
+                    return str(error)
 
     async def aclose(self) -> None:
-        for watch in self._watches.values():
-            watch.cancel()
-        await asyncio.gather(*self._watches.values(), return_exceptions=True)
         for client in [*self._running]:  # one may be made meanwhile
             await client.aclose()
+
+
+def _is_refused(error: BaseException | None) -> bool:
+    """Whether a closed port has caused this error of httpx, which wraps the socket's error several times."""
+    while error is not None and not isinstance(error, ConnectionRefusedError):
+        if isinstance(error, BaseExceptionGroup):  # one error for each address of the name
+            return any(map(_is_refused, error.exceptions))
+        error = error.__cause__ or error.__context__
+    return error is not None

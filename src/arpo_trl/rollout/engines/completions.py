@@ -114,7 +114,9 @@ class CompletionsEngine:
     def session(self) -> Iterator[None]:
         self._events = queue.SimpleQueue()
         limits = httpx.Limits(max_connections=None)
-        self._http = HTTPClients(lambda verify: httpx.AsyncClient(verify=verify, timeout=None, limits=limits))
+        self._http = HTTPClients(
+            lambda verify: httpx.AsyncClient(headers=_headers(), verify=verify, timeout=None, limits=limits)
+        )
         try:
             yield
         finally:
@@ -181,7 +183,7 @@ class CompletionsEngine:
     @asynccontextmanager
     async def _stream(self, body: dict[str, Any]) -> AsyncIterator[httpx.Response]:
         with self._http.one() as http:
-            async with http.stream("POST", self._url + "/completions", json=body, headers=_headers()) as response:
+            async with http.stream("POST", self._url + "/completions", json=body) as response:
                 yield response
 
     async def _ask(self, request: TurnRequest) -> _PartialTurn:
