@@ -221,9 +221,15 @@ class VLLMServerEngine:
                 with self._http.one() as http:
                     response = await self._while_up(server, http.post(f"{url}/v1/completions", json=body))
                 if response.status_code == 200:
-                    if (now := await self._mark(server, self._request_s)) == mark:
+                    now = await self._mark(server, self._request_s)
+                    if now == mark:
                         return _read(response, url, version)
-                    problem = f"its weights were {mark}, and {now} after an answer"
+                    problem = "it no longer answers" if now is None else "it was restarted while it answered"
+                else:
+                    problem = f"{response.status_code}: {without_secrets(response.text)[:300]}"
+                    # 404: the adapter was lost in a restart. Other errors below 500 are permanent.
+                    if response.status_code < 500 and response.status_code != 404:
+                        break
             except httpx.ReadTimeout as error:
                 raise EngineError(
                     f"{url} has not answered a request for {segment.max_tokens} tokens within {self._request_s:.0f} "
@@ -231,12 +237,6 @@ class VLLMServerEngine:
                 ) from error
             except httpx.TransportError as error:
                 problem = f"{type(error).__name__}: {error}"
-            else:
-                if response.status_code != 200:
-                    problem = f"{response.status_code}: {without_secrets(response.text)[:300]}"
-                    # 404: the adapter was lost in a restart. Other errors below 500 are permanent.
-                    if response.status_code < 500 and response.status_code != 404:
-                        break
             finally:
                 self._sent -= 1
             if server.mark == mark:  # no other turn has noticed the failure

@@ -205,18 +205,41 @@ class ServedWeights:
         self._on_main(update)
         self.version = version
 
-    def _serve(self, client: ServerClient, version: str, give: Callable[[ServerClient, str], None]) -> str:
-        """Give the server the version, compare logprobs, and return the server's new mark."""
+    def _serve(
+        self, client: ServerClient, version: str, give: Callable[[ServerClient, str], None], resets: int = 1
+    ) -> str:
+        """Give the server the version, compare logprobs, and return the server's mark.
+
+        If another rank has restored the server meanwhile, its mark stays: with another one the ranks would discard
+        the answers of turns that run there again.
+
+        Args:
+            resets: The attempts to reset the prefix cache.
+        """
         give(client, version)
-        if not client.reset_prefix_cache():
-            raise EngineError(
-                f"{client.url} could not reset its prefix cache, because other requests use it. A server used for "
-                "training must not serve other clients. Stop them and resume."
-            )
+        if _has(mark := client.weight_version(), version):
+            return mark
+        self._reset(client, resets)
         self._compare(client, version)
+        if _has(mark := client.weight_version(), version):
+            return mark
         mark = f"{version}.{secrets.token_hex(4)}"
         client.set_weight_version(mark)
         return mark
+
+    def _reset(self, client: ServerClient, attempts: int) -> None:
+        """Reset the prefix cache, which has states from other weights. Aborts the requests that use it between two
+        attempts."""
+        for attempt in range(attempts):
+            if attempt:
+                client.abort()
+                time.sleep(CHECK_S)
+            if client.reset_prefix_cache():
+                return
+        raise EngineError(
+            f"{client.url} could not reset its prefix cache, because other requests use it. A server used for "
+            "training must not serve other clients. Stop them and resume."
+        )
 
     def restore(self, client: ServerClient) -> str:
         """Send the current weights to the server if it was restarted, and return its mark. Any rank can call this.
@@ -227,33 +250,22 @@ class ServedWeights:
             EngineError: It does not serve the trainer's weights.
         """
         with self.lock:
-            if self._is_current_mark(mark := client.weight_version()):
+            if _has(mark := client.weight_version(), self.version):
                 return mark
             logger.warning(f"{client.url} was restarted. It now gets the current weights.")
             try:
-                return self._serve(client, self.version, self._give_restarted)
+                # Requests that reached the server before a rank noticed the restart use the prefix cache.
+                return self._serve(client, self.version, self._transfer.restore, resets=ATTEMPTS)
             except (ServerLost, CannotRestore):
                 raise
             except (EngineError, ConfigError):
                 # Several ranks may restore the server at the same time. It refuses some of their requests.
                 deadline = time.monotonic() + RESTORED_S
-                while not self._is_current_mark(mark := client.weight_version()):
+                while not _has(mark := client.weight_version(), self.version):
                     if time.monotonic() > deadline:
                         raise
                     time.sleep(CHECK_S)
                 return mark
-
-    def _give_restarted(self, client: ServerClient, version: str) -> None:
-        self._transfer.restore(client, version)
-        # Requests that reached the server before a rank noticed the restart use the prefix cache.
-        for _ in range(ATTEMPTS):
-            client.abort()
-            time.sleep(CHECK_S)
-            if client.reset_prefix_cache():
-                return
-
-    def _is_current_mark(self, mark: str) -> bool:
-        return mark.rpartition(".")[0] == self.version
 
     def _compare(self, client: ServerClient, version: str) -> None:
         ours, url = self._ours, client.url
@@ -294,6 +306,11 @@ class ServedWeights:
         problem = from_main(self._accelerator, problem)
         if problem is not None:
             raise problem
+
+
+def _has(mark: str, version: str) -> bool:
+    """Whether a server with this mark has the version."""
+    return mark.rpartition(".")[0] == version
 
 
 def from_main(accelerator: Accelerator, value: Any) -> Any:
