@@ -4,6 +4,7 @@ import json
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -62,6 +63,7 @@ GOOD = {
     "/tokenize": {"tokens": tokenizer().encode(CANARY_TEXT)},
     "/reset_prefix_cache": {"success": True},
     "/update_weight_version": {"success": True},
+    "/abort_requests": {},
     "/v1/completions": COMPLETION,
 }
 
@@ -207,6 +209,7 @@ def test_the_environments_proxies_are_not_used(serve, monkeypatch):
         ({"v1__models": (404, {})}, "has no /v1/models .*This is not a vLLM server"),
         ({"server_info": (404, {})}, "has no /server_info .*VLLM_SERVER_DEV_MODE=1"),
         ({"weight_info": (404, {})}, "has no /weight_info .*vLLM ≥ 0.31"),
+        ({"abort_requests": (404, {})}, "has no /abort_requests .*VLLM_SERVER_DEV_MODE=1"),
         (
             {"server_info": info(max_logprobs=5)},
             "at most 5 logprobs, but entropy_top_logprobs is 20.*--max-logprobs",
@@ -223,13 +226,9 @@ def test_a_missing_feature_of_a_server_is_named_with_the_remedy(serve, changes, 
         check_server(client(url), tokenizer(), 20)
 
 
-def test_a_server_that_cannot_abort_requests_is_refused_for_rollouts_ahead(serve):
-    url, seen = serve()
-    check_server(client(url), tokenizer(), 20)
-    with pytest.raises(ConfigError, match=f"{url} has no /abort_requests .*rollouts_ahead needs vLLM ≥ 0.31"):
-        check_server(client(url), tokenizer(), 20, ahead=True)
+def test_a_server_with_a_path_for_aborts_is_accepted_and_nothing_is_aborted(serve):
     url, seen = serve(abort_requests=(405, {}))  # as vLLM answers a GET
-    check_server(client(url), tokenizer(), 20, ahead=True)
+    check_server(client(url), tokenizer(), 20)
     assert [path for path, _, _ in seen].count("/abort_requests") == 1
 
 
@@ -289,6 +288,21 @@ def test_a_server_that_never_completes_a_request_stops_the_rollout(serve):
     with pytest.raises(EngineError, match=rf"{url} could not complete a request \(500: .*always"):
         write(engine(url))
     assert 1 < sum(path == "/v1/completions" for path, _, _ in seen) < 10
+
+
+@pytest.mark.parametrize(
+    ("weight_info", "problem"),
+    [
+        (lambda number: {"weight_version": f"arpo-x-{number}"}, "it was restarted while it answered"),
+        # The requests are: at the start 0, then two before each attempt and one after its answer.
+        (lambda number: {"weight_version": "arpo-x-1"} if number == 0 or number % 3 else None, "it no longer answers"),
+    ],
+    ids=["restarted", "down"],
+)
+def test_a_server_whose_answers_are_never_used_is_named_with_the_reason(serve, weight_info, problem):
+    url, _ = serve(weight_info=weight_info)
+    with pytest.raises(EngineError, match=rf"{url} could not complete a request \({problem}\)"):
+        write(engine(url))
 
 
 def test_a_server_that_stays_away_is_named_after_the_deadline(serve):
@@ -451,7 +465,8 @@ def test_a_server_that_is_killed_while_it_loads_weights_is_waited_for_and_gets_t
     seen.clear()
     weights.sync()
     paths = [path for path, _, _ in seen]
-    marked = ["/collective_rpc", "/reset_prefix_cache", "/v1/completions", "/update_weight_version"]
+    served = ["/collective_rpc", "/weight_info", "/reset_prefix_cache", "/v1/completions"]
+    marked = [*served, "/weight_info", "/update_weight_version"]
     assert paths == ["/collective_rpc", "/health", "/health", *marked]
     assert seen[-1][1]["new_version"].startswith(f"{weights.version}.")
     assert weights.step == 1
@@ -515,7 +530,8 @@ class Restarts:
     def __init__(self):
         self.writes = lambda prompt: None
         """What happens while the server answers a request."""
-        self.aborted, self.loading, self.running = threading.Event(), lambda: None, 0
+        self.aborted, self.running = threading.Event(), 0
+        self.loading = self.comparing = lambda: None
         self.prompts: list[int] = []
         self.restart()
 
@@ -536,6 +552,7 @@ class Restarts:
             case "/reset_prefix_cache":
                 return Reply({"success": self.running == 0})
             case "/v1/completions" if "prompt_logprobs" in asked.json:
+                self.comparing()
                 return Reply(AGREES)
             case "/v1/completions":
                 self.running += 1
@@ -624,6 +641,43 @@ def test_a_server_that_another_rank_restored_is_used_but_not_its_answers_from_be
         server.writes = restart_once  # this answer is of the initial weights, and arrives when the server is restored
         assert first_tokens(made, 3) == {3: 60}
     assert server.prompts == [1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("step", ["loading", "comparing"])
+def test_a_server_that_another_rank_restores_meanwhile_keeps_the_other_mark_and_its_turns(restarts, step):
+    """With a new mark, that rank would discard good answers of its turns."""
+    server, _, weights = restarts
+    weights.sync()
+    server.restart()
+    server.aborted.clear()
+
+    def restored():
+        server.version, server.running = f"{weights.version}.other", 1
+
+    setattr(server, step, restored)
+    assert weights.restore(weights.clients[0]) == server.version == f"{weights.version}.other"
+    assert not server.aborted.is_set()
+
+
+def test_a_server_that_stops_while_it_loads_weights_but_keeps_its_connection_is_lost(monkeypatch):
+    monkeypatch.setattr("arpo_trl.net.clients.PROBE_S", 0.05)
+    loading, ended = threading.Event(), threading.Event()
+
+    def load():
+        loading.set()
+        ended.wait(60)
+
+    server = Restarts()
+    server.loading = load
+    with Loopback(server) as loopback, ThreadPoolExecutor(1) as pool:
+        loaded = pool.submit(client(loopback.url).load_weights, "/weights")
+        assert loading.wait(60)
+        loopback.__exit__()  # closes the port, and not the connection of the request
+        try:
+            with pytest.raises(ServerLost, match=rf"{loopback.url} failed at /collective_rpc"):
+                loaded.result(30)
+        finally:
+            ended.set()
 
 
 def test_a_turn_does_not_wait_for_a_server_that_stops_but_keeps_its_connection(tmp_path, monkeypatch):

@@ -72,8 +72,7 @@ def served_weights(
     clients = [ServerClient(url, timeout_s=args.vllm_request_timeout_s) for url in args.server_urls]
     for client in clients:
         client.wait(args.vllm_server_timeout)
-    ahead = args.rollouts_ahead > 0
-    facts = [check_server(client, tokenizer, args.entropy_top_logprobs, ahead=ahead) for client in clients]
+    facts = [check_server(client, tokenizer, args.entropy_top_logprobs) for client in clients]
     dtypes = {client.url: fact.dtype for client, fact in zip(clients, facts, strict=True)}
     warn_of_other_dtype(model, accelerator, dtypes, "start the server with --dtype {dtype}")
     if args.weight_sync == WeightSync.NCCL:

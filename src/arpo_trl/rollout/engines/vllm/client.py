@@ -16,7 +16,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from arpo_trl.errors import ArpoError, ConfigError, EngineError
+from arpo_trl.net import background
 from arpo_trl.net.addresses import server_key
+from arpo_trl.net.clients import HTTPClients
 from arpo_trl.options import VLLM_KEY_VARIABLE
 from arpo_trl.visible import without_secrets
 
@@ -33,11 +35,11 @@ ATTEMPTS = 4
 SHORT_S = 5.0
 """The timeout in seconds of requests that need no computation."""
 ABORT = "/abort_requests"
-ABORT_HINT = "rollouts_ahead needs vLLM ≥ 0.31, started with VLLM_SERVER_DEV_MODE=1. Or set rollouts_ahead: 0."
+ABORT_HINT = "The server needs vLLM ≥ 0.31 and VLLM_SERVER_DEV_MODE=1."
 
 
 class ServerLost(EngineError):
-    """The connection to a server failed: it is down, or was killed during the request."""
+    """The connection to a server failed: it is down, or was stopped or killed during the request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,14 +89,16 @@ class ServerClient:
 
     def __init__(self, url: str, *, timeout_s: float):
         self.url = url.rstrip("/").removesuffix("/v1")
-        self._http = httpx.Client(
-            base_url=self.url,
-            headers=headers(),
-            # Loading weights can take long. Connecting must not.
-            timeout=httpx.Timeout(timeout_s, connect=min(10.0, timeout_s)),
-            # The engine's requests for turns do not use the environment's proxies either.
-            trust_env=False,
-            verify=httpx.create_ssl_context(),
+        self._http = HTTPClients(
+            lambda verify: httpx.AsyncClient(
+                headers=headers(),
+                # Loading weights can take long. Connecting must not.
+                timeout=httpx.Timeout(timeout_s, connect=min(10.0, timeout_s)),
+                # The engine's requests for turns do not use the environment's proxies either.
+                trust_env=False,
+                verify=verify,
+                limits=httpx.Limits(max_keepalive_connections=0),  # nothing closes this client
+            )
         )
 
     def wait(self, away_s: float, check: Callable[[], None] = lambda: None) -> None:
@@ -109,7 +113,7 @@ class ServerClient:
         with tqdm(total=round(away_s), desc=f"Waiting for vLLM at {self.url}", unit="s", delay=5, leave=False) as bar:
             while True:
                 try:
-                    status = self._http.get("/health", timeout=SHORT_S).status_code
+                    status = self._send("GET", "/health", timeout=SHORT_S).status_code
                 except httpx.TransportError as error:
                     problem = f"{type(error).__name__}: {error}"
                 else:
@@ -225,6 +229,19 @@ class ServerClient:
         except ValueError as error:
             raise EngineError(f"{self.url}{path} did not answer with JSON. {hint}") from error
 
+    def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
+        async def send() -> httpx.Response:
+            with self._http.one() as http:
+                return await self._http.while_up(
+                    f"{self.url}/health", http.request(method, f"{self.url}{path}", **options)
+                )
+
+        running = background.start(send())
+        try:
+            return running.result()
+        finally:
+            running.cancel()  # after an interrupt it still runs
+
     def _request(
         self,
         method: str,
@@ -235,7 +252,7 @@ class ServerClient:
         **options: Any,
     ) -> httpx.Response:
         try:
-            response = self._http.request(method, path, json=body, **options)
+            response = self._send(method, path, json=body, **options)
         except httpx.ReadTimeout as error:
             raise EngineError(
                 f"The vLLM server {self.url} has not answered {path} in time. Check its log, or raise "
@@ -261,22 +278,18 @@ class ServerClient:
         return response
 
 
-def check_server(
-    client: ServerClient, tokenizer: PreTrainedTokenizerBase, top_logprobs: int, *, ahead: bool = False
-) -> ServerFacts:
+def check_server(client: ServerClient, tokenizer: PreTrainedTokenizerBase, top_logprobs: int) -> ServerFacts:
     """Check that the server can sample and be updated, and return its properties.
 
     Args:
         top_logprobs: The number of logprobs per probed token.
-        ahead: Whether the weights are updated during a rollout, for which the server has to abort requests.
 
     Raises:
         ConfigError: The server lacks an endpoint, has the wrong kind or number of logprobs, has several data parallel
             replicas, or has another tokenizer than the trainer.
     """
     facts = client.facts()
-    if ahead:
-        client.check_abort()
+    client.check_abort()
     if facts.logprobs_mode != "processed_logprobs":
         raise ConfigError(
             f"{client.url} returns {facts.logprobs_mode}, which are not the logprobs of the distribution that it "
