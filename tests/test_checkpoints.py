@@ -26,7 +26,7 @@ from arpo_trl.publishing.mixin import Publishing
 from arpo_trl.publishing.model_card import Card
 from arpo_trl.publishing.trained_settings import EvaluationSettings
 from arpo_trl.rewards import HierarchicalReward
-from arpo_trl.runs import checkpoints, resumable
+from arpo_trl.runs import checkpoints, identity, resumable
 from arpo_trl.runs.checkpoints import STATE_FILE, Checkpoints, SavedState
 from arpo_trl.runs.identity import RunIdentity, dataset_identity, deciding_settings, frozen_weights
 from arpo_trl.tools.spec import ToolSet
@@ -745,7 +745,7 @@ def test_a_dataset_is_known_by_its_rows_in_order_not_by_how_it_came_about():
 def test_the_lists_of_settings_name_settings():
     """A name that TRL has dropped would say nothing."""
     names = {field.name for field in fields(ARPOConfig)}
-    assert names >= checkpoints._FREE_SETTINGS | checkpoints._DECIDING_TRAINING_ARGUMENTS | checkpoints._BATCH_SETTINGS
+    assert names >= identity._FREE_SETTINGS | identity._DECIDING_TRAINING_ARGUMENTS | checkpoints._BATCH_SETTINGS
 
 
 def test_the_limits_of_a_machine_may_change():

@@ -581,7 +581,7 @@ def test_quantizing_without_an_adapter_leaves_nothing_to_train(model_path, tmp_p
 
 def test_quantizing_without_bitsandbytes_names_the_extra(model_path, tmp_path, monkeypatch):
     monkeypatch.setattr("arpo_trl.training.preflight.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"bitsandbytes, which is not installed\..*pip install '\.\[qlora\]'"):
+    with pytest.raises(ConfigError, match=r"bitsandbytes, which is not installed\..*pip install 'arpo-trl\[qlora\]'"):
         quantized(model_path, tmp_path, LoraConfig())
 
 
