@@ -190,9 +190,8 @@ def _optional() -> dict[str, SpecifierSet]:
     """Optional package → the versions that the extras of this package, which include some of TRL's, require."""
     from packaging.requirements import Requirement
 
-    listed = [
-        line for package in ("trl", "arpo-trl") if _version(package) for line in metadata.requires(package) or ()
-    ]
+    installed = [package for package in ("trl", "arpo-trl") if _version(package)]
+    listed = [line for package in installed for line in metadata.requires(package) or ()]
     return {
         requirement.name: requirement.specifier
         for requirement in map(Requirement, listed)

@@ -162,6 +162,7 @@ def _program(name: str, words: Sequence[str]) -> int:
 
 
 def quickstart(words: Sequence[str]) -> int:
+    """Runs the quickstart in this process and returns its exit status."""
     from arpo_trl.quickstart.__main__ import run
 
     run(words)
