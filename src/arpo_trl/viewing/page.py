@@ -55,7 +55,7 @@ def changes(reader: RunReader, after: int) -> dict[str, Any]:
     new = [tree for file, tree in chosen if file.revision > after]
     return index_of(reader) | {
         "left_out": left_out,
-        "files": [file.path.name for file in sorted(reader.files)],
+        "files": [file.path.name for file in reader.files],
         "groups": [tree.summary | {"tree": json.loads(tree.json)} for tree in new],
     }
 
@@ -63,13 +63,12 @@ def changes(reader: RunReader, after: int) -> dict[str, Any]:
 def newest(reader: RunReader) -> tuple[list[tuple[ReadFile, PageTree]], int]:
     """The newest trees, at least one, with at most `reader.max_leaves` leaves in total, each with its file, in the
     order of the files; and the number of omitted trees."""
-    read = [reader.files[file] for file in sorted(reader.files)]
-    held = [(file, tree) for file in read for tree in file.trees or ()]
+    held = [(file, tree) for file in reader.files.values() for tree in file.trees or ()]
     start, leaves = len(held), 0
     while start and (leaves + held[start - 1][1].leaves <= reader.max_leaves or not leaves):
         start -= 1
         leaves += held[start][1].leaves
-    return held[start:], start + sum(file.count for file in read if file.trees is None)
+    return held[start:], start + sum(file.count for file in reader.files.values() if file.trees is None)
 
 
 def index_of(reader: RunReader) -> dict[str, Any]:
@@ -80,7 +79,7 @@ def index_of(reader: RunReader) -> dict[str, Any]:
 @lru_cache(maxsize=1)  # one computation for all pages that a server updates
 def _index_at(reader: RunReader, revision: int) -> dict[str, Any]:
     by_step: dict[int, list[Tally]] = {}
-    for file, read in sorted(reader.files.items(), key=lambda item: item[0]):
+    for file, read in reader.files.items():
         if read.tally is not None:
             by_step.setdefault(file.step, []).append(read.tally)
     history, first_of_trees = whole_history(reader.history, by_step)

@@ -126,8 +126,8 @@ class RunReader:
 
     It holds no tokens, and the texts of the newest trees only: the log of a long run is larger than the memory.
 
-    `revision` grows with every change, also from one reader of a run to the next. `history` contains the logged
-    metrics.
+    `revision` grows with every change, also from one reader of a run to the next. `files` contains the read files in
+    their order, `history` the logged metrics.
 
         reader = RunReader(Path("runs/my"))
         reader.refresh()
@@ -165,7 +165,7 @@ class RunReader:
             if read is not None:
                 held[file] = read if fits else replace(read, trees=None)
                 leaves += sum(tree.leaves for tree in held[file].trees or ())
-        self.files, self._seen = held, found
+        self.files, self._seen = dict(reversed(held.items())), found
 
     def _read(self, file: LogFile, fits: bool, counts: bool) -> ReadFile | None:
         """The file with its trees if the page has room for them (`fits`), and their tally if it `counts`."""
