@@ -4,8 +4,9 @@ import pytest
 
 from arpo_trl.errors import EngineError
 from arpo_trl.rollout.engines.base import Probe, SamplingParams, Turn, TurnRequest, TurnStop
-from arpo_trl.rollout.engines.vllm.turns import Draft, Segment, StopFinder, sampling_params
+from arpo_trl.rollout.engines.vllm.turns import Draft, Segment, sampling_params
 from arpo_trl.rollout.protocols import ContentEncoder
+from arpo_trl.rollout.text import StopFinder
 from support import tokenizer
 
 STOPS = ("</search>", "</python>")

@@ -36,7 +36,7 @@ from arpo_trl.net.addresses import check_server_url, server_key
 from arpo_trl.net.clients import HTTPClients
 from arpo_trl.net.http_client import RequestFailed, fetch_json, without
 from arpo_trl.rollout.engines.base import SamplingParams, Turn, TurnFailed, TurnRequest, TurnStop
-from arpo_trl.rollout.text import decode_exactly, stop_window
+from arpo_trl.rollout.text import StopFinder, decode_exactly
 
 KEY_VARIABLE = "COMPLETIONS_API_KEY"
 ATTEMPTS = 4
@@ -103,7 +103,7 @@ class CompletionsEngine:
         self._tokenizer, self._settings = tokenizer, settings
         self._timeout_s, self._away_s = timeout_s, away_s
         self._eos = decode_exactly(tokenizer, [settings.eos_ids[0]])
-        self._window = stop_window(settings.stop_strings)
+        self._stops = StopFinder(tokenizer, settings.stop_strings)
         self.model, self.max_length = self._served(model)
         self.speaks_ids = self._takes_ids()
         """Whether requests and answers contain token ids instead of text."""
@@ -217,21 +217,19 @@ class CompletionsEngine:
 
         `before` is the number of ids or characters before the newest chunk.
         """
-        stops = self._settings.stop_strings
-        if not self.speaks_ids:
-            found = [
-                at + len(stop) for stop in stops if (at := written.text.find(stop, max(0, before - len(stop)))) >= 0
-            ]
-            if found:
-                written.text, written.finish = written.text[: min(found)], "stop_string"
-            return bool(found)
-        for end in range(before + 1, len(written.ids) + 1):
-            text = decode_exactly(self._tokenizer, written.ids[max(0, end - self._window) : end])
-            if any(stop in text for stop in stops):
-                del written.ids[end:]
-                written.finish = "stop_string"
-                return True
-        return False
+        if self.speaks_ids:
+            end = self._stops.end(written.ids, before)
+            written.ids = written.ids[:end]
+        else:
+            starts = {
+                stop: written.text.find(stop, max(0, before - len(stop))) for stop in self._settings.stop_strings
+            }
+            end = min((at + len(stop) for stop, at in starts.items() if at >= 0), default=None)
+            written.text = written.text[:end]
+        if end is None:
+            return False
+        written.finish = "stop_string"
+        return True
 
     def _as_turn(self, request: TurnRequest, written: _PartialTurn) -> Turn:
         ids, eos_ids = written.ids, self._settings.eos_ids

@@ -8,7 +8,6 @@ stop string, the rest of its text follows, without a call of the script.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from arpo_trl.rollout.engines.base import Probe, SamplingParams, Turn, TurnRequest, TurnStop
-from arpo_trl.rollout.text import decode_exactly
+from arpo_trl.rollout.text import StopFinder, decode_exactly
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +69,7 @@ class ScriptedEngine:
         self.sessions = 0
         self._tokenizer = tokenizer
         self._settings = settings
+        self._stops = StopFinder(tokenizer, settings.stop_strings)
         self._script = script
         self._running: list[_Running] = []
         self._rest: dict[int | None, tuple[list[int], list[int], ScriptedTurn]] = {}
@@ -107,9 +107,9 @@ class ScriptedEngine:
 
     def _turn(self, request: TurnRequest, text: list[int], script: ScriptedTurn) -> Turn:
         ids, stop = list(text), TurnStop.LENGTH
-        if self._stops(ids):
-            ids = ids[: bisect_left(range(len(ids)), True, key=lambda length: self._stops(text[:length]))]
-            self._rest[request.id] = request.ids + ids, text[len(ids) :], script
+        if (end := self._stops.end(text, 0)) is not None:
+            ids = text[:end]
+            self._rest[request.id] = request.ids + ids, text[end:], script
             stop = TurnStop.STOP_STRING
         elif script.ends:
             ids.append(self._settings.eos_ids[0])
@@ -119,7 +119,3 @@ class ScriptedEngine:
         probed = min(len(ids), request.probe_tokens)
         padded = [*script.entropies[:probed], *[script.entropies[-1]] * max(0, probed - len(script.entropies))]
         return Turn(id=request.id, ids=ids, logprobs=[self.LOGPROB] * len(ids), entropies=padded, stop=stop)
-
-    def _stops(self, ids: Sequence[int]) -> bool:
-        text = decode_exactly(self._tokenizer, ids)
-        return any(string in text for string in self._settings.stop_strings)

@@ -19,8 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from arpo_trl.errors import EngineError
 from arpo_trl.rollout.engines.base import Probe, SamplingParams, Turn, TurnRequest
-from arpo_trl.rollout.engines.vllm.turns import Draft, Segment, StopFinder, sampling_params
+from arpo_trl.rollout.engines.vllm.turns import Draft, Segment, sampling_params
 from arpo_trl.rollout.engines.weights import Weights, mean_difference
+from arpo_trl.rollout.text import StopFinder
 from arpo_trl.trl_seam import VLLMGeneration
 
 if TYPE_CHECKING:

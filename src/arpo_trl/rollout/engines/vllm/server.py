@@ -38,8 +38,9 @@ from arpo_trl.errors import EngineError, Interrupted
 from arpo_trl.net.clients import HTTPClients
 from arpo_trl.rollout.engines.base import Probe, SamplingParams, Turn, TurnRequest
 from arpo_trl.rollout.engines.vllm.client import ATTEMPTS, ServerClient, ServerLost, headers
-from arpo_trl.rollout.engines.vllm.turns import Draft, Segment, SegmentRequest, StopFinder, sampling_params
+from arpo_trl.rollout.engines.vllm.turns import Draft, Segment, SegmentRequest, sampling_params
 from arpo_trl.rollout.engines.vllm.weights import ServedWeights
+from arpo_trl.rollout.text import StopFinder
 from arpo_trl.visible import without_secrets
 
 RETRY_S = 0.5

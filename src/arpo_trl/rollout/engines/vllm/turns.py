@@ -18,17 +18,14 @@ Pure: imports no vLLM. Both vLLM engines use it.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from arpo_trl.errors import EngineError
 from arpo_trl.rollout.engines.base import Probe, SamplingParams, Turn, TurnRequest, TurnStop
 from arpo_trl.rollout.engines.topk_entropy import entropy_from_top_k
-from arpo_trl.rollout.text import decode_exactly, stop_window
+from arpo_trl.rollout.text import StopFinder
 
 SEED_STEP = 0x9E3779B97F4A7C15
 """2^64 divided by the golden ratio: the distance between the seeds of a turn's segments."""
@@ -57,40 +54,6 @@ class Segment:
     logprobs: list[float]
     top_logprobs: list[list[float]] = field(default_factory=list)
     version: int | None = None
-
-
-class StopFinder:
-    """Finds complete and incomplete stop strings in a sequence of ids."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str]):
-        self._tokenizer = tokenizer
-        self._stops = tuple(stop_strings)
-        self._window = stop_window(self._stops)
-
-    def end(self, ids: list[int], start: int) -> int | None:
-        """The smallest n > `start` such that the text of `ids[:n]` contains a stop string that the text of
-        `ids[:start]` does not contain."""
-        first = max(0, start - self._window)
-
-        def holds(n: int) -> bool:
-            text = decode_exactly(self._tokenizer, ids[first:n])
-            return any(stop in text for stop in self._stops)
-
-        if not self._stops or not holds(len(ids)):
-            return None
-        return bisect_left(range(start + 1, len(ids)), True, key=holds) + start + 1
-
-    def missing(self, ids: list[int]) -> int:
-        """The number of characters that complete the partial stop string at the end of `ids`; 0 if there is none."""
-        # The text without an incomplete character at the end.
-        text = decode_exactly(self._tokenizer, ids[-self._window :]).rstrip("\ufffd")
-        return max(
-            (
-                len(stop) - max((n for n in range(1, len(stop)) if text.endswith(stop[:n])), default=len(stop))
-                for stop in self._stops
-            ),
-            default=0,
-        )
 
 
 class Draft:
