@@ -37,8 +37,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.quickstart.model import build_tokenizer, quickstart_texts
-from arpo_trl.rollout.build import LocalVLLM, build_engine
 from arpo_trl.rollout.engines.base import Event, SamplingParams, Turn, TurnRequest, TurnStop
+from arpo_trl.rollout.engines.vllm.colocate import VLLMColocateEngine
 from arpo_trl.rollout.engines.vllm.cpu import prepare_cpu
 from arpo_trl.training.vllm_setup import colocated_weights
 from card import PeakMemory, device_name, own_stdout, process_s, start_vllm_uncompiled
@@ -274,17 +274,15 @@ def train(variant: str, trainer: GRPOTrainer, device: torch.device, budget_s: fl
 def probing(trainer: GRPOTrainer, size: Size, budget_s: float) -> str:
     """Measures probing; a row of the table with `PROBE_COLUMNS`."""
     assert isinstance(trainer, ARPOTrainer)
-    source = LocalVLLM(
-        llm=trainer.vllm_generation.llm,
-        weights=colocated_weights(
-            trainer.args, trainer.vllm_generation, trainer._tokenizer, lambda: 0, trainer._logprobs_of
-        ),
+    engine = VLLMColocateEngine(
+        trainer.vllm_generation.llm,
+        trainer._tokenizer,
+        SamplingParams(eos_ids=()),  # so that every turn has its full length
+        colocated_weights(trainer.args, trainer.vllm_generation, trainer._tokenizer, lambda: 0, trainer._logprobs_of),
         vocab_size=size.model["vocab_size"],
         top_logprobs=trainer.args.entropy_top_logprobs,
         sleeps=trainer.vllm_generation.enable_sleep_mode,
     )
-    # Without EOS, so that every turn has its full length.
-    engine = build_engine(source, trainer._tokenizer, SamplingParams(eos_ids=()))
     turns = size.groups * size.leaves
     prompt = trainer._tokenizer.encode(prompts(size, 1)[0], add_special_tokens=False)
     assert len(prompt) == size.prompt

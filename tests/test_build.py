@@ -15,7 +15,7 @@ from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import ConfigError
 from arpo_trl.evaluation.runner import Evaluator
 from arpo_trl.options import RolloutSchedule
-from arpo_trl.rollout.build import LocalModel, build_engine, build_sampler, context_of, shortest
+from arpo_trl.rollout.build import build_sampler, context_of, local_engine, shortest
 from arpo_trl.rollout.engines.base import Engine, SamplingParams, Turn, TurnRequest, TurnStop
 from arpo_trl.rollout.engines.completions import CompletionsEngine
 from arpo_trl.rollout.engines.lockstep import LockstepEngine
@@ -125,7 +125,7 @@ def test_unset_settings_neither_branch_nor_limit_calls():
 
 def test_a_local_model_bounds_its_engine_by_its_configuration():
     model = tiny_model()
-    engine = build_engine(LocalModel(model=model), tokenizer(), SETTINGS)
+    engine = local_engine(model, tokenizer(), SETTINGS)
     assert engine.max_length == context_of(model) == model.config.max_position_embeddings
 
 

@@ -189,7 +189,7 @@ def test_a_lost_server_keeps_finished_samples_and_gives_status_1(monkeypatch, ca
             super().__init__(*arguments, **settings, away_s=0.2)
             made.append(self)
 
-    monkeypatch.setattr("arpo_trl.rollout.build.CompletionsEngine", Impatient)
+    monkeypatch.setattr("arpo_trl.evaluation.engines.CompletionsEngine", Impatient)
     server = Loopback(completions(answers))
     with server:
 

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from arpo_trl import ARPOTrainer
 from arpo_trl.errors import ConfigError
-from arpo_trl.rollout.build import LocalModel, build_engine
+from arpo_trl.rollout.build import local_engine
 from arpo_trl.rollout.engines.base import SamplingParams
 from support import sampling_trainer, small_settings, tokenizer, unlike_scored
 
@@ -157,7 +157,7 @@ def test_paths_end_before_the_rotary_embedding_would_change(tmp_path, caplog):
     model = model_of("phi3", {"rope_parameters": factors, "original_max_position_embeddings": 64})
     made = trainer_of(model, tmp_path, max_completion_length=None)
     assert made.tree_sampler.settings.max_length == 64
-    unscored = build_engine(LocalModel(model=model), tokenizer(), SamplingParams(eos_ids=(1,)))
+    unscored = local_engine(model, tokenizer(), SamplingParams(eos_ids=(1,)))
     assert unscored.max_length == model.config.max_position_embeddings > 64
     assert "Paths are limited to 64 tokens." in caplog.text
     assert unlike_scored(made).max() < 1e-3

@@ -18,16 +18,11 @@ from arpo_trl.common.user_files import user_path
 from arpo_trl.errors import ConfigError
 from arpo_trl.evaluation.settings import EngineKind, EvalSettings
 from arpo_trl.options import ProtocolKind
-from arpo_trl.rollout.build import (
-    CompletionsServer,
-    EngineSource,
-    LocalModel,
-    LocalVLLM,
-    build_engine,
-    build_sampler,
-)
-from arpo_trl.rollout.engines.base import SamplingParams
+from arpo_trl.rollout.build import build_sampler, local_engine
+from arpo_trl.rollout.engines.base import Engine, SamplingParams
+from arpo_trl.rollout.engines.completions import CompletionsEngine
 from arpo_trl.rollout.engines.generation_rules import refuse_rules
+from arpo_trl.rollout.engines.vllm.colocate import VLLMColocateEngine
 from arpo_trl.rollout.engines.weights import FixedWeights
 from arpo_trl.rollout.protocols import PROTOCOLS
 from arpo_trl.rollout.protocols.generation_ends import eos_ids_of, saved_generation_config
@@ -87,7 +82,7 @@ def make_sampler(settings: EvalSettings, toolbox: ToolBox, tokenizer: PreTrained
         top_p=settings.top_p,
     )
     return build_sampler(
-        build_engine(_source(settings, weights, tokenizer), tokenizer, sampling),
+        _engine(settings, weights, tokenizer, sampling),
         toolbox,
         protocol,
         context=settings.context,
@@ -128,15 +123,19 @@ def _refuse_ignored_rules(settings: EvalSettings, saved: GenerationConfig | None
         refuse_rules(saved, None, "vLLM", "sample with transformers (engine: transformers)")
 
 
-def _source(settings: EvalSettings, weights: _Weights, tokenizer: PreTrainedTokenizerBase) -> EngineSource:
+def _engine(
+    settings: EvalSettings, weights: _Weights, tokenizer: PreTrainedTokenizerBase, sampling: SamplingParams
+) -> Engine:
     if settings.base_url is not None:
-        return CompletionsServer(url=settings.base_url, model=settings.served_model)
+        return CompletionsEngine(settings.base_url, settings.served_model, tokenizer, sampling)
     if settings.engine == EngineKind.VLLM:
-        return _vllm(settings, weights, tokenizer)
+        return _vllm_engine(settings, weights, tokenizer, sampling)
     import torch
 
-    return LocalModel(
-        model=_load_model(settings, weights).to("cuda" if torch.cuda.is_available() else "cpu"),
+    return local_engine(
+        _load_model(settings, weights).to("cuda" if torch.cuda.is_available() else "cpu"),
+        tokenizer,
+        sampling,
         most_rows=settings.concurrency,
         smaller=(
             f"Lower concurrency ({settings.concurrency}) or max_completion_length ({settings.max_completion_length}), "
@@ -191,7 +190,9 @@ def _load_model(settings: EvalSettings, weights: _Weights) -> Any:
     return load_pretrained("adapter", adapter, partial(merged, model))
 
 
-def _vllm(settings: EvalSettings, weights: _Weights, tokenizer: PreTrainedTokenizerBase) -> LocalVLLM:
+def _vllm_engine(
+    settings: EvalSettings, weights: _Weights, tokenizer: PreTrainedTokenizerBase, sampling: SamplingParams
+) -> VLLMColocateEngine:
     # Run vLLM's engine in this process, step by step, so that requests can join between steps. vLLM reads the variable
     # when it is imported.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -227,4 +228,4 @@ def _vllm(settings: EvalSettings, weights: _Weights, tokenizer: PreTrainedTokeni
             max_num_seqs=settings.concurrency,
             seed=settings.seed,
         )
-    return LocalVLLM(llm=llm, weights=FixedWeights(), vocab_size=config.vocab_size, top_logprobs=0)
+    return VLLMColocateEngine(llm, tokenizer, sampling, FixedWeights(), vocab_size=config.vocab_size, top_logprobs=0)

@@ -14,7 +14,7 @@ from arpo_trl.evaluation.runner import Evaluator
 from arpo_trl.evaluation.samples import Record
 from arpo_trl.evaluation.scoring import main_metric
 from arpo_trl.options import RolloutSchedule
-from arpo_trl.rollout.build import LocalModel, build_engine, build_sampler
+from arpo_trl.rollout.build import build_sampler, local_engine
 from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.protocols import TagProtocol
 from arpo_trl.rollout.tree import RolloutTree
@@ -58,7 +58,7 @@ def answer_heldout(
     protocol = TagProtocol(tokenizer, toolbox.specs)
     settings = SamplingParams(eos_ids=protocol.eos_ids, stop_strings=protocol.stop_strings, temperature=temperature)
     sampler = build_sampler(
-        build_engine(LocalModel(model=model), tokenizer, settings),
+        local_engine(model, tokenizer, settings),
         toolbox,
         protocol,
         context=None,

@@ -1,31 +1,21 @@
-"""Builds the engine and the sampler, for training, evaluation and the quickstart.
-
-The caller chooses the source to sample from: a `LocalModel`, a `LocalVLLM`, `VLLMServers` or a `CompletionsServer`.
-`build_engine` creates its engine, and `build_sampler` the `TreeSampler` on that engine. A new engine needs a file
-under `engines/`, and a record and a case in this module.
-"""
+"""Builds the engine on a model in this process, and the sampler on any engine, for training, evaluation and the
+quickstart."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from arpo_trl.errors import ConfigError
 from arpo_trl.options import RolloutSchedule, ShareCalls
 from arpo_trl.rollout.batch import TreeSettings
 from arpo_trl.rollout.engines.base import Engine, SamplingParams
-from arpo_trl.rollout.engines.completions import CompletionsEngine
-from arpo_trl.rollout.engines.lockstep import LockstepEngine
-from arpo_trl.rollout.engines.transformers import TransformersEngine
+from arpo_trl.rollout.engines.transformers import SMALLER, TransformersEngine
 from arpo_trl.rollout.engines.visibility import exact_length
-from arpo_trl.rollout.engines.vllm.colocate import VLLMColocateEngine
-from arpo_trl.rollout.engines.weights import Weights
 from arpo_trl.rollout.protocols import ToolProtocol
 from arpo_trl.rollout.rules.base import BranchRule
 from arpo_trl.rollout.rules.threshold import Threshold
@@ -33,133 +23,49 @@ from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.tools.toolbox import ToolBox
 from arpo_trl.visible import get_rank_logger
 
-if TYPE_CHECKING:
-    from vllm import LLM
-
-    from arpo_trl.rollout.engines.vllm.weights import ServedWeights
-
 logger = get_rank_logger(__name__)
 
 UNLIMITED_CALLS = 1 << 30
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LocalModel:
-    """A transformers model in this process.
+def local_engine(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: SamplingParams,
+    *,
+    opened: Callable[[], AbstractContextManager[PreTrainedModel]] | None = None,
+    sharded: bool = False,
+    scored: bool = False,
+    scored_padded: bool = False,
+    generation_kwargs: Mapping[str, Any] | None = None,
+    most_rows: int | None = None,
+    smaller: str = SMALLER,
+) -> TransformersEngine:
+    """Create the engine that samples from `model` in this process. `TransformersEngine` documents the other settings.
 
-    `opened` opens it for a session (`model_context` of `TransformersEngine`). None: the engine uses the model as it
-    is. `sharded`: the full weights exist only within a session, so the first session compares the engine with a plain
-    forward. Otherwise `build_engine` makes this comparison. `scored`: plain forwards score the sampled tokens later.
-    `scored_padded`: these forwards use left-padded batches. `TransformersEngine` documents `most_rows` and `smaller`.
-
-        LocalModel(model=model, scored=True, scored_padded=True)
-    """
-
-    model: PreTrainedModel
-    opened: Callable[[], AbstractContextManager[PreTrainedModel]] | None = None
-    sharded: bool = False
-    scored: bool = False
-    scored_padded: bool = False
-    generation_kwargs: Mapping[str, Any] | None = None
-    most_rows: int | None = None
-    smaller: str = "Sample fewer turns at a time, or shorter ones."
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LocalVLLM:
-    """A vLLM instance in this process. With `group`, all its ranks share the instance by tensor parallelism.
-
-    LocalVLLM(llm=llm, weights=FixedWeights(), vocab_size=151_936, top_logprobs=20)
-    """
-
-    llm: LLM
-    weights: Weights
-    vocab_size: int
-    top_logprobs: int
-    sleeps: bool = False
-    group: ProcessGroup | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VLLMServers:
-    """Native vLLM servers that receive the trainer's weights. `VLLMServerEngine` documents `away_s` and `request_s`.
-
-    VLLMServers(weights=weights, vocab_size=151_936, top_logprobs=20, away_s=240.0, request_s=1800.0)
-    """
-
-    weights: ServedWeights
-    vocab_size: int
-    top_logprobs: int
-    away_s: float
-    request_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompletionsServer:
-    """A server with OpenAI's completions API. `model` is the model's name on the server. None: the only one that it
-    serves.
-
-    CompletionsServer(url="http://localhost:8000/v1", model="Qwen/Qwen2.5-7B-Instruct")
-    """
-
-    url: str
-    model: str | None = None
-
-
-EngineSource = LocalModel | LocalVLLM | VLLMServers | CompletionsServer
-
-
-def build_engine(source: EngineSource, tokenizer: PreTrainedTokenizerBase, settings: SamplingParams) -> Engine:
-    """Create the engine that samples from `source`.
+    Args:
+        opened: Opens the model for a session (`model_context` of `TransformersEngine`). None: the engine uses the
+            model as it is.
+        sharded: The full weights exist only within a session, so the first session compares the engine with a plain
+            forward. Otherwise this function makes this comparison.
+        scored: Plain forwards score the sampled tokens later.
+        scored_padded: These forwards use left-padded batches.
 
     Raises:
-        ConfigError: The engine cannot sample from this model, or the server does not serve it.
-        EngineError: A server does not answer.
+        ConfigError: The engine cannot sample from this model.
     """
-    match source:
-        case LocalModel():
-            return _local_engine(source, tokenizer, settings)
-        case LocalVLLM():
-            engine = VLLMColocateEngine(
-                source.llm,
-                tokenizer,
-                settings,
-                source.weights,
-                vocab_size=source.vocab_size,
-                top_logprobs=source.top_logprobs,
-                sleeps=source.sleeps,
-            )
-            return engine if source.group is None else LockstepEngine(engine, source.group)
-        case VLLMServers():
-            from arpo_trl.rollout.engines.vllm.server import VLLMServerEngine  # imports vLLM if it is installed
-
-            return VLLMServerEngine(
-                tokenizer,
-                settings,
-                source.weights,
-                vocab_size=source.vocab_size,
-                top_logprobs=source.top_logprobs,
-                away_s=source.away_s,
-                request_s=source.request_s,
-            )
-        case CompletionsServer():
-            return CompletionsEngine(source.url, source.model, tokenizer, settings)
-
-
-def _local_engine(source: LocalModel, tokenizer: PreTrainedTokenizerBase, settings: SamplingParams) -> Engine:
-    model, config = source.model, source.model.config.get_text_config()
-    exact = exact_length(config) if source.scored else None
+    exact = exact_length(model.config.get_text_config()) if scored else None
     engine = TransformersEngine(
         tokenizer,
         settings,
-        source.opened or (lambda: contextlib.nullcontext(model)),
+        opened or (lambda: contextlib.nullcontext(model)),
         max_length=shortest(context_of(model), exact),
-        generation_kwargs=source.generation_kwargs,
-        scored_padded=source.scored_padded,
-        most_rows=source.most_rows,
-        smaller=source.smaller,
+        generation_kwargs=generation_kwargs,
+        scored_padded=scored_padded,
+        most_rows=most_rows,
+        smaller=smaller,
     )
-    if source.sharded:
+    if sharded:
         engine.refuse(model)
     else:
         engine.check()
@@ -167,7 +73,7 @@ def _local_engine(source: LocalModel, tokenizer: PreTrainedTokenizerBase, settin
         logger.warning(
             f"Paths are limited to {exact} tokens. In a longer batch the model's rotary embedding changes the angles "
             "of all tokens, so training would not score the tokens with the sampled distribution."
-            + (" In training, padding counts towards this limit: leave room for it." if source.scored_padded else "")
+            + (" In training, padding counts towards this limit: leave room for it." if scored_padded else "")
         )
     return engine
 

@@ -1,4 +1,4 @@
-"""Creates a trainer's toolbox, engine source and sampler from its settings."""
+"""Creates a trainer's toolbox, engine and sampler from its settings."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from arpo_trl.config import ARPOConfig
 from arpo_trl.options import ProtocolKind, RolloutSchedule, ShareCalls
-from arpo_trl.rollout.build import LocalModel, LocalVLLM, VLLMServers, build_sampler
+from arpo_trl.rollout.build import build_sampler, local_engine
 from arpo_trl.rollout.engines.base import Engine, SamplingParams
 from arpo_trl.rollout.engines.generation_rules import refuse_rules
+from arpo_trl.rollout.engines.lockstep import LockstepEngine
 from arpo_trl.rollout.engines.visibility import evaluating
+from arpo_trl.rollout.engines.vllm.colocate import VLLMColocateEngine
 from arpo_trl.rollout.protocols import PROTOCOLS, ToolProtocol
 from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.tools.environments.state import Environments
@@ -102,26 +104,33 @@ def sampler_for(
     )
 
 
-def transformers_source(
+def transformers_engine(
     args: ARPOConfig,
+    settings: SamplingParams,
     model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     opened: Callable[[], AbstractContextManager[PreTrainedModel]],
     *,
     sharded: bool,
     may_pad: bool,
     evaluates: bool,
-) -> LocalModel:
-    """The trained model, which later scores the sampled tokens.
+) -> Engine:
+    """The engine on the trained model, which later scores the sampled tokens.
 
     Args:
         opened: Opens the model for a session.
         sharded: Whether each rank has only a part of the weights.
         may_pad: Whether the model may score a padded batch.
         evaluates: Whether there is an evaluation dataset.
+
+    Raises:
+        ConfigError: The engine cannot sample from the model.
     """
     rows = args.per_device_train_batch_size * args.steps_per_generation
-    return LocalModel(
-        model=model,
+    return local_engine(
+        model,
+        tokenizer,
+        settings,
         opened=opened,
         sharded=sharded,
         scored=True,
@@ -137,7 +146,7 @@ def transformers_source(
     )
 
 
-def colocated_source(
+def colocated_engine(
     args: ARPOConfig,
     settings: SamplingParams,
     model: Any,
@@ -145,8 +154,8 @@ def colocated_source(
     tokenizer: PreTrainedTokenizerBase,
     trained: Callable[[], Hashable],
     reference: Callable[[Sequence[int]], list[float]],
-) -> LocalVLLM:
-    """The vLLM instance that TRL has started in this process.
+) -> Engine:
+    """The engine on the vLLM instance that TRL has started in this process.
 
     Args:
         generation: TRL's object, which started vLLM.
@@ -157,17 +166,20 @@ def colocated_source(
         ConfigError: vLLM does not apply a rule of the model's generation config.
     """
     _check_distribution(model, settings)
-    return LocalVLLM(
-        llm=generation.llm,
-        weights=colocated_weights(args, generation, tokenizer, trained, reference),
+    engine = VLLMColocateEngine(
+        generation.llm,
+        tokenizer,
+        settings,
+        colocated_weights(args, generation, tokenizer, trained, reference),
         vocab_size=model.config.get_text_config().vocab_size,
         top_logprobs=args.entropy_top_logprobs,
         sleeps=generation.enable_sleep_mode,
-        group=ranks_together(args.vllm_tensor_parallel_size),
     )
+    group = ranks_together(args.vllm_tensor_parallel_size)
+    return engine if group is None else LockstepEngine(engine, group)
 
 
-def served_source(
+def served_engine(
     args: ARPOConfig,
     settings: SamplingParams,
     model: Any,
@@ -176,8 +188,9 @@ def served_source(
     trained: Callable[[], tuple[int, int]],
     reference: Callable[[Sequence[int]], list[float]],
     check: Callable[[], None],
-) -> VLLMServers:
-    """The vLLM servers in the settings. Waits until they are up and checks that they serve the trained model.
+) -> Engine:
+    """The engine on the vLLM servers in the settings. Waits until they are up, and checks that they serve the trained
+    model.
 
     Args:
         trained: Returns another value once the trained weights have changed.
@@ -188,9 +201,13 @@ def served_source(
         ConfigError: vLLM does not apply a rule of the model's generation config, or a server serves another model.
         EngineError: A server does not come up.
     """
+    from arpo_trl.rollout.engines.vllm.server import VLLMServerEngine  # imports vLLM if it is installed
+
     _check_distribution(model, settings)
-    return VLLMServers(
-        weights=served_weights(args, model, accelerator, tokenizer, trained, reference, check),
+    return VLLMServerEngine(
+        tokenizer,
+        settings,
+        served_weights(args, model, accelerator, tokenizer, trained, reference, check),
         vocab_size=model.config.get_text_config().vocab_size,
         top_logprobs=args.entropy_top_logprobs,
         away_s=args.vllm_server_timeout,

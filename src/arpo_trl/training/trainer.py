@@ -24,11 +24,10 @@ from arpo_trl.logs.trajectories import TrajectoryLog
 from arpo_trl.options import SharedPrefixForward
 from arpo_trl.publishing.mixin import Publishing
 from arpo_trl.rollout.batch import GroupRequest, RolloutBatch, TreeSettings
-from arpo_trl.rollout.build import EngineSource, build_engine, context_of
-from arpo_trl.rollout.engines.base import Engine, SamplingParams
+from arpo_trl.rollout.build import context_of
+from arpo_trl.rollout.engines.base import Engine
 from arpo_trl.rollout.engines.compute_dtype import warn_of_emulation
 from arpo_trl.rollout.protocols.base import with_guarded_parser
-from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.runs.interrupts import Interrupts
 from arpo_trl.runs.output_folder import check_names
 from arpo_trl.runs.resumable import readable
@@ -90,14 +89,14 @@ from arpo_trl.training.sampled_with import check_unchanged, sampled_with
 from arpo_trl.training.samples_ahead import SamplesAhead
 from arpo_trl.training.sharding import check_launch, model_for_generation
 from arpo_trl.training.sources import (
-    colocated_source,
+    colocated_engine,
     logprobs_of,
     protocol_for,
     sampler_for,
     sampling_params,
-    served_source,
+    served_engine,
     toolbox_for,
-    transformers_source,
+    transformers_engine,
 )
 from arpo_trl.training.streams import WholeStream, checked_stream
 from arpo_trl.trl_seam import pad
@@ -256,7 +255,8 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
             noise=bool(args.neftune_noise_alpha),
             sharded=sharded,
         )
-        self.tree_sampler = self._make_sampler(engine)
+        engine = self._make_engine() if engine is None else engine
+        self.tree_sampler = sampler_for(args, engine, self.toolbox, self.protocol, context_of(self.model))
         self._baseline = make_baseline(args)
         check_logprobs(args, self.tree_sampler, self._credit, self._baseline)
         check_ahead(args, self.tree_sampler.engine, self.train_dataset)
@@ -303,17 +303,15 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         rows = WholeStream(dataset) if isinstance(dataset, IterableDataset) else dataset
         return super()._get_dataloader(rows, *args, **kwargs)
 
-    def _make_sampler(self, engine: Engine | None) -> TreeSampler:
-        if engine is None:
-            settings = sampling_params(self.args, self.protocol)
-            engine = build_engine(self._engine_source(settings), self._tokenizer, settings)
-        return sampler_for(self.args, engine, self.toolbox, self.protocol, context_of(self.model))
-
-    def _engine_source(self, settings: SamplingParams) -> EngineSource:
+    def _make_engine(self) -> Engine:
+        """The engine that `args` select."""
+        settings = sampling_params(self.args, self.protocol)
         if not self.args.use_vllm:
-            return transformers_source(
+            return transformers_engine(
                 self.args,
+                settings,
                 self.model,
+                self._tokenizer,
                 self._model_for_generation,
                 sharded=self.is_deepspeed_enabled or self.is_fsdp_enabled,
                 may_pad=self._may_pad,
@@ -321,8 +319,8 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
             )
         weights = (self._tokenizer, lambda: (self.state.global_step, self.loads), self._logprobs_of)
         if self.args.vllm_mode == "colocate":
-            return colocated_source(self.args, settings, self.model, self.vllm_generation, *weights)
-        return served_source(self.args, settings, self.model, self.accelerator, *weights, self._interrupts.check)
+            return colocated_engine(self.args, settings, self.model, self.vllm_generation, *weights)
+        return served_engine(self.args, settings, self.model, self.accelerator, *weights, self._interrupts.check)
 
     # Generation ------------------------------------------------------------------------------------------------------
 

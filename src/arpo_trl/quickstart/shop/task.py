@@ -17,7 +17,7 @@ from arpo_trl.quickstart.shop.environment import Shop
 from arpo_trl.quickstart.shop.orders import make_orders
 from arpo_trl.quickstart.task import SFT_BATCH, Task, like_lengths_together, read_lines, write_lines
 from arpo_trl.rollout.batch import GroupRequest
-from arpo_trl.rollout.build import LocalModel, build_engine, build_sampler
+from arpo_trl.rollout.build import build_sampler, local_engine
 from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.protocols import TagProtocol
 from arpo_trl.rollout.tree import RolloutTree
@@ -86,7 +86,7 @@ def try_orders(
             eos_ids=protocol.eos_ids, stop_strings=protocol.stop_strings, temperature=temperature
         )
         sampler = build_sampler(
-            build_engine(LocalModel(model=model), tokenizer, settings),
+            local_engine(model, tokenizer, settings),
             toolbox,
             protocol,
             context=None,

@@ -54,6 +54,8 @@ RETAINED_BYTES = 1 << 30
 recomputes them if needed."""
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 """The name of the cache argument in transformers: "cache" in 5.24, "past_key_values" in 5.17."""
+SMALLER = "Sample fewer turns at a time, or shorter ones."
+"""The default advice of errors about memory."""
 
 
 class TransformersEngine:
@@ -88,7 +90,7 @@ class TransformersEngine:
         generation_kwargs: Mapping[str, Any] | None = None,
         scored_padded: bool = False,
         most_rows: int | None = None,
-        smaller: str = "Sample fewer turns at a time, or shorter ones.",
+        smaller: str = SMALLER,
     ):
         self.settings = settings
         self.max_length = max_length
