@@ -8,7 +8,13 @@ from transformers.utils.import_utils import enable_tf32
 
 from arpo_trl import ARPOConfig
 from arpo_trl.errors import ConfigError
-from arpo_trl.rollout.engines.compute_dtype import computed_in, training_dtype, warn_of_emulation, warn_of_other_dtype
+from arpo_trl.rollout.engines.compute_dtype import (
+    computed_in,
+    largest_rounding,
+    training_dtype,
+    warn_of_emulation,
+    warn_of_other_dtype,
+)
 from support import tiny_model
 
 SERVERS = {"http://a:1": "bfloat16", "http://b:1": "float16", "http://c:1": "float16"}
@@ -43,6 +49,13 @@ def test_float32_with_tf32_rounds_like_float16_and_only_on_a_gpu(monkeypatch, on
     assert computed_in(tiny_model(), torch.device("cuda", 0)) == rounded
     assert computed_in(tiny_model(), torch.device("cpu")) == {torch.float32}
     assert computed_in(tiny_model().to(torch.bfloat16), torch.device("cuda", 0)) == {torch.bfloat16}
+
+
+def test_the_coarsest_dtype_sets_the_accepted_rounding():
+    cpu, model = torch.device("cpu"), tiny_model()
+    assert largest_rounding(model, cpu) == largest_rounding(tiny_model().double(), cpu) == 1e-3
+    with torch.autocast("cpu", torch.bfloat16):
+        assert largest_rounding(model, cpu) == 0.1
 
 
 @pytest.mark.parametrize(

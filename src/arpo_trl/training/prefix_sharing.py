@@ -29,8 +29,8 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 
 from arpo_trl.errors import ConfigError
-from arpo_trl.rollout.engines.compute_dtype import computed_in
-from arpo_trl.rollout.engines.visibility import evaluating
+from arpo_trl.rollout.engines.compute_dtype import largest_rounding
+from arpo_trl.rollout.engines.visibility import evaluating, trial_ids
 from arpo_trl.training.prefix_attention import Edge, Paths, attend, attention_calls, plan_paths, why_no_attention
 
 NO_LABEL = -100
@@ -281,13 +281,6 @@ def why_not_shared(model: PreTrainedModel, device: torch.device, dtype: torch.dt
     )
 
 
-ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
-"""Largest difference of packed and padded logprobs that is accepted as rounding, by dtype.
-
-It is the root mean square of the difference, in standard deviations of the logprobs.
-"""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
     """The speed of a device type, which `pays` uses. If uncertain, the values favour the padded batch.
@@ -402,9 +395,10 @@ def sharing_ratio(packs: Sequence[Pack]) -> float:
 
 
 def rounding(model: PreTrainedModel, found: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
-    """The difference of two tensors of logprobs, and the largest one that is accepted as rounding. See `ROUNDING`."""
+    """The root mean square difference of two tensors of logprobs, in standard deviations, and the largest one that is
+    accepted as rounding."""
     difference = float((found - expected).square().mean().sqrt() / expected.std().clamp(min=1e-9))
-    return difference, max(ROUNDING.get(dtype, max(ROUNDING.values())) for dtype in computed_in(model, found.device))
+    return difference, largest_rounding(model, found.device)
 
 
 @torch.no_grad()
@@ -413,9 +407,7 @@ def why_packs_differ(model: PreTrainedModel) -> str | None:
 
     `model` is as in `forward_pack`, with all weights on this rank. Call it under the autocast of training.
     """
-    device = model.get_input_embeddings().weight.device
-    # Three rows with a shared prefix, their ids spread over the vocabulary: equal tokens would hide attention errors.
-    drawn = torch.arange(1, 41, device=device) * 7919 % model.config.get_text_config().vocab_size
+    drawn = trial_ids(model, 40)  # for three rows with a shared prefix
     rows = torch.stack([torch.cat([drawn[:20], drawn[start : start + 8]]) for start in (20, 24, 32)])
     labels, keep = rows.clone(), 16
     labels[:, :-keep] = NO_LABEL

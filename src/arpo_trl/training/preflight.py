@@ -26,7 +26,7 @@ from arpo_trl.rewards.hierarchical import HierarchicalReward
 from arpo_trl.rollout.credit.base import Credit
 from arpo_trl.rollout.engines.base import Engine, EngineAhead
 from arpo_trl.rollout.engines.compute_dtype import training_dtype
-from arpo_trl.rollout.engines.visibility import evaluating
+from arpo_trl.rollout.engines.visibility import evaluating, trial_ids
 from arpo_trl.rollout.engines.vllm.cpu import prepare_cpu
 from arpo_trl.rollout.protocols.generation_ends import eos_ids_of, saved_eos_ids
 from arpo_trl.rollout.sampler import TreeSampler
@@ -286,9 +286,7 @@ def check_scores(model: PreTrainedModel, temperature: float) -> None:
     """
     if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
         return  # its logits have further positions
-    device = model.get_input_embeddings().weight.device
-    # Ids from the whole vocabulary: equal tokens would hide differences.
-    ids = torch.arange(1, 25, device=device)[None] * 7919 % model.config.get_text_config().vocab_size
+    ids = trial_ids(model, 24)[None]
     rows = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with evaluating(model):
         logits = model(**rows, use_cache=False).logits[:, :-1].float()

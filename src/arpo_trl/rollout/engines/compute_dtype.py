@@ -20,6 +20,11 @@ _AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
 _SETTINGS = {"bfloat16": "bf16: true", "float16": "fp16: true", "float32": "bf16: false"}
 """For each dtype: the setting with which training computes in it, with weights in float32."""
 
+LOGIT_ROUNDING = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.03}
+"""The largest difference of logits or logprobs that is accepted as rounding, by dtype; `COARSE_ROUNDING` for other
+dtypes. In standard deviations. Logits are compared in float32."""
+COARSE_ROUNDING = 0.1
+
 
 def training_dtype(model: Any, accelerator: Accelerator) -> str:
     """The dtype of `model`'s matrix products: autocast's, or without autocast that of the weights."""
@@ -35,6 +40,11 @@ def computed_in(model: torch.nn.Module, device: torch.device) -> set[torch.dtype
     if torch.is_autocast_enabled(device.type):
         dtypes.add(torch.get_autocast_dtype(device.type))
     return dtypes | {rounded_as(dtype, device) for dtype in dtypes}
+
+
+def largest_rounding(model: torch.nn.Module, device: torch.device) -> float:
+    """The largest of the `LOGIT_ROUNDING` of the dtypes in which `model` computes."""
+    return max(LOGIT_ROUNDING.get(dtype, COARSE_ROUNDING) for dtype in computed_in(model, device))
 
 
 def rounded_as(dtype: torch.dtype, device: torch.device) -> torch.dtype:

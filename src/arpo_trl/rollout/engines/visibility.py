@@ -19,7 +19,7 @@ from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
 
 from arpo_trl.errors import ConfigError, EngineError
-from arpo_trl.rollout.engines.compute_dtype import computed_in
+from arpo_trl.rollout.engines.compute_dtype import COARSE_ROUNDING, largest_rounding
 from arpo_trl.rollout.engines.slots import SlotCache
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
@@ -31,10 +31,6 @@ LENGTHS = (13, 6)
 MORE = 3
 PADDING = 5
 """Left padding, in tokens, of the rows in the comparison with padded scoring, as TRL does it."""
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.03}
-"""Largest allowed difference of logits, in standard deviations over the vocabulary, by dtype; `COARSE` for other
-dtypes."""
-COARSE = 0.1
 
 Mask = torch.Tensor | dict[str, torch.Tensor]
 Forward = Callable[[SlotCache, torch.Tensor, slice, torch.Tensor], torch.Tensor]
@@ -140,6 +136,15 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+def trial_ids(model: PreTrainedModel, count: int) -> torch.Tensor:
+    """(count,) ids on the model's device, spread over the whole vocabulary.
+
+    They all differ if it is large enough: equal tokens would hide errors of the attention.
+    """
+    device = model.get_input_embeddings().weight.device
+    return torch.arange(1, count + 1, device=device) * 7919 % model.config.get_text_config().vocab_size
+
+
 def mask_dtype(model: PreTrainedModel) -> torch.dtype | None:
     """The dtype of an additive mask; None if the attention accepts a bool mask."""
     if model.config._attn_implementation != "eager":
@@ -164,10 +169,7 @@ def compare_with_plain_forward(
         ConfigError: The logits differ or `forward` fails; the message has the figures.
         EngineError: The check does not fit into memory.
     """
-    vocabulary = model.config.get_text_config().vocab_size
-    device = model.get_input_embeddings().weight.device
-    # Ids from the whole vocabulary, all different if it is large enough: equal tokens would hide attention errors.
-    ids = torch.arange(1, sum(LENGTHS) + 2 + MORE + 1, device=device) * 7919 % vocabulary
+    ids = trial_ids(model, sum(LENGTHS) + 2 + MORE)
     first, second = ids[: LENGTHS[0] + 1 + MORE], ids[LENGTHS[0] + 1 + MORE :]
     plain = _plain_logits(model, [first, second], 0)
     kind = f"a model of type {model.config.model_type!r}"
@@ -176,10 +178,10 @@ def compare_with_plain_forward(
         cache.reserve(2, len(first))
         try:
             read = torch.nn.utils.rnn.pad_sequence([first[: LENGTHS[0]], second[: LENGTHS[1]]], batch_first=True)
-            lengths = torch.tensor(LENGTHS, device=device)
-            places = torch.arange(LENGTHS[0], device=device).minimum(lengths[:, None])
+            lengths = torch.tensor(LENGTHS, device=ids.device)
+            places = torch.arange(LENGTHS[0], device=ids.device).minimum(lengths[:, None])
             newest = torch.stack([first[LENGTHS[0]], second[LENGTHS[1]]])
-            more = torch.arange(LENGTHS[0] + 1, len(first), device=device)
+            more = torch.arange(LENGTHS[0] + 1, len(first), device=ids.device)
             found = [
                 forward(cache, read, slice(0, 2), places)[:1],
                 forward(cache, newest[:, None], slice(0, 2), lengths[:, None]),
@@ -242,6 +244,5 @@ def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 def _tolerance(model: PreTrainedModel) -> float:
     if getattr(model.config, "quantization_config", None) is not None:
-        return COARSE
-    dtypes = computed_in(model, model.get_input_embeddings().weight.device)
-    return max(TOLERANCE.get(dtype, COARSE) for dtype in dtypes)
+        return COARSE_ROUNDING
+    return largest_rounding(model, model.get_input_embeddings().weight.device)
