@@ -191,7 +191,7 @@ def sampling_trainer(model: Any, folder: Path, rows: Dataset, **settings: Any) -
 def sampled_logprobs(made: ARPOTrainer) -> torch.Tensor:
     """(B, T) logprobs of the last rollout's tokens, 0 where it wrote none."""
     assert made._last is not None
-    of_leaves = [torch.tensor(leaf.logprobs) for leaf in made._last.leaves]
+    of_leaves = [torch.tensor(leaf.logprobs) for leaf in made._last.rollout.leaves]
     return torch.nn.utils.rnn.pad_sequence(of_leaves, batch_first=True)
 
 

@@ -104,7 +104,7 @@ def test_branches_train_with_environments_of_their_own(model_path, tmp_path):
     CLOSED.clear()
     made.train()
     assert len({id(each) for each in seen["environments"]}) == 8
-    leaves = made._last.leaves
+    leaves = made._last.rollout.leaves
     for environment, leaf, name in zip(seen["environments"], leaves, seen["name"], strict=True):
         assert environment.items == [name] + [call.arguments["item"] for call in leaf.calls]
     # N = 2 of M = 4, and each path branches once: (0,), (0, 1, 0), (1,), (1, 1, 0), which puts its parent's address
@@ -174,7 +174,7 @@ def test_a_class_that_cannot_fork_trains_without_branches_with_a_warning(model_p
     assert "The environment Final has no fork(), is not copyable and not replayable" in caplog.text
     made.train()
     assert made.args.initial_rollouts == 4
-    assert [leaf.address for leaf in made._last.leaves] == [(0,), (1,), (2,), (3,)] * 2
+    assert [leaf.address for leaf in made._last.rollout.leaves] == [(0,), (1,), (2,), (3,)] * 2
 
 
 def test_a_completion_without_an_environment_has_no_reward_of_it(model_path, tmp_path):

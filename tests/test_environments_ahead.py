@@ -114,7 +114,7 @@ def test_environments_of_the_next_batch_are_created_during_the_update(model_path
     assert sum(log["arpo/environments/resets"] for log in logged) == 12
     assert sum(log["arpo/environments/forks"] for log in logged) >= 12
     assert max(log["arpo/environments/live_max"] for log in logged) <= 16
-    assert all(leaf.address in {(0,), (1,), (0, 1, 0), (1, 1, 0)} for leaf in made._last.leaves)
+    assert all(leaf.address in {(0,), (1,), (0, 1, 0), (1, 1, 0)} for leaf in made._last.rollout.leaves)
     assert all_closed(made)
 
 

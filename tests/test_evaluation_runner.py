@@ -293,7 +293,7 @@ def test_few_samples_wait_for_their_scores_and_an_interrupt_loses_none_of_them()
         for number in range(MOST_WAITING + 1):
             event = {MOST_WAITING - 1: full, MOST_WAITING: beyond}.get(number, threading.Event())
             event.set()
-            yield Finished(id=number, tree=None, error="lost", seconds=0.0)
+            yield Finished(id=number, group=None, error="lost", seconds=0.0)
 
     def sink(record):
         scored.wait()

@@ -150,8 +150,8 @@ def test_a_grpo_trainer_with_its_tools_and_rewards_becomes_this_one(
     monkeypatch.chdir(tmp_path)
     made = trained(example("docs/from-grpo.md", "# was GRPOTrainer"), tmp_path, multiplies)
     assert made._last is not None
-    assert [leaf.address for leaf in made._last.leaves] == [(i,) for i in range(8)]
-    (product,) = {call.text for leaf in made._last.leaves for call in leaf.calls}
+    assert [leaf.address for leaf in made._last.rollout.leaves] == [(i,) for i in range(8)]
+    (product,) = {call.text for leaf in made._last.rollout.leaves for call in leaf.calls}
     assert int(product) > 100 * 200
     assert made.state.log_history[0]["reward"] == 1
 
@@ -169,7 +169,7 @@ def test_the_shop_of_20_lines_trains(tmp_path: Path, monkeypatch: pytest.MonkeyP
     code = example("docs/environments.md", "environment_factory=Shop")
     made = trained(code.replace("range(10, 60)", "[10]"), tmp_path, buys, Shop=shop)
     assert made._last is not None
-    leaves = made._last.leaves
+    leaves = made._last.rollout.leaves
     assert len(leaves) == 16 and sum(len(leaf.address) > 1 for leaf in leaves) == 8
     results = ("Bought tea. 7 dollars are left.", "That is too expensive.")
     assert {tuple(call.text for call in leaf.calls) for leaf in leaves} == {results}

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from arpo_trl.logs.metrics import Tally, tally_step
-from arpo_trl.rollout.batch import RolloutBatch, RolloutTimes
+from arpo_trl.rollout.batch import RolloutBatch, RolloutTimes, SampledGroup
 from arpo_trl.rollout.tree import Address, ExecutedCall, RolloutTree, StopReason
 from arpo_trl.tools.calls import CallSource
 from support import ANSWER
@@ -60,7 +60,8 @@ def forked() -> RolloutTree:
 
 def counted(*groups: tuple[RolloutTree, list[float]]) -> Tally:
     trees = [tree for tree, _ in groups]
-    rollout = RolloutBatch(trees=trees, times=TIMES, turns_in_sequence=[3] * len(trees))
+    sampled = [SampledGroup(tree=tree, turns_in_sequence=3) for tree in trees]
+    rollout = RolloutBatch(groups=sampled, times=TIMES)
     return tally_step(rollout, [reward for _, rewards in groups for reward in rewards], {})
 
 

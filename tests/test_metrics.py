@@ -10,7 +10,7 @@ from arpo_trl.logs.alarms import ALARMS, REPEAT_EVERY, Alarms
 from arpo_trl.logs.metrics import Tally, tally_rewards, tally_rollout
 from arpo_trl.logs.render import render_tree
 from arpo_trl.logs.trajectories import TrajectoryLog, logged_trees, read_trees
-from arpo_trl.rollout.batch import RolloutBatch, RolloutTimes
+from arpo_trl.rollout.batch import RolloutBatch, RolloutTimes, SampledGroup
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.rules import RULES
 from arpo_trl.rollout.rules.base import FIRE_RATE_COUNT
@@ -75,7 +75,8 @@ def tallied(*trees: RolloutTree, topups: int = 1, chain: int = 3) -> Tally:
     tally = Tally()
     for tree in trees:
         tree.topups = topups
-    tally_rollout(RolloutBatch(trees=list(trees), times=TIMES, turns_in_sequence=[chain] * len(trees)), tally)
+    groups = [SampledGroup(tree=tree, turns_in_sequence=chain) for tree in trees]
+    tally_rollout(RolloutBatch(groups=groups, times=TIMES), tally)
     return tally
 
 
@@ -276,7 +277,7 @@ def test_merging_two_tallies_is_tallying_both():
 
     rollouts = [
         Scripted(plain, leaves=2)(),
-        RolloutBatch(trees=[tree_by_hand()], times=TIMES, turns_in_sequence=[3]),
+        RolloutBatch(groups=[SampledGroup(tree=tree_by_hand(), turns_in_sequence=3)], times=TIMES),
     ]
     both, merged = Tally(), Tally()
     for rollout in rollouts:

@@ -9,7 +9,7 @@ from arpo_trl import ARPOConfig
 from arpo_trl.errors import ConfigError
 from arpo_trl.logs.metrics import Tally
 from arpo_trl.logs.trajectories import read_trees
-from arpo_trl.rollout.batch import RolloutBatch, RolloutTimes
+from arpo_trl.rollout.batch import RolloutBatch, RolloutTimes, SampledGroup
 from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from arpo_trl.rollout.tree import ExecutedCall, RolloutTree, StopReason
@@ -33,12 +33,8 @@ def tree(tokens: int) -> RolloutTree:
 
 def rolled(*tokens: int, seconds: float = 1.0) -> RolloutBatch:
     times = RolloutTimes(total_s=4 * seconds, forward_s=seconds, tool_wait_s=seconds, sync_s=seconds)
-    return RolloutBatch(
-        trees=[tree(n) for n in tokens],
-        times=times,
-        turns_in_sequence=list(tokens),
-        spans=[{1: (0.0, float(n))} for n in tokens],
-    )
+    groups = [SampledGroup(tree=tree(n), turns_in_sequence=n, spans={1: (0.0, float(n))}) for n in tokens]
+    return RolloutBatch(groups=groups, times=times)
 
 
 def test_a_group_is_equal_if_all_known_rewards_are():

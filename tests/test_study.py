@@ -19,7 +19,7 @@ import torch
 from arpo_trl.errors import ConfigError
 from arpo_trl.quickstart import stages
 from arpo_trl.quickstart.model import save_cold_start_base
-from arpo_trl.rollout.batch import GroupRequest, RolloutBatch, RolloutTimes
+from arpo_trl.rollout.batch import GroupRequest, RolloutBatch, RolloutTimes, SampledGroup
 from arpo_trl.rollout.credit import CREDITS
 from arpo_trl.rollout.rules import RULES
 from arpo_trl.rollout.sampler import TreeSampler
@@ -315,10 +315,9 @@ def fake_trainer(rows: list[int]) -> SimpleNamespace:
     """One prompt a batch, which its two rows repeat. The prompt 7 has the ids [7]."""
 
     def sample(requests, **_):
-        trees = [RolloutTree(request.prompt_ids) for request in requests]
+        groups = [SampledGroup(tree=RolloutTree(each.prompt_ids), turns_in_sequence=each.id) for each in requests]
         times = RolloutTimes(total_s=1.0, forward_s=0.5, tool_wait_s=0.0, sync_s=0.0)
-        numbers = [request.id for request in requests]
-        return RolloutBatch(trees=trees, times=times, turns_in_sequence=numbers, spans=[{}] * len(trees))
+        return RolloutBatch(groups=groups, times=times)
 
     return SimpleNamespace(
         args=SimpleNamespace(seed=0),

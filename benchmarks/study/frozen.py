@@ -100,14 +100,9 @@ def sample(trainer: ARPOTrainer, batches: int) -> list[RolloutBatch]:
     for start in range(0, len(requests), together):
         asked = requests[start : start + together]
         made = trainer.tree_sampler.sample(asked, seed=(trainer.args.seed, start))
-        found += [some_trees(made, slice(at, at + each)) for at in range(0, len(asked), each)]
+        # Each with the times of all of them.
+        found += [replace(made, groups=made.groups[at : at + each]) for at in range(0, len(asked), each)]
     return found
-
-
-def some_trees(batch: RolloutBatch, of: slice) -> RolloutBatch:
-    """Some of the trees of a batch, with the times of the whole batch."""
-    names = ("trees", "turns_in_sequence", "spans")
-    return replace(batch, **{name: getattr(batch, name)[of] for name in names})
 
 
 def replay(trainer: ARPOTrainer, rollouts: Sequence[RolloutBatch]) -> None:

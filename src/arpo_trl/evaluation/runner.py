@@ -145,7 +145,7 @@ class Evaluator:
                 try:
                     ids = self.sampler.protocol.encode_prompt(questions.rows[number]["prompt"])
                 except Exception as error:  # a chat template can raise anything for a single prompt
-                    not_rendered.append(Finished(id=name, tree=None, error=error_text(error), seconds=0.0))
+                    not_rendered.append(Finished(id=name, group=None, error=error_text(error), seconds=0.0))
                 else:
                     yield GroupRequest(id=name, prompt_ids=ids)
 

@@ -92,9 +92,9 @@ def tally_step(rollout: RolloutBatch, rewards: Sequence[float], seconds: Mapping
 
 def tally_rollout(rollout: RolloutBatch, tally: Tally) -> None:
     """Counts one rollout into `tally`."""
-    for tree, chain in zip(rollout.trees, rollout.turns_in_sequence, strict=True):
-        tally.add("tree/topups", tree.topups)
-        tally.add("tree/turns_in_sequence", chain)
+    for group in rollout.groups:
+        tally.add("tree/topups", group.tree.topups)
+        tally.add("tree/turns_in_sequence", group.turns_in_sequence)
     tally_trees(rollout.trees, tally)
     times = rollout.times
     tally.add("time/rollout_s", times.total_s)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from arpo_trl.common.user_code import text_of
 from arpo_trl.options import RolloutSchedule, ShareCalls
 from arpo_trl.rollout.protocols import ToolProtocol
 from arpo_trl.rollout.rules.base import BranchRule
 from arpo_trl.rollout.rules.threshold import Threshold
-from arpo_trl.rollout.tree import RolloutTree, Span
+from arpo_trl.rollout.tree import Leaf, RolloutTree, Span
 from arpo_trl.tools.spec import ToolSet
 from arpo_trl.visible import for_people
 
@@ -77,21 +77,37 @@ class GroupRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SampledGroup:
+    """The finished tree of one request.
+
+    SampledGroup(tree=tree, turns_in_sequence=3)
+    """
+
+    tree: RolloutTree
+    turns_in_sequence: int
+    """The longest chain of turns that ran one after another, including the turns before the start of a late path."""
+    spans: dict[int, Span] = field(default_factory=dict)
+    """Node → when its turn was submitted and finished, or its calls were submitted and answered."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
     """The outcome of one request of a stream: its tree or its error, and the seconds from its start to its end.
 
-    `cause` is the exception that `error` describes. `RolloutBatch` explains the other two.
+    `cause` is the exception that `error` describes.
 
-    Finished(id=0, tree=None, error="EngineError: The server answered 400.", seconds=1.5)
+    Finished(id=0, group=None, error="EngineError: The server answered 400.", seconds=1.5)
     """
 
     id: int
-    tree: RolloutTree | None
+    group: SampledGroup | None
     error: str | None
     seconds: float
     cause: Exception | None = None
-    turns_in_sequence: int = 0
-    spans: dict[int, Span] = field(default_factory=dict)
+
+    @property
+    def tree(self) -> RolloutTree | None:
+        return None if self.group is None else self.group.tree
 
 
 def error_text(error: Exception) -> str:
@@ -116,17 +132,36 @@ class RolloutTimes:
         """Seconds in the sampler itself: the total without forwards, waiting for tools and syncing weights."""
         return self.total_s - self.forward_s - self.tool_wait_s - self.sync_s
 
+    def __add__(self, other: RolloutTimes) -> RolloutTimes:
+        return RolloutTimes(**{x.name: getattr(self, x.name) + getattr(other, x.name) for x in fields(self)})
+
+    def __sub__(self, other: RolloutTimes) -> RolloutTimes:
+        return RolloutTimes(**{x.name: getattr(self, x.name) - getattr(other, x.name) for x in fields(self)})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutBatch:
-    """The finished trees, in the order of their requests, with one count per tree in each list.
+    """The finished groups, in the order of their requests.
 
-    RolloutBatch(trees=[tree], times=times, turns_in_sequence=[3])
+    RolloutBatch(groups=[SampledGroup(tree=tree, turns_in_sequence=3)], times=times)
     """
 
-    trees: list[RolloutTree]
+    groups: list[SampledGroup]
     times: RolloutTimes
-    turns_in_sequence: list[int]
-    """The longest chain of turns that ran one after another, including the turns before the start of a late path."""
-    spans: list[dict[int, Span]] = field(default_factory=list)
-    """For each tree, node → when its turn was submitted and finished, or its calls were submitted and answered."""
+
+    @property
+    def trees(self) -> list[RolloutTree]:
+        return [group.tree for group in self.groups]
+
+    @property
+    def leaves(self) -> list[Leaf]:
+        """The leaves of all trees, tree after tree."""
+        return [leaf for tree in self.trees for leaf in tree.leaves()]
+
+    @property
+    def turns_in_sequence(self) -> list[int]:
+        return [group.turns_in_sequence for group in self.groups]
+
+    @property
+    def spans(self) -> list[dict[int, Span]]:
+        return [group.spans for group in self.groups]

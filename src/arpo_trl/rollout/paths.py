@@ -6,6 +6,7 @@ import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from arpo_trl.rollout.batch import SampledGroup
 from arpo_trl.rollout.engines.base import Turn
 from arpo_trl.rollout.protocols import BadCall, ToolProtocol
 from arpo_trl.rollout.rules.base import BranchContext, Candidate, LivePath
@@ -43,6 +44,10 @@ class Group:
     states_after: dict[bytes, PathStates] = field(default_factory=dict)
     """A fork of the states after each shareable turn that acted on them, by the history up to and including that
     turn."""
+
+    @property
+    def sampled(self) -> SampledGroup:
+        return SampledGroup(tree=self.tree, turns_in_sequence=self.longest_chain, spans=self.spans)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -89,6 +89,12 @@ class TreeSampler:
         self.between_events: Callable[[], None] = _do_nothing
         """Called before each wait for events. An exception from it, for example on an interrupt, stops the rollout."""
 
+    def clock(self) -> RolloutTimes:
+        """The counted seconds so far. The difference of two clocks is the time between them."""
+        return RolloutTimes(
+            total_s=time.perf_counter(), forward_s=self.engine.forward_s, tool_wait_s=self.tool_wait_s, sync_s=0.0
+        )
+
     def sample(
         self,
         requests: Sequence[GroupRequest],
@@ -167,9 +173,9 @@ class _Run:
         """Whether an error in a group ends only that group."""
 
     def __call__(self, requests: Sequence[GroupRequest]) -> RolloutBatch:
-        start, forward_before, tool_wait_before = time.perf_counter(), self.engine.forward_s, self.sampler.tool_wait_s
+        start = self.sampler.clock()
         with self.engine.session(), self._closing_states():
-            sync_s = time.perf_counter() - start
+            opened_s = time.perf_counter()
             groups = [self._start(request) for request in requests]
             while not self._is_idle or self._will_admit:
                 for group in self._advance():
@@ -178,20 +184,12 @@ class _Run:
                         self._release(group)
             if self.waiting:
                 raise self._no_slot()
-            closing = time.perf_counter()
-        end = time.perf_counter()
+            closing_s = time.perf_counter()
+        end = self.sampler.clock()
         for group in groups:
             group.tree.check(self.settings.num_generations)
-        forward_s = self.engine.forward_s - forward_before
-        tool_wait_s = self.sampler.tool_wait_s - tool_wait_before
-        return RolloutBatch(
-            trees=[group.tree for group in groups],
-            times=RolloutTimes(
-                total_s=end - start, forward_s=forward_s, tool_wait_s=tool_wait_s, sync_s=sync_s + end - closing
-            ),
-            turns_in_sequence=[group.longest_chain for group in groups],
-            spans=[group.spans for group in groups],
-        )
+        sync_s = opened_s - start.total_s + end.total_s - closing_s
+        return RolloutBatch(groups=[group.sampled for group in groups], times=replace(end - start, sync_s=sync_s))
 
     def stream(self, requests: Iterable[GroupRequest | None], groups_at_once: int) -> Iterator[Finished]:
         self.isolates = True
@@ -204,7 +202,7 @@ class _Run:
                         self._start(request)
                     except Exception as error:
                         self._forget(request.id)
-                        yield Finished(id=request.id, tree=None, error=error_text(error), seconds=0.0, cause=error)
+                        yield Finished(id=request.id, group=None, error=error_text(error), seconds=0.0, cause=error)
                     else:
                         live.add(request.id)
                 if not live:
@@ -235,15 +233,8 @@ class _Run:
             self._release(group)
             self._run_isolated(group, partial(group.tree.check, self.settings.num_generations))
         if group.error is not None:
-            return Finished(id=group.id, tree=None, error=error_text(group.error), seconds=seconds, cause=group.error)
-        return Finished(
-            id=group.id,
-            tree=group.tree,
-            error=None,
-            seconds=seconds,
-            turns_in_sequence=group.longest_chain,
-            spans=group.spans,
-        )
+            return Finished(id=group.id, group=None, error=error_text(group.error), seconds=seconds, cause=group.error)
+        return Finished(id=group.id, group=group.sampled, error=None, seconds=seconds)
 
     def _run_isolated(self, group: Group, step: Callable[[], None]) -> None:
         """Run `step`. In a stream an error ends only its group."""

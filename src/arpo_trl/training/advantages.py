@@ -43,7 +43,7 @@ class Advantages(GRPOTrainer):
             return
         assert self._last is not None and self._last_rewards is not None and self._rewards_of_all_ranks is not None
         scored = ScoredLeaves(
-            leaves=self._last.leaves,
+            leaves=self._last.rollout.leaves,
             rewards=self._last_rewards,
             of_all_ranks=self._rewards_of_all_ranks,
             trained=batch["completion_mask"].any(dim=1).cpu(),  # as in `_attribute`
@@ -88,7 +88,7 @@ class Advantages(GRPOTrainer):
             _, entropies, _ = self._get_per_token_logps_and_entropies(
                 self.model, ids, visible, width, size, compute_entropy=True
             )
-        longest = max(len(leaf.ids) for leaf in self._last.leaves)
+        longest = max(len(leaf.ids) for leaf in self._last.rollout.leaves)
         return z_scores(entropies[:, :longest].float(), mask[:, :longest] != 0, self.accelerator)
 
     def _answer_probabilities(self) -> list[dict[int, float]]:

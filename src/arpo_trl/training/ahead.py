@@ -50,12 +50,10 @@ class Sampled:
 
 @dataclass(slots=True)
 class _Batch:
-    """An unfinished batch: its rows, its requests, its finished groups, its threads, and the counters at its start."""
+    """An unfinished batch: its rows, requests, finished groups and threads, and the sampler's clock at its start."""
 
     rows: Rows
-    start_s: float
-    forward_before_s: float
-    tool_wait_before_s: float
+    start: RolloutTimes
     prepared: Prepared | None = None
     done: dict[int, Finished] = field(default_factory=dict)
     sampled: Sampled | None = None
@@ -120,8 +118,7 @@ class RolloutsAhead:
         """
         with self._changed:
             self._pausing = False
-            now, engine = time.perf_counter(), self._sampler.engine
-            self._batches[number] = _Batch(rows, now, engine.forward_s, self._sampler.tool_wait_s)
+            self._batches[number] = _Batch(rows, self._sampler.clock())
             self._preparing.add(number)
             self._changed.notify_all()
         if takes_time:
@@ -244,17 +241,9 @@ class RolloutsAhead:
             thread.start()
 
     def _rollout_of(self, batch: _Batch, requests: list[GroupRequest]) -> RolloutBatch:
-        groups = [batch.done[request.id] for request in requests]
+        groups = [batch.done[request.id].group for request in requests]
         return RolloutBatch(
-            trees=[group.tree for group in groups if group.tree is not None],
-            times=RolloutTimes(
-                total_s=time.perf_counter() - batch.start_s,
-                forward_s=self._sampler.engine.forward_s - batch.forward_before_s,
-                tool_wait_s=self._sampler.tool_wait_s - batch.tool_wait_before_s,
-                sync_s=0.0,
-            ),
-            turns_in_sequence=[group.turns_in_sequence for group in groups],
-            spans=[group.spans for group in groups],
+            groups=[group for group in groups if group is not None], times=self._sampler.clock() - batch.start
         )
 
     def _raise_if_closed(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from arpo_trl.rollout.batch import RolloutBatch
-from arpo_trl.rollout.tree import Leaf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,6 +13,5 @@ class LastRollout:
 
     name: str
     rollout: RolloutBatch
-    leaves: list[Leaf]
     first_group: int
     """The number of the first tree's group, counted over all ranks."""

@@ -17,7 +17,7 @@ from trl import GRPOTrainer
 
 from arpo_trl.config import ARPOConfig
 from arpo_trl.logs.metrics import Tally
-from arpo_trl.rollout.batch import RolloutBatch, RolloutTimes
+from arpo_trl.rollout.batch import RolloutBatch
 from arpo_trl.rollout.tree import RolloutTree
 from arpo_trl.tools.calls import CallSource
 from arpo_trl.training.baselines import are_equal
@@ -144,15 +144,10 @@ def equal_groups(rewards: torch.Tensor, size: int) -> torch.Tensor:
 
 def with_new_trees(before: RolloutBatch, new: RolloutBatch, groups: Sequence[int]) -> RolloutBatch:
     """`before` with the trees at the positions `groups` replaced by those of `new`, which were sampled after it."""
-    trees, chains, spans = list(before.trees), list(before.turns_in_sequence), list(before.spans)
-    waited = max(chains, default=0)
-    for i, tree, chain, span in zip(groups, new.trees, new.turns_in_sequence, new.spans, strict=True):
-        trees[i], chains[i], spans[i] = tree, waited + chain, span
-    times = {
-        name: getattr(before.times, name) + getattr(new.times, name)
-        for name in ("total_s", "forward_s", "tool_wait_s", "sync_s")
-    }
-    return replace(before, trees=trees, turns_in_sequence=chains, spans=spans, times=RolloutTimes(**times))
+    replaced, waited = list(before.groups), max(before.turns_in_sequence, default=0)
+    for i, group in zip(groups, new.groups, strict=True):
+        replaced[i] = replace(group, turns_in_sequence=waited + group.turns_in_sequence)
+    return RolloutBatch(groups=replaced, times=before.times + new.times)
 
 
 def tally_discarded(trees: Sequence[RolloutTree], tally: Tally) -> None:

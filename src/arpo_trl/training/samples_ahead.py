@@ -205,7 +205,7 @@ class SamplesAhead(Resumable):
 
     def _score(self, functions: list[Any], rows: Rows, requests: list[GroupRequest], rollout: RolloutBatch) -> Scored:
         """Calls the reward functions, outside the main thread."""
-        leaves = [leaf for tree in rollout.trees for leaf in tree.leaves()]
+        leaves = rollout.leaves
         fields = rollout_output(requests, leaves, self.protocol, logprobs=False)
         prompt_ids, ids = fields.pop("prompt_ids"), fields.pop("completion_ids")
         del fields["logprobs"]

@@ -340,7 +340,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
     ) -> tuple[Any, ...]:
         """Returns the results of TRL's loop, for the tool calls that the rollout made."""
         assert self._last is not None
-        leaves = self._last.leaves
+        leaves = self._last.rollout.leaves
         if isinstance(prompts[0], list):
             completions = completion_messages(prompt_ids, leaves, [self._kits.protocol(row) for row in self._rows])
         return tool_loop_output(leaves, completion_ids, completions, logprobs)
@@ -362,8 +362,8 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
             tally_discarded([before.trees[i] for i in again.groups], self._counted)
             new = self._sample([requests[i] for i in again.groups], f"{name} again {again.number}", settings)
             rollout = with_new_trees(before, new, again.groups)
-        leaves = [leaf for tree in rollout.trees for leaf in tree.leaves()]
-        self._last = LastRollout(name=name, rollout=rollout, leaves=leaves, first_group=first_group)
+        leaves = rollout.leaves
+        self._last = LastRollout(name=name, rollout=rollout, first_group=first_group)
         if self._environments is not None and not self.samples_ahead:
             self.environments = of_leaves(self._environments, rollout.trees, first_group)
         written = pad(
