@@ -16,6 +16,7 @@ from arpo_trl.rollout.credit.base import Credit, attribute
 from arpo_trl.training.answers import answer_probabilities, texts
 from arpo_trl.training.baselines import Baseline, ScoredLeaves, advantages_of, tally_baseline
 from arpo_trl.training.last_rollout import LastRollout
+from arpo_trl.training.loss_terms import loss_mask, recount
 
 
 class Advantages(GRPOTrainer):
@@ -74,13 +75,12 @@ class Advantages(GRPOTrainer):
         if weights is not None:
             batch["tool_mask"] = batch["tool_mask"] * weights
         if self._credit.weighs:  # on every rank, with or without weights: the count is a sum over all ranks
-            trained = (batch["completion_mask"] * batch["tool_mask"]).sum()
-            batch["num_items_in_batch"] = self.accelerator.gather(trained).sum()
+            recount(batch, self.accelerator)
 
     def _entropy_scores(self, batch: dict[str, Any]) -> torch.Tensor:
         """(B, T) z-scores of the policy's entropies over all ranks' trained tokens; 0 elsewhere. A collective."""
         assert self._last is not None
-        mask = batch["completion_mask"] * batch["tool_mask"]
+        mask = loss_mask(batch)
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         visible = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
         width, size = mask.size(1), self.args.per_device_train_batch_size

@@ -1,4 +1,4 @@
-"""Loss terms that TRL lacks, implemented as changes to the batch that TRL's loss reads.
+"""The tokens in the loss, and loss terms that TRL lacks: changes to the batch that TRL's loss reads.
 
 TRL's `_compute_loss` first computes the policy's logprobs, and then reads the old ones from the batch. A token's ratio
 is r = exp(logprob − old). So between these two steps:
@@ -7,8 +7,6 @@ is r = exp(logprob − old). So between these two steps:
   the turn's ratio as its value and its own gradient, π/sg(π) · sg(exp(mean log-ratio)) (AT²PO, arXiv 2601.04767).
 - `clip_keeps_gradient`: if r > 1 + ε_high and A > 0, old' = sg(logprob) − log(1 + ε_high). The token has the value of
   PPO's clip, and the gradient factor 1 + ε_high in place of 0 (AEPO, arXiv 2510.14545).
-
-Pure: torch only.
 """
 
 from __future__ import annotations
@@ -18,9 +16,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 INSIDE = 1e-4
 """The distance of a kept token's log-ratio below log(1 + ε_high): more than the rounding of a logprob in float32."""
+
+
+def loss_mask(batch: dict[str, Any]) -> torch.Tensor:
+    """(B, T): nonzero at the tokens in the loss of `batch`, with their weights."""
+    return batch["completion_mask"] * batch.get("tool_mask", 1)
+
+
+def recount(batch: dict[str, Any], accelerator: Accelerator) -> None:
+    """Counts the tokens in the loss over all ranks again, after `loss_mask` has changed. A collective."""
+    batch["num_items_in_batch"] = accelerator.gather(loss_mask(batch).sum()).sum()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +56,7 @@ class LossTerms:
             (B, T) bool, the trained tokens above the clip range that have a gradient; None without old logprobs. In
             that case the policy has sampled the tokens itself, all ratios are 1, and nothing is clipped.
         """
-        mask = batch["completion_mask"] * batch["tool_mask"]
+        mask = loss_mask(batch)
         old = batch.get("old_per_token_logps")
         if old is None:
             return None

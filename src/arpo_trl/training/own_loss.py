@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from arpo_trl.options import ImportanceSamplingLevel
-from arpo_trl.training.loss_terms import LossTerms
+from arpo_trl.training.loss_terms import LossTerms, loss_mask
 from arpo_trl.training.shared_update import SharedPrefixUpdate
 
 
@@ -51,7 +51,7 @@ class OwnLoss(SharedPrefixUpdate):
         """Logs the share of trained tokens, over all ranks, that have a gradient above the clip range."""
         if self._loss_terms.keeps_above is None or kept is None or not self.model.training:
             return
-        tokens = (batch["completion_mask"] * batch["tool_mask"]).count_nonzero()
+        tokens = loss_mask(batch).count_nonzero()
         kept_and_all = self.accelerator.reduce(torch.stack([kept.sum(), tokens]), reduction="sum")
         share = float(kept_and_all[0] / kept_and_all[1].clamp(min=1))
         self._metrics["train"]["arpo/update/kept_above_clip"].append(share)

@@ -26,6 +26,7 @@ from arpo_trl.training.completions import completions_of, rollout_output
 from arpo_trl.training.dealing import leaves_per_tree
 from arpo_trl.training.environments import NO_PROMPT, begun, of_leaves
 from arpo_trl.training.kits import Kits
+from arpo_trl.training.loss_terms import loss_mask, recount
 from arpo_trl.training.rewards_ahead import Scored, score
 from arpo_trl.training.rows_ahead import Rows, RowsAhead, epochs_are_known, later_epochs
 from arpo_trl.trl_seam import pad
@@ -265,11 +266,10 @@ class SamplesAhead(Resumable):
             padding_side="right",
             pad_to_multiple_of=self.pad_to_multiple_of,
         ).to(batch["tool_mask"].device)
-        sampled = (batch["completion_mask"] * batch["tool_mask"]).sum()
+        sampled = loss_mask(batch).sum()
         batch["tool_mask"] = batch["tool_mask"] * fresh
-        trained = (batch["completion_mask"] * batch["tool_mask"]).sum()
-        batch["num_items_in_batch"] = self.accelerator.gather(trained).sum()
-        return float((sampled - trained) / sampled.clamp(min=1))
+        recount(batch, self.accelerator)
+        return float((sampled - loss_mask(batch).sum()) / sampled.clamp(min=1))
 
     def _log_ahead(self, batch: dict[str, Any], rollout: RolloutBatch, metrics: dict[str, float]) -> None:
         """Logs means and maxima over ranks, as described in docs/metrics.md. A collective."""
@@ -279,7 +279,7 @@ class SamplesAhead(Resumable):
         metrics["staleness_max"] = float(max(stale, default=0))
         metrics["sync_s"] = self._spans.take("sync")
         if (ratio := batch.get("importance_sampling_ratio")) is not None:
-            metrics["ratio_clipped"] = self._share_clipped(ratio, batch["completion_mask"] * batch["tool_mask"])
+            metrics["ratio_clipped"] = self._share_clipped(ratio, loss_mask(batch))
         everyone = gather_object([metrics])
         for name in metrics:
             values = [of_rank[name] for of_rank in everyone]

@@ -14,6 +14,7 @@ from arpo_trl.config import ARPOConfig
 from arpo_trl.options import SharedPrefixForward
 from arpo_trl.rollout.engines.visibility import exact_length
 from arpo_trl.training.dealing import LEAF, deal_trees, micro_batches_of_one_step
+from arpo_trl.training.loss_terms import loss_mask
 from arpo_trl.training.prefix_sharing import Pack, forward_packs, pack_batches, sharing_ratio
 
 
@@ -99,7 +100,7 @@ class SharedPrefixUpdate(GRPOTrainer):
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         self._in_loss = True
         try:
-            with self._loss_tokens(inputs["completion_mask"] * inputs.get("tool_mask", 1)):
+            with self._loss_tokens(loss_mask(inputs)):
                 return super()._compute_loss(model, inputs)
         finally:
             self._in_loss = False
