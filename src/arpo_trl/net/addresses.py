@@ -41,6 +41,11 @@ def server_key(variable: str) -> str:
     return key
 
 
+def authorization(key: str) -> dict[str, str]:
+    """Return the header of requests to a server with this key; none for ""."""
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
 def _fault(url: Any, may_have_query: bool) -> str | None:
     import httpx  # slow to import, and commands that check settings must start fast
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import httpx
 
 from arpo_trl.errors import ConfigError
-from arpo_trl.net.addresses import check_server_url, server_key
+from arpo_trl.net.addresses import authorization, check_server_url, server_key
 from arpo_trl.net.http_client import RequestFailed, fetch_json, without
 
 
@@ -49,7 +49,7 @@ class ChatModel:
         request = httpx.Request(
             "POST",
             self.url.rstrip("/") + "/chat/completions",
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+            headers=authorization(key),
             json={
                 "model": self.model,
                 "messages": [{"role": "user", "content": prompt.encode("utf-8", "replace").decode()}],

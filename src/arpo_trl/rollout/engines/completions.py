@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerBase
 from arpo_trl.common.queues import drained
 from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.net import background
-from arpo_trl.net.addresses import check_server_url, server_key
+from arpo_trl.net.addresses import authorization, check_server_url, server_key
 from arpo_trl.net.clients import HTTPClients
 from arpo_trl.net.http_client import RequestFailed, fetch_json, without
 from arpo_trl.rollout.engines.base import SamplingParams, Turn, TurnFailed, TurnRequest, TurnStop
@@ -321,8 +321,7 @@ class CompletionsEngine:
 
 
 def _headers() -> dict[str, str]:
-    key = server_key(KEY_VARIABLE)
-    return {"Authorization": f"Bearer {key}"} if key else {}
+    return authorization(server_key(KEY_VARIABLE))
 
 
 def _failure(status: object, message: str) -> _Incomplete | _Refused:

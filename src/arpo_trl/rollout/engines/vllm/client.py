@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from arpo_trl.errors import ArpoError, ConfigError, EngineError
 from arpo_trl.net import background
-from arpo_trl.net.addresses import server_key
+from arpo_trl.net.addresses import authorization, server_key
 from arpo_trl.net.clients import HTTPClients
 from arpo_trl.options import VLLM_KEY_VARIABLE
 from arpo_trl.visible import without_secrets
@@ -58,8 +58,7 @@ class ServerFacts:
 
 def headers() -> dict[str, str]:
     """The authorization header for servers that require a key."""
-    key = server_key(VLLM_KEY_VARIABLE)
-    return {"Authorization": f"Bearer {key}"} if key else {}
+    return authorization(server_key(VLLM_KEY_VARIABLE))
 
 
 P = ParamSpec("P")
