@@ -179,6 +179,19 @@ def check_engine(engine: Engine) -> None:
         )
 
 
+def check_request(request: TurnRequest) -> None:
+    """Check that a request has a prompt and asks for tokens.
+
+    Raises:
+        EngineError: It does not.
+    """
+    if request.max_tokens < 1 or not request.ids:
+        raise EngineError(
+            f"Turn {request.key} requests {request.max_tokens} tokens after {len(request.ids)}; expected at least 1 "
+            "of each."
+        )
+
+
 def check_turn(turn: Turn, engine: Engine, vocabulary: Callable[[], Mapping[str, int]], max_tokens: int) -> None:
     """Check a turn of an engine, which may be from outside the package.
 

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.masking_utils import create_causal_mask
 
 from arpo_trl.errors import ConfigError, EngineError
-from arpo_trl.rollout.engines.base import Probe, SamplingParams, Turn, TurnRequest, TurnStop
+from arpo_trl.rollout.engines.base import Probe, SamplingParams, Turn, TurnRequest, TurnStop, check_request
 from arpo_trl.rollout.engines.distribution import Distribution, entropy, sample
 from arpo_trl.rollout.engines.generation_rules import rules_of
 from arpo_trl.rollout.engines.rows import RowState
@@ -186,11 +186,7 @@ class TransformersEngine:
             torch.cuda.empty_cache()  # the update needs blocks of other sizes
 
     def submit(self, request: TurnRequest) -> None:
-        if request.max_tokens < 1 or not request.ids:
-            raise EngineError(
-                f"Turn {request.key} requests {request.max_tokens} tokens after {len(request.ids)}; expected at least "
-                "1 of each."
-            )
+        check_request(request)
         self._waiting.append(request)
 
     def poll(self, timeout_s: float = 0.0) -> list[Probe | Turn]:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from arpo_trl.errors import EngineError
-from arpo_trl.rollout.engines.base import Probe, SamplingParams, Turn, TurnRequest, TurnStop
+from arpo_trl.rollout.engines.base import Probe, SamplingParams, Turn, TurnRequest, TurnStop, check_request
 from arpo_trl.rollout.engines.topk_entropy import entropy_from_top_k
 from arpo_trl.rollout.text import StopFinder
 
@@ -62,11 +62,7 @@ class Draft:
     def __init__(
         self, request: TurnRequest, eos_ids: Sequence[int], stops: StopFinder, vocab_size: int, top_logprobs: int
     ):
-        if request.max_tokens < 1 or not request.ids:
-            raise EngineError(
-                f"Turn {request.key} requests {request.max_tokens} tokens after {len(request.ids)}; expected at least "
-                "1 of each."
-            )
+        check_request(request)
         self.request = request
         self._eos_ids = frozenset(eos_ids)
         self._stops = stops
