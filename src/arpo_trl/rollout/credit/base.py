@@ -25,7 +25,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from arpo_trl.errors import ConfigError
-from arpo_trl.rollout.tree import NodeKind, RolloutTree
+from arpo_trl.rollout.tree import Leaf, NodeKind, RolloutTree
 
 
 class Credit(ABC):
@@ -163,10 +163,13 @@ def token_nodes(trees: Sequence[RolloutTree]) -> torch.Tensor:
     return pad_sequence(rows, batch_first=True, padding_value=-1)
 
 
-def counted_tokens(token_nodes: torch.Tensor, trained: torch.Tensor | None) -> torch.Tensor:
-    """(B, T) bool: the tokens that are not padding, of the leaves in the loss (`Credit.trained`)."""
+def counted_nodes(token_nodes: torch.Tensor, trained: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, T) bool: the tokens that are not padding, of the leaves in the loss (`Credit.trained`). And for each of them
+    the number of its node, from 0 without gaps."""
     real = token_nodes >= 0
-    return real if trained is None else real & trained.to(real.device).unsqueeze(1)
+    if trained is not None:
+        real &= trained.to(real.device).unsqueeze(1)
+    return real, torch.unique(token_nodes[real], return_inverse=True)[1]
 
 
 def mean_over_leaves(
@@ -178,8 +181,7 @@ def mean_over_leaves(
         advantages: (B,), or (B, T) with one value per leaf and node.
         trained: `Credit.trained`. The other leaves do not count, and get 0.
     """
-    real = counted_tokens(token_nodes, trained)
-    _, node = torch.unique(token_nodes[real], return_inverse=True)
+    real, node = counted_nodes(token_nodes, trained)
     per_token = (advantages if advantages.dim() == 2 else advantages.unsqueeze(1)).expand_as(token_nodes)[real]
     # A node has the same number of tokens in each of its leaves, so the mean over tokens equals the mean over leaves.
     count = torch.bincount(node)
@@ -269,8 +271,7 @@ def by_segment(
         for row, leaf in enumerate(segments.tree.leaves(), segments.first_row):
             counts = segments.counts(row)
             values = [value(segments, segments.of[node.index], row) if counts else 0.0 for node in leaf.nodes]
-            lengths = torch.tensor([len(node.ids) for node in leaf.nodes])
-            rows.append(torch.tensor(values, dtype=advantages.dtype).repeat_interleave(lengths))
+            rows.append(_per_token(leaf, values, advantages.dtype))
     return pad_sequence(rows, batch_first=True).to(advantages.device)
 
 
@@ -283,9 +284,14 @@ def by_leaf(
         for leaf in tree.leaves():
             turns = iter(of_turns[len(rows)])
             values = [next(turns) if node.kind is NodeKind.TURN else 0.0 for node in leaf.nodes]
-            lengths = torch.tensor([len(node.ids) for node in leaf.nodes])
-            rows.append(torch.tensor(values, dtype=advantages.dtype).repeat_interleave(lengths))
+            rows.append(_per_token(leaf, values, advantages.dtype))
     return pad_sequence(rows, batch_first=True).to(advantages.device)
+
+
+def _per_token(leaf: Leaf, of_nodes: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
+    """(T,): each token of the leaf has its node's value."""
+    lengths = torch.tensor([len(node.ids) for node in leaf.nodes])
+    return torch.tensor(of_nodes, dtype=dtype).repeat_interleave(lengths)
 
 
 LARGEST = 1e18

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from arpo_trl.rollout.credit import register_credit
-from arpo_trl.rollout.credit.base import Credit, counted_tokens, mean_over_leaves, shares_nodes, token_nodes
+from arpo_trl.rollout.credit.base import Credit, counted_nodes, mean_over_leaves, shares_nodes, token_nodes
 from arpo_trl.rollout.credit.soft import Soft
 from arpo_trl.rollout.tree import RolloutTree
 
@@ -48,8 +48,7 @@ class Once(Credit):
 def first_copies(token_nodes: torch.Tensor, trained: torch.Tensor | None = None) -> torch.Tensor:
     """(B, T) bool: True for each node's tokens in the first row in the loss (`trained`) that contains the node; False
     elsewhere and on padding."""
-    real = counted_tokens(token_nodes, trained)
-    _, node = torch.unique(token_nodes[real], return_inverse=True)
+    real, node = counted_nodes(token_nodes, trained)
     rows = torch.arange(token_nodes.size(0), device=token_nodes.device).unsqueeze(1).expand_as(token_nodes)[real]
     first = torch.full((int(node.max()) + 1 if len(node) else 0,), token_nodes.size(0), device=token_nodes.device)
     first = first.scatter_reduce(0, node, rows, reduce="amin")
