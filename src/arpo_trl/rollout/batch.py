@@ -159,6 +159,11 @@ class RolloutBatch:
         return [leaf for tree in self.trees for leaf in tree.leaves()]
 
     @property
+    def prompt_ids(self) -> list[list[int]]:
+        """The prompt of each leaf."""
+        return [tree.root.ids for tree in self.trees for _ in tree.leaves()]
+
+    @property
     def turns_in_sequence(self) -> list[int]:
         return [group.turns_in_sequence for group in self.groups]
 

@@ -8,28 +8,16 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from arpo_trl.rollout.batch import GroupRequest
 from arpo_trl.rollout.protocols import ToolProtocol
 from arpo_trl.rollout.protocols.base import message_of
 from arpo_trl.rollout.tree import Leaf, NodeKind
 
 
-def rollout_output(
-    requests: Sequence[GroupRequest], leaves: Sequence[Leaf], protocol: ToolProtocol, *, logprobs: bool
-) -> dict[str, Any]:
-    """The return value that TRL expects of a `rollout_func`, one value per leaf, and the columns for reward functions.
-
-    Args:
-        requests: One per tree.
-        leaves: Tree by tree, the same number for each.
-        logprobs: Whether TRL gets the sampling logprobs.
-    """
-    size = len(leaves) // len(requests)
-    prompt_ids = [request.prompt_ids for request in requests for _ in range(size)]
+def reward_columns(
+    prompt_ids: Sequence[list[int]], leaves: Sequence[Leaf], protocol: ToolProtocol
+) -> dict[str, list[Any]]:
+    """The columns for reward functions, one value per leaf. `prompt_ids`: each leaf's."""
     return {
-        "prompt_ids": prompt_ids,
-        "completion_ids": [leaf.ids for leaf in leaves],
-        "logprobs": [leaf.logprobs for leaf in leaves] if logprobs else None,
         "turns": [protocol.whole_turns(before, leaf) for before, leaf in zip(prompt_ids, leaves, strict=True)],
         "turns_without_calls": [
             protocol.whole_turns(before, leaf, calls=False) for before, leaf in zip(prompt_ids, leaves, strict=True)

@@ -22,7 +22,7 @@ from arpo_trl.runs.resumable import Resumable
 from arpo_trl.tools.environments.state import Environments
 from arpo_trl.tools.toolbox import ToolBox
 from arpo_trl.training.ahead import Prepared, RolloutsAhead, Sampled
-from arpo_trl.training.completions import completions_of, rollout_output
+from arpo_trl.training.completions import completions_of, reward_columns
 from arpo_trl.training.dealing import leaves_per_tree
 from arpo_trl.training.environments import NO_PROMPT, begun, of_leaves
 from arpo_trl.training.kits import Kits
@@ -206,10 +206,8 @@ class SamplesAhead(Resumable):
 
     def _score(self, functions: list[Any], rows: Rows, requests: list[GroupRequest], rollout: RolloutBatch) -> Scored:
         """Calls the reward functions, outside the main thread."""
-        leaves = rollout.leaves
-        fields = rollout_output(requests, leaves, self.protocol, logprobs=False)
-        prompt_ids, ids = fields.pop("prompt_ids"), fields.pop("completion_ids")
-        del fields["logprobs"]
+        leaves, prompt_ids = rollout.leaves, rollout.prompt_ids
+        ids, fields = [leaf.ids for leaf in leaves], reward_columns(prompt_ids, leaves, self.protocol)
         prompts = [row["prompt"] for row in rows]
         completions = completions_of(
             prompts,

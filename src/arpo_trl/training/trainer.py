@@ -37,7 +37,7 @@ from arpo_trl.training.answers import check_answers
 from arpo_trl.training.arguments import check_arguments
 from arpo_trl.training.baselines import make_baseline
 from arpo_trl.training.best_metric import check_best_metric
-from arpo_trl.training.completions import completion_messages, rollout_output, tool_loop_output
+from arpo_trl.training.completions import completion_messages, reward_columns, tool_loop_output
 from arpo_trl.training.dealing import LEAF, leaves_per_tree
 from arpo_trl.training.environments import (
     NO_PROMPT,
@@ -373,10 +373,14 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         )
         self._scoring.enter_context(self._loss_tokens(written))  # for logprobs of the reference model and old weights
         masks = {} if self.tools else {"env_mask": [leaf.mask for leaf in leaves]}
-        # Like TRL, return sampling logprobs for vLLM only. Under top-k or top-p, the logprobs from transformers belong
-        # to another distribution than the loss's, and `off_policy_mask_threshold` would treat the difference as policy
-        # drift.
-        return masks | rollout_output(requests, leaves, self.protocol, logprobs=self.use_vllm)
+        sampled = {
+            "prompt_ids": rollout.prompt_ids,
+            "completion_ids": [leaf.ids for leaf in leaves],
+            # Like TRL, for vLLM only. Under top-k or top-p, the logprobs from transformers belong to another
+            # distribution than the loss's, and `off_policy_mask_threshold` would treat the difference as policy drift.
+            "logprobs": [leaf.logprobs for leaf in leaves] if self.use_vllm else None,
+        }
+        return sampled | masks | reward_columns(rollout.prompt_ids, leaves, self.protocol)
 
     def _sample(self, requests: Sequence[GroupRequest], name: str, settings: TreeSettings) -> RolloutBatch:
         """The trees of `requests`. In training with `rollouts_ahead`, these are the trees that were sampled ahead."""
