@@ -24,19 +24,13 @@ class Kits:
     Args:
         protocol: The protocol of a row without its own kit.
         environments: The trainer's environments. With several classes, each class has a kit.
-        sets, protocols: The tools and the protocol by class name; empty with one class, or without environments.
+        kits: The kit by class name; empty with one class, or without environments.
     """
 
-    def __init__(
-        self,
-        protocol: ToolProtocol,
-        environments: Environments | None,
-        sets: Mapping[Any, ToolSet],
-        protocols: Mapping[Any, ToolProtocol],
-    ):
+    def __init__(self, protocol: ToolProtocol, environments: Environments | None, kits: Mapping[Any, Kit]):
         self._protocol = protocol
         self._environments = environments
-        self._by_name = {name: Kit(tools=tools, protocol=protocols[name]) for name, tools in sets.items()}
+        self._by_name = kits
 
     def of(self, row: Mapping[str, Any]) -> Kit | None:
         """Return the kit of a row. None: the row may call all tools."""

@@ -23,7 +23,7 @@ from arpo_trl.logs.metrics import Tally
 from arpo_trl.logs.trajectories import TrajectoryLog
 from arpo_trl.options import SharedPrefixForward
 from arpo_trl.publishing.mixin import Publishing
-from arpo_trl.rollout.batch import GroupRequest, RolloutBatch, TreeSettings
+from arpo_trl.rollout.batch import GroupRequest, Kit, RolloutBatch, TreeSettings
 from arpo_trl.rollout.build import context_of
 from arpo_trl.rollout.engines.base import Engine
 from arpo_trl.rollout.engines.compute_dtype import warn_of_emulation
@@ -202,8 +202,11 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         tokenizer = tokenizer_for(model, processing_class, args)
         ends = generation_ends(model, args)
         self.protocol = protocol_for(args, tokenizer, self.toolbox.specs, ends)
-        protocols = {name: protocol_for(args, tokenizer, tools.specs, ends) for name, tools in sets.items()}
-        self._kits = Kits(self.protocol, self._environments, sets, protocols)
+        kits = {
+            name: Kit(tools=tools, protocol=protocol_for(args, tokenizer, tools.specs, ends))
+            for name, tools in sets.items()
+        }
+        self._kits = Kits(self.protocol, self._environments, kits)
         check_encoding(datasets, self._kits.protocols, embedding_rows(model, args))
         self._interrupts = Interrupts()
         with without_trls_vllm_client(args, engine), weighted(args, owned):
