@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import random
 import threading
 import time
@@ -35,6 +34,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import grpo_trainer
 
 from arpo_trl import ARPOConfig, ARPOTrainer
+from arpo_trl.quickstart.task import read_lines
 from arpo_trl.rollout.protocols import TagProtocol
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.tools.calls import CallSource, ToolCall
@@ -188,9 +188,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("runs/against_trl"))
     arguments = parser.parse_args()
-    dataset = Dataset.from_list(
-        [json.loads(line) for line in (arguments.data / "train.jsonl").read_text("utf-8").splitlines()]
-    )
+    dataset = Dataset.from_list(read_lines(arguments.data / "train.jsonl"))
     tools = build_tools(ToolArguments(search_index=str(arguments.data / "corpus.jsonl"), search_top_k=2))
     lines = [
         "| tool latency | | rollout s | TRL / ours | update s | TRL / ours | step s | TRL / ours | trained tokens | "

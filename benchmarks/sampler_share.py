@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from arpo_trl.options import RolloutSchedule
+from arpo_trl.quickstart.task import read_lines
 from arpo_trl.rollout.batch import GroupRequest, RolloutBatch, TreeSettings
 from arpo_trl.rollout.engines import transformers as engine_module
 from arpo_trl.rollout.engines.base import SamplingParams
@@ -93,8 +93,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64, help="8 paths each (default: 64)")
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
-    rows = [json.loads(line) for line in (arguments.data / "train.jsonl").read_text("utf-8").splitlines()]
-    rows = rows[: arguments.prompts]
+    rows = read_lines(arguments.data / "train.jsonl")[: arguments.prompts]
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     tools = build_tools(ToolArguments(search_index=str(arguments.data / "corpus.jsonl"), search_top_k=2))
     print("| model | rollout s | forward s | tool wait s | own s | own share | own ms per turn |")

@@ -11,7 +11,6 @@ accuracy counts as inf.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from trl import GRPOConfig, GRPOTrainer
 from against_trl import CALLS, THEIRS, trl_trainer
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.quickstart.heldout import answer_heldout
+from arpo_trl.quickstart.task import read_lines
 from arpo_trl.rewards.answers import extract_answer, task_accuracy
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.tools.toolbox import ToolBox
@@ -73,10 +73,7 @@ class Watch(TrainerCallback):
 def train(name: str, folder: Path, seed: int, every: int, target: float) -> list[tuple[int, float, float]]:
     """Runs one training. Returns (step, seconds of training, held-out accuracy) of each measurement."""
     model, data = folder / "sft", folder / "data"
-    rows, heldout = (
-        [json.loads(line) for line in (data / f"{part}.jsonl").read_text("utf-8").splitlines()]
-        for part in ("train", "heldout")
-    )
+    rows, heldout = (read_lines(data / f"{part}.jsonl") for part in ("train", "heldout"))
     tools = build_tools(ToolArguments(search_index=str(data / "corpus.jsonl"), search_top_k=2))
     config = yaml.safe_load(CONFIG.read_text("utf-8"))
     common = {

@@ -27,6 +27,7 @@ from arpo_trl.quickstart.heldout import HeldOut
 from arpo_trl.quickstart.model import TAGS, build_model, build_tokenizer, quickstart_texts, save_cold_start_base
 from arpo_trl.quickstart.report import accuracy_lines
 from arpo_trl.quickstart.stages import _tree_to_show
+from arpo_trl.quickstart.task import read_lines, write_lines
 from arpo_trl.quickstart.tasks import make_tasks, parse_question
 from arpo_trl.tools.python import sandbox
 from arpo_trl.tools.search.index import LocalIndex, search_tool
@@ -69,6 +70,12 @@ def run(code: str) -> str:
 
 
 # --- corpus ---
+
+
+def test_only_a_line_feed_ends_a_line_of_the_data(tmp_path):
+    rows = ["one\u2028line", {"another": "\x85one"}]
+    write_lines(tmp_path / "rows.jsonl", rows)
+    assert read_lines(tmp_path / "rows.jsonl") == rows
 
 
 def test_the_corpus_is_some_hundred_distinct_sentences_and_always_the_same() -> None:

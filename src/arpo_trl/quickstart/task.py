@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from arpo_trl.common.user_files import json_lines
 from arpo_trl.rollout.tree import RolloutTree
 
 SFT_BATCH = 16
@@ -78,4 +79,4 @@ def write_lines(path: Path, rows: Iterable[str | Mapping[str, Any]]) -> None:
 
 def read_lines(path: str | Path) -> list[Any]:
     """Return the JSON values of a file with one per line."""
-    return [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
+    return [value for _, value in json_lines(Path(path))]
