@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import math
 import os
 import subprocess
@@ -37,6 +36,7 @@ from arpo_trl.logs.trajectories import read_trees
 from arpo_trl.quickstart.stages import RL_CONFIG, measure
 from arpo_trl.rewards import HierarchicalReward
 from arpo_trl.tools import LocalIndex, python_tool, search_tool
+from arpo_trl.viewing.run import log_history
 from serving import Server, running
 from study.files import paired, read, write
 
@@ -193,7 +193,7 @@ def train(run: Path, output: Path, url: str, k: int, seed: int, count: int) -> d
     ]
     with output.with_suffix(".log").open("w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=log)
-    history = json.loads((output / "trainer_state.json").read_text("utf-8"))["log_history"]
+    history = log_history(output)
     steps = [row for row in history if "loss" in row]
     means = {
         name: mean(row.get(f"arpo/ahead/{name}", 0.0) for row in steps) for name in ("staleness_mean", "ratio_clipped")

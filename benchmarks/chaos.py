@@ -47,6 +47,7 @@ from arpo_trl.scripts import train
 from arpo_trl.tools import LocalIndex, python_tool, search_tool
 from arpo_trl.tools.calls import ToolCall
 from arpo_trl.tools.toolbox import ToolBox
+from arpo_trl.viewing.run import log_history
 from study.training import cold_start
 
 TIMEOUT_S = 1.0
@@ -214,7 +215,7 @@ def run(folder: Path, seed: int, rate: float, *, steps: int, useful: int) -> dic
         )
     except SystemExit:
         finished = False
-    history = json.loads((output / "trainer_state.json").read_text("utf-8"))["log_history"] if finished else []
+    history = log_history(output) if finished else []
     leaves = [row["arpo/tree/leaves"] / row["arpo/tree/groups"] for row in history if "arpo/tree/leaves" in row]
     return {
         "finished": finished,

@@ -10,7 +10,6 @@ stopped and resumed. `--table` only prints the existing results.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -21,8 +20,8 @@ from typing import Any
 
 from arpo_trl.quickstart.report import summarise
 from arpo_trl.quickstart.stages import RL_CONFIG, SEARCH, launch, measure
-from arpo_trl.quickstart.task import read_lines
-from study.files import slug
+from arpo_trl.viewing.run import log_history
+from study.files import append, rows_in, slug
 from study.processes import run_all
 from study.training import cold_start
 
@@ -62,7 +61,7 @@ def train(folder: Path, seed: int, variant: str, steps: int) -> dict[str, Any]:
         *("--output_dir", str(output), "--seed", str(seed), "--max_steps", str(steps), "--trajectory_log_rate", "0"),
         *VARIANTS[variant],
     )
-    history = json.loads((output / "trainer_state.json").read_text("utf-8"))["log_history"]
+    history = log_history(output)
     return {
         "variant": variant,
         "seed": seed,
@@ -74,9 +73,7 @@ def train(folder: Path, seed: int, variant: str, steps: int) -> dict[str, Any]:
 
 
 def append_result(output: Path, seed: int, variant: str, steps: int) -> None:
-    row = train(output / f"seed{seed}", seed, variant, steps)
-    with (output / RESULTS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    append(output / RESULTS, train(output / f"seed{seed}", seed, variant, steps))
 
 
 def as_table(rows: list[dict[str, Any]], variants: Iterable[str], columns: Mapping[str, str]) -> str:
@@ -110,15 +107,11 @@ def main() -> int:
     arguments = parser.parse_args()
     output: Path = arguments.output
     results, errors = output / RESULTS, list[str]()
-
-    def done() -> list[dict[str, Any]]:
-        return read_lines(results) if results.exists() else []
-
     if not arguments.table:
         seeds = {seed: output / f"seed{seed}" for seed in arguments.seeds}
         cold = {f"cold {seed}": partial(start, folder, seed) for seed, folder in seeds.items()}
         run_all(cold, arguments.jobs, output / "logs", errors)
-        finished = {(row["variant"], row["seed"]) for row in done()}
+        finished = {(row["variant"], row["seed"]) for row in rows_in(results)}
         jobs = {
             f"{variant}, seed {seed}": partial(append_result, output, seed, variant, arguments.steps)
             for variant in VARIANTS
@@ -126,7 +119,7 @@ def main() -> int:
             if (folder / "sft").exists() and (variant, seed) not in finished
         }
         run_all(jobs, arguments.jobs, output / "logs", errors)
-    print(as_table(done(), VARIANTS, COLUMNS))
+    print(as_table(rows_in(results), VARIANTS, COLUMNS))
     for error in errors:
         print(f"error: {error}", file=sys.stderr)
     return 1 if errors else 0

@@ -28,6 +28,7 @@ from arpo_trl.quickstart.corpus import passages
 from arpo_trl.quickstart.model import save_cold_start_base
 from arpo_trl.quickstart.stages import RL_CONFIG, measure
 from arpo_trl.quickstart.tasks import make_tasks
+from arpo_trl.viewing.run import log_history
 from card import PeakMemory, device_name, own_stdout, shown, start_vllm_uncompiled
 
 COLUMNS = (
@@ -62,7 +63,7 @@ def train(engine: str, run: Path, output: Path, steps: int, device: torch.device
         ]  # vLLM has no sleep mode on a CPU
     sys.argv = ["train.py", *flags]
     runpy.run_path("train.py", run_name="__main__")
-    history = json.loads((output / "trainer_state.json").read_text("utf-8"))["log_history"]
+    history = log_history(output)
     return [row for row in history if "loss" in row]
 
 

@@ -11,7 +11,6 @@ table.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,9 @@ from transformers.utils import logging as transformers_logging
 from arpo_trl.quickstart.report import summarise
 from arpo_trl.quickstart.shop.task import SHOP, measure
 from arpo_trl.quickstart.stages import launch
-from arpo_trl.quickstart.task import read_lines
+from arpo_trl.viewing.run import log_history
 from compare_rules import as_table
+from study.files import append, rows_in
 from study.training import cold_start
 
 LEAVES, GROUPS = 8, 8
@@ -48,7 +48,7 @@ def train(cold: Path, output: Path, seed: int, variant: str, steps: int, reset_s
         *("--initial_rollouts", str(VARIANTS[variant]), "--per_device_train_batch_size", str(GROUPS * LEAVES)),
         *("--reset_seconds", str(reset_seconds), "--eval_strategy", "no", "--trajectory_log_rate", "0"),
     )
-    history = json.loads((output / "trainer_state.json").read_text("utf-8"))["log_history"]
+    history = log_history(output)
     logged = [row for row in history if "reward" in row]
     counts = {name: sum(row[f"arpo/environments/{name}"] for row in logged) for name in ("resets", "forks")}
     in_resets = sum(row["arpo/environments/resets"] * row["arpo/environments/reset_s"] for row in logged)
@@ -78,7 +78,7 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     cold: Path = arguments.cold_start or output
     results = output / "results.jsonl"
-    done = read_lines(results) if results.exists() else []
+    done = rows_in(results)
     if not arguments.table:
         cold_start(cold, 0, SHOP)
         finished = {(row["variant"], row["seed"]) for row in done}
@@ -92,8 +92,7 @@ def main() -> None:
                 folder = output / f"{variant.split()[0].lower()}-{seed}"
                 row = train(cold, folder, seed, variant, arguments.steps, arguments.reset_seconds)
                 done.append({"accuracy_before": before, **row})
-                with results.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(done[-1]) + "\n")
+                append(results, done[-1])
     print(as_table(done, list(VARIANTS), COLUMNS))
 
 

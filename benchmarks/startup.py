@@ -6,13 +6,14 @@ python benchmarks/startup.py --quickstart runs/quickstart
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from statistics import median
+
+from arpo_trl.viewing.run import log_history
 
 
 def seconds(command: list[str]) -> float:
@@ -36,7 +37,7 @@ def first_step(quickstart: Path) -> tuple[float, float]:
         command += ["--dataset", str(data / "train.jsonl"), "--search_index", str(data / "corpus.jsonl")]
         command += ["--eval_strategy", "no", "--max_steps", "1", "--output_dir", output]
         total = seconds(command)
-        history = json.loads(Path(output, "trainer_state.json").read_text("utf-8"))["log_history"]
+        history = log_history(Path(output))
     return total, history[0]["step_time"]
 
 

@@ -10,7 +10,6 @@ the held-out questions, always with the transformers engine. The next column is 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +18,9 @@ from statistics import mean, stdev
 from typing import Any
 
 from arpo_trl.quickstart.stages import RL_CONFIG, SEARCH, launch, measure
-from arpo_trl.quickstart.task import read_lines
+from arpo_trl.viewing.run import log_history
 from serving import running
+from study.files import append, rows_in
 from study.training import cold_start
 
 VLLM = ("--use_vllm", "true", "--vllm_max_model_length", "1024")
@@ -50,7 +50,7 @@ def train(folder: Path, seed: int, engine: str, steps: int) -> dict[str, Any]:
             *("--output_dir", str(output), "--seed", str(seed), "--max_steps", str(steps)),
             *("--trajectory_log_rate", "0", *chosen),
         )
-    history = json.loads((output / "trainer_state.json").read_text("utf-8"))["log_history"]
+    history = log_history(output)
     differences = [row.get("sampling/sampling_logp_difference/mean", 0.0) for row in history if "loss" in row]
     return {
         "engine": engine,
@@ -86,7 +86,7 @@ def main() -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     arguments.output.mkdir(parents=True, exist_ok=True)
     results = arguments.output / "results.jsonl"
-    rows = read_lines(results) if results.exists() else []
+    rows = rows_in(results)
     for seed in arguments.seeds if not arguments.table else ():
         folder = arguments.output.resolve() / f"seed{seed}"
         cold_start(folder, seed, SEARCH)
@@ -94,8 +94,7 @@ def main() -> None:
             if any((row["engine"], row["seed"]) == (engine, seed) for row in rows):
                 continue
             rows.append(train(folder, seed, engine, arguments.steps))
-            with results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
+            append(results, rows[-1])
     print(table(rows))
 
 

@@ -1,4 +1,4 @@
-"""The study's results: one JSON file per arm and seed, written atomically; paired confidence intervals."""
+"""Files of results, one per arm and seed or one with a row for each; paired confidence intervals."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from arpo_trl.common.files import write_whole
+from arpo_trl.common.user_files import json_lines
 
 _T_975 = tuple(
     map(
@@ -72,6 +73,17 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
 def read(path: Path) -> dict[str, Any] | None:
     """The content of a file; None if there is none."""
     return json.loads(path.read_text("utf-8")) if path.exists() else None
+
+
+def rows_in(path: Path) -> list[dict[str, Any]]:
+    """The rows that `append` has written; none if there is no file."""
+    return [row for _, row in json_lines(path)] if path.exists() else []
+
+
+def append(path: Path, row: Mapping[str, Any]) -> None:
+    """Append one JSON value as a line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def slug(name: str) -> str:

@@ -39,6 +39,7 @@ from arpo_trl.runs.interrupts import kill_children, leave
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.tools.search.index import LocalIndex, search_tool
 from arpo_trl.tools.toolbox import ToolBox
+from arpo_trl.viewing.run import log_history
 
 N_TRAIN, N_HELDOUT, N_WATCHED = 2400, 600, 96
 """Numbers of questions: for training, for the accuracy before and after, and for evaluation during training (a subset
@@ -181,7 +182,7 @@ def run(name: str, output: Path, seed: int, *, hard: bool = False, config: Path 
     )
     after, greedy_after = measured(rl, 1.0), measured(rl, 0.0)
 
-    history = json.loads((rl / "trainer_state.json").read_text("utf-8"))["log_history"]
+    history = log_history(rl)
     summary = {
         "accuracy_before": before.accuracy,
         "accuracy_after": after.accuracy,
