@@ -1,4 +1,4 @@
-"""Keeps the working folder, on which relative paths such as `output_dir` depend. Pure."""
+"""Keeps the working folder, on which relative paths such as `output_dir` depend."""
 
 from __future__ import annotations
 
