@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from arpo_trl.common.flags import NEAR, nearest
 from arpo_trl.common.full_disk import full_disk_message, is_full_disk
 from arpo_trl.common.interrupted import say_interrupted
-from arpo_trl.common.streams import discard, is_unread
+from arpo_trl.common.pipes import discard, is_unread
 from arpo_trl.common.waiting import is_first_rank
 from arpo_trl.errors import ArpoError, ConfigError, DataError, Interrupted
 from arpo_trl.visible import say

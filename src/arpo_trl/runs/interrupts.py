@@ -37,7 +37,7 @@ import psutil
 from torch import distributed
 
 from arpo_trl.common.per_process import one_per_process
-from arpo_trl.common.streams import discard, is_unread
+from arpo_trl.common.pipes import discard, is_unread
 from arpo_trl.errors import Interrupted
 from arpo_trl.visible import say
 

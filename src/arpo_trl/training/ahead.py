@@ -31,7 +31,7 @@ CLOSE_S = 5.0
 """Seconds that `close` waits for all threads together. Then it returns anyway, since a tool or a reward function may
 hang in a thread."""
 
-Score = Callable[[Rows, list[GroupRequest], RolloutBatch], Scored]
+ScoreBatch = Callable[[Rows, list[GroupRequest], RolloutBatch], Scored]
 """(rows, requests, rollout) → rewards of the rollout's leaves. Called outside the trainer's thread."""
 
 
@@ -78,7 +78,9 @@ class RolloutsAhead:
         check: Called while the trainer waits. An exception from it stops the wait.
     """
 
-    def __init__(self, sampler: TreeSampler, score: Score, *, seed: tuple[int | str, ...], check: Callable[[], None]):
+    def __init__(
+        self, sampler: TreeSampler, score: ScoreBatch, *, seed: tuple[int | str, ...], check: Callable[[], None]
+    ):
         self._sampler = copy.copy(sampler)  # a copy has separate counters and a separate `between_events`
         self._sampler.between_events = self._raise_if_closed
         self._score, self._seed, self._check = score, seed, check

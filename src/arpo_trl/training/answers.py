@@ -17,7 +17,7 @@ from arpo_trl.trl_seam import pad
 
 COLUMN = "answer"
 
-Score = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+AnswerLogprobs = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(prompt ids, prompt mask, completion ids, completion mask) → (rows, T) logprobs of the completions."""
 
 
@@ -58,7 +58,7 @@ def answer_probabilities(
     trees: Sequence[RolloutTree],
     answers: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
-    score: Score,
+    score: AnswerLogprobs,
     same_number: Callable[[int], int],
 ) -> list[dict[int, float]]:
     """For each tree: node → exp(mean logprob of the answer's tokens after the path down to it).

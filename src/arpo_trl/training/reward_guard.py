@@ -22,12 +22,11 @@ from arpo_trl.common.user_code import outcome_of, parameters_of, text_of
 from arpo_trl.errors import ArpoError, Interrupted, RewardError
 from arpo_trl.net.background import LoopThread
 from arpo_trl.rewards.hierarchical import HierarchicalReward
+from arpo_trl.rollout.credit.base import LARGEST
 from arpo_trl.runs.interrupts import Interrupts
 from arpo_trl.trl_seam import get_callable_name, is_async_callable
 
 _PACKAGE = str(Path(arpo_trl.__file__).parent)
-LARGEST = 1e18
-"""TRL computes with float32. The squares of larger rewards overflow, and so does the standard deviation of a group."""
 REWARD_POLL_S = 0.2
 """Seconds between checks for an interrupt while an async reward function runs."""
 

@@ -295,7 +295,8 @@ def _per_token(leaf: Leaf, of_nodes: Sequence[float], dtype: torch.dtype) -> tor
 
 
 LARGEST = 1e18
-"""The largest advantage or weight. Its square is a float32 number."""
+"""The largest reward, advantage or weight. TRL computes with float32: the squares of larger ones overflow, and so does
+the standard deviation of a group."""
 ROUNDING = 1e-6
 """The relative difference of rewards, sums of a few float32 numbers, that counts as rounding."""
 
