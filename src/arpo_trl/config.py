@@ -461,6 +461,11 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         return places
 
     @property
+    def revision(self) -> str | None:
+        """The revision of the model in `model_init_kwargs`; None if it names none."""
+        return (self.model_init_kwargs or {}).get("revision")
+
+    @property
     def server_urls(self) -> list[str]:
         """The vLLM servers of `vllm_mode` "server"."""
         one = self.vllm_server_base_url or f"http://{self.vllm_server_host}:{self.vllm_server_port}"

@@ -324,7 +324,7 @@ def tokenizer_for(model: str | PreTrainedModel, processing_class: Any, args: ARP
             "tokenizer",
             model if isinstance(model, str) else get_config_model_id(model.config),
             AutoProcessor.from_pretrained,
-            revision=(args.model_init_kwargs or {}).get("revision"),
+            revision=args.revision,
             truncation_side="left",
             padding_side="left",
             trust_remote_code=args.trust_remote_code,
@@ -342,7 +342,7 @@ def embedding_rows(model: str | PreTrainedModel, args: ARPOConfig) -> int:
         "configuration",
         model,
         AutoConfig.from_pretrained,
-        revision=(args.model_init_kwargs or {}).get("revision"),
+        revision=args.revision,
         trust_remote_code=args.trust_remote_code,
     )
     return int(config.get_text_config().vocab_size)
@@ -352,8 +352,7 @@ def generation_ends(model: str | PreTrainedModel, args: ARPOConfig) -> tuple[int
     """Return the EOS ids of the model's generation config. Does not load the model."""
     if not isinstance(model, str):
         return eos_ids_of(model.generation_config)
-    revision = (args.model_init_kwargs or {}).get("revision")
-    return saved_eos_ids(model, revision=revision, trust_remote_code=args.trust_remote_code)
+    return saved_eos_ids(model, revision=args.revision, trust_remote_code=args.trust_remote_code)
 
 
 def needs_tags(args: ARPOConfig, tools: Collection[str], rewards: Sequence[Any]) -> bool:

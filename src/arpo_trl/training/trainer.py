@@ -224,7 +224,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
                 callbacks=callbacks,
                 optimizers=optimizers,
                 quantization_config=quantization_config,
-                peft_config=of_revision(peft_config, (args.model_init_kwargs or {}).get("revision")),
+                peft_config=of_revision(peft_config, args.revision),
             )
         self.reward_func_names = named_apart(self.reward_funcs, self.reward_func_names)
         check_best_metric(args, eval_dataset, self.reward_func_names, functions)
