@@ -24,7 +24,7 @@ ROOMS = (
 
 TREE = (
     *("text", "tree", "estimates", "rules", "credit", "engines", "protocols"),
-    *("batch", "paths", "decisions", "sampler", "build"),
+    *("batch", "paths", "states", "decisions", "sampler", "build"),
 )
 """The same within `rollout`."""
 

@@ -16,7 +16,6 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -40,10 +39,10 @@ from arpo_trl.rollout.engines.base import (
 from arpo_trl.rollout.paths import Calling, Group, Path
 from arpo_trl.rollout.protocols import BadCall, ToolProtocol
 from arpo_trl.rollout.rules.base import BranchContext, Candidate, LivePath, Moment
+from arpo_trl.rollout.states import OpenStates
 from arpo_trl.rollout.tree import Address, ExecutedCall, RolloutTree, StopReason
 from arpo_trl.tools.calls import CallSource, ToolCall, ToolFailure
 from arpo_trl.tools.sharing import SubmittedCall, as_shared, check_shareable, history_after, sharing_keys
-from arpo_trl.tools.state import PathStates
 from arpo_trl.tools.toolbox import ToolBox, ToolResult
 from arpo_trl.visible import get_logger
 
@@ -161,12 +160,7 @@ class _Run:
         self.seed = seed
         self.writing: dict[int, Path] = {}
         self.calling: dict[int, SubmittedCall[tuple[Calling, int]]] = {}
-        self.opening: dict[int, Path] = {}
-        """Paths whose first turn waits until their states are open."""
-        self.waiting: list[Path] = []
-        """Paths whose states may not open yet, in order of arrival."""
-        self.open_states: dict[PathStates, None] = {}
-        """The states that are not yet closed, as an ordered set."""
+        self.states = OpenStates(sampler.toolbox)
         self.shares_calls = settings.share_calls is ShareCalls.HISTORY
         self.silence = Silence()
         self.isolates = False
@@ -174,15 +168,15 @@ class _Run:
 
     def __call__(self, requests: Sequence[GroupRequest]) -> RolloutBatch:
         start = self.sampler.clock()
-        with self.engine.session(), self._closing_states():
+        with self.engine.session(), self.states:
             opened_s = time.perf_counter()
             groups = [self._start(request) for request in requests]
-            while not self._is_idle or self._will_admit:
+            while not self._is_idle or self.states.will_admit:
                 for group in self._advance():
                     self._branch(group)
                     if not group.live:
                         self._release(group)
-            if self.waiting:
+            if self.states.waiting:
                 raise self._no_slot()
             closing_s = time.perf_counter()
         end = self.sampler.clock()
@@ -195,7 +189,7 @@ class _Run:
         self.isolates = True
         waiting = iter(requests)
         live: set[int] = set()
-        with self.engine.session(), self._closing_states():
+        with self.engine.session(), self.states:
             while True:
                 while len(live) < groups_at_once and (request := next(waiting, None)) is not None:
                     try:
@@ -213,18 +207,18 @@ class _Run:
                     if group.error is not None or not group.live:
                         live.discard(group.id)
                         yield self._finished(group)
-                if self._is_idle and self.waiting and self.waiting[0].states.is_stuck(live):
+                if self._is_idle and self.states.is_stuck(live):
                     raise self._no_slot()
 
     @property
     def _is_idle(self) -> bool:
         """Whether no path runs."""
-        return not (self.writing or self.calling or self.opening)
+        return not (self.writing or self.calling or self.states.opening)
 
     def _no_slot(self) -> EngineError:
         return EngineError(
-            f"{len(self.waiting)} paths wait for a free slot to open their states, but no running path will free one: "
-            "all slots belong to states that hang. Raise environment_concurrency, or lower tool_timeout_s."
+            f"{len(self.states.waiting)} paths wait for a free slot to open their states, but no running path will "
+            "free one: all slots belong to states that hang. Raise environment_concurrency, or lower tool_timeout_s."
         )
 
     def _finished(self, group: Group) -> Finished:
@@ -252,36 +246,15 @@ class _Run:
         self.calling = {
             ticket: call for ticket, call in self.calling.items() if call.waiting[0][0].path.group.id != group
         }
-        self.opening = {ticket: path for ticket, path in self.opening.items() if path.group.id != group}
-        self.waiting = [path for path in self.waiting if path.group.id != group]
-        for states in [states for states in self.open_states if states.group == group]:
-            self._close(states)
-        self._admit()
+        self.states.forget(group)
 
     # States of tools -------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _closing_states(self) -> Iterator[None]:
-        """Close all open states at the end, also after an error."""
-        try:
-            yield
-        finally:
-            for states in list(self.open_states):
-                self._close(states)
-
-    def _opened(self, states: PathStates) -> PathStates:
-        self.open_states[states] = None
-        return states
-
-    def _close(self, states: PathStates) -> None:
-        del self.open_states[states]
-        states.close()
 
     def _release(self, group: Group) -> None:
         """Drop the calls and states that the paths of a finished group shared."""
         group.made.clear()
         while group.states_after:
-            self._close(group.states_after.popitem()[1])
+            self.states.close(group.states_after.popitem()[1])
 
     def _begin(self, path: Path) -> None:
         """Submit the first turn of a path when its states are open."""
@@ -289,29 +262,17 @@ class _Run:
             self._write(path)
             return
         self._record_live(path)
-        self.waiting.append(path)
-        self._admit()
-
-    def _admit(self) -> None:
-        """Open the states of the paths that have waited longest, as many as may open."""
-        while self.waiting and self.waiting[0].states.admit():
-            path = self.waiting.pop(0)
-            self.opening[self.toolbox.open(path.states)] = path
-
-    @property
-    def _will_admit(self) -> bool:
-        """Whether the path that has waited longest will start soon, also if no other path ends."""
-        return bool(self.waiting) and self.waiting[0].states.will_be_admitted
+        self.states.open(path)
 
     def _admit_all(self) -> None:
         """Wait until no path will start soon, at most `ADMISSION_S`. Up to this time, the round in which a path starts
         does not depend on how long states take to close."""
         deadline_s = time.perf_counter() + ADMISSION_S
-        self._admit()
-        while self._will_admit and time.perf_counter() < deadline_s:
+        self.states.admit()
+        while self.states.will_admit and time.perf_counter() < deadline_s:
             self.between_events()
             time.sleep(BUSY_POLL_S)
-            self._admit()
+            self.states.admit()
 
     def _opened_path(self, path: Path, result: ToolResult) -> None:
         """Submit the first turn of a path whose states are open. If they could not be opened, another path replaces
@@ -326,14 +287,14 @@ class _Run:
                 "`opened`. Only branches are replaced by other paths."
             )
         del path.group.live[path.address]
-        self._close(path.states)
+        self.states.close(path.states)
         path.group.tree.topups += 1
         self._start_at_root(path.group, 1, waited=path.waited)
 
     def _write_branch(self, path: Path, address: Address) -> None:
         """Submit an extra turn under the observation above the path's turn, with a fork of the states there."""
         assert path.states_for_branches is not None  # kept until the budget is used up
-        states = self._opened(path.states_for_branches.fork())
+        states = self.states.add(path.states_for_branches.fork())
         ids = path.group.tree.ids_to(path.parent)
         self._begin(replace(path, address=address, ids=ids, states=states, states_for_branches=None, written=None))
 
@@ -343,12 +304,12 @@ class _Run:
         """Wait for events, process them, and return the groups to which they belong. Warn if none arrive for long."""
         start = time.perf_counter()
         self.between_events()
-        self._admit()
-        if self.waiting and self._is_idle:  # for slots that others use
-            time.sleep(BUSY_POLL_S if self._will_admit else IDLE_POLL_S)
+        self.states.admit()
+        if self.states.waiting and self._is_idle:  # for slots that others use
+            time.sleep(BUSY_POLL_S if self.states.will_admit else IDLE_POLL_S)
         touched: dict[int, Group] = {}
         if self.writing:
-            others = self.calling or self.opening or self._will_admit
+            others = self.calling or self.states.opening or self.states.will_admit
             for event in self.engine.poll(BUSY_POLL_S if others else IDLE_POLL_S):
                 if (path := self.writing.get(event.id)) is None:
                     if event.id not in range(self.sampler.requests):
@@ -360,7 +321,7 @@ class _Run:
                 touched[path.group.id] = path.group
                 self._run_isolated(path.group, partial(self._take_event, path, event))
         for ticket, result in self._tool_results():
-            if (path := self.opening.pop(ticket, None)) is not None:
+            if (path := self.states.opening.pop(ticket, None)) is not None:
                 touched[path.group.id] = path.group
                 self._run_isolated(path.group, partial(self._opened_path, path, result))
                 continue
@@ -371,14 +332,14 @@ class _Run:
                 touched[group.id] = group
                 calling.answer(i, delivered)
                 if calling.done and group.error is None:
-                    self._run_isolated(group, partial(self._observe, calling.path, calling.in_order))
+                    self._run_isolated(group, partial(self._observe, calling))
         if touched:
             self.silence.broken()
         elif self.silence.goes_on(time.perf_counter() - start):
             counts = {
                 f"turns of {type(self.engine).__name__}": len(self.writing),
                 "tool calls": len(self.calling),
-                "states of tools to open": len(self.opening) + len(self.waiting),
+                "states of tools to open": len(self.states.opening) + len(self.states.waiting),
             }
             logger.warning(
                 f"Nothing has arrived for {self.silence.seconds:.0f} s. The rollout waits for "
@@ -399,13 +360,13 @@ class _Run:
 
     def _tool_results(self) -> list[tuple[int, ToolResult]]:
         rounds = self.settings.schedule is RolloutSchedule.ROUNDS
-        if not (self.calling or self.opening or self.waiting) or (rounds and self.writing):
+        if not (self.calling or self.states.opening or self.states.waiting) or (rounds and self.writing):
             return []
         start = time.perf_counter()  # counted even while turns decode: this poll runs the tools of this thread
         if rounds:
             self._admit_all()
-        results = self.toolbox.poll(0.0 if self.writing or not (self.calling or self.opening) else IDLE_POLL_S)
-        while rounds and len(results) < len(self.calling) + len(self.opening):
+        results = self.toolbox.poll(0.0 if self.writing or not (self.calling or self.states.opening) else IDLE_POLL_S)
+        while rounds and len(results) < len(self.calling) + len(self.states.opening):
             self.between_events()
             results += self.toolbox.poll(IDLE_POLL_S)
         self.sampler.tool_wait_s += time.perf_counter() - start
@@ -480,7 +441,7 @@ class _Run:
         calling.path = path = replace(path, calls_of=made)
         self._submit(calling, submitted)
         if calling.done:
-            self._observe(calling.path, calling.in_order)
+            self._observe(calling)
         else:
             self._record_live(calling.path)
 
@@ -504,9 +465,9 @@ class _Run:
                 made = self.calling[ticket] = SubmittedCall()
             made.waiting.append((calling, i))
 
-    def _observe(self, path: Path, calls: Sequence[ExecutedCall]) -> None:
+    def _observe(self, calling: Calling) -> None:
         """Record the results of a turn's calls and submit the turn that continues from them."""
-        path, calls = self._with_calls_recorded(path, calls)
+        path, calls = self._with_calls_recorded(calling.path, calling.in_order)
         path = replace(path, results=path.results + len(calls), decides=path.group.branches)
         ids = path.group.protocol.encode_observation([(call.name, call.text) for call in calls], path.ids[-1])
         self._write_under(path, ids, calls, "\n".join(call.text for call in calls))
@@ -519,15 +480,15 @@ class _Run:
         made = [call for call in calls if call.source is not CallSource.REFUSED]
         on_state = [call for call in made if self.toolbox.specs[call.name].create_state is not None]
         if any(call.source is CallSource.SHARED for call in on_state):
-            states = self._opened(path.group.states_after[path.history].fork())
-            self._close(path.states)
+            states = self.states.add(path.group.states_after[path.history].fork())
+            self.states.close(path.states)
             return replace(path, states=states), calls
         changes = {
             id(call): path.states.record(ToolCall(name=call.name, arguments=call.arguments), call.failure)
             for call in made
         }
         if on_state and self.shares_calls:
-            path.group.states_after[path.history] = self._opened(path.states.fork())
+            path.group.states_after[path.history] = self.states.add(path.states.fork())
         return path, [replace(call, changed=changes.get(id(call))) for call in calls]
 
     def _write_under(self, path: Path, ids: list[int], calls: Sequence[ExecutedCall], text: str) -> None:
@@ -538,7 +499,7 @@ class _Run:
         node = path.group.tree.add_observation(path.parent, ids, calls, text)
         self._record_span(path, node.index)
         may_branch = path.decides and path.group.context.remaining > 0
-        states = self._opened(path.states.fork()) if may_branch else None
+        states = self.states.add(path.states.fork()) if may_branch else None
         path = replace(path, parent=node.index, ids=path.ids + ids, states_for_branches=states)
         if path.decides and self.settings.rule.moment is Moment.RESULT:
             path = self._as_candidate(path, ())
@@ -584,7 +545,7 @@ class _Run:
 
     def _start_at_root(self, group: Group, count: int, waited: int) -> None:
         for _ in range(count):
-            states = self._opened(self.toolbox.create_states(group.id, group.tools))
+            states = self.states.add(self.toolbox.create_states(group.id, group.tools))
             states.start()
             path = Path(
                 group=group,
@@ -634,9 +595,7 @@ class _Run:
     def _end(self, path: Path, reason: StopReason, unread: Sequence[ExecutedCall] = ()) -> None:
         path.group.tree.end(path.parent, path.address, reason, unread)
         del path.group.live[path.address]
-        del self.open_states[path.states]
-        path.states.finish(path.address)
-        self._admit()
+        self.states.finish(path.states, path.address)
 
     def _room(self, group: Group, length: int) -> int:
         """The remaining tokens of a path of `length` ids, prompt included."""
@@ -689,7 +648,7 @@ class _Run:
             group.candidates = []
             for path, _ in offered:
                 if path.states_for_branches is not None:
-                    self._close(path.states_for_branches)
+                    self.states.close(path.states_for_branches)
         group.tree.topups += topups
         self._start_at_root(group, topups, waited=group.longest_chain)
 
