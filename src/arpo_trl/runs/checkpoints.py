@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -26,7 +25,7 @@ from typing import Any
 from arpo_trl.common.user_files import expect, read_json
 from arpo_trl.errors import CheckpointError, ConfigError, DataError
 from arpo_trl.runs.identity import RunIdentity, differences_between
-from arpo_trl.runs.output_folder import wants_to_resume
+from arpo_trl.runs.output_folder import checkpoints_of, wants_to_resume
 from arpo_trl.visible import get_rank_logger
 
 logger = get_rank_logger(__name__)
@@ -35,7 +34,6 @@ STATE_FILE = "arpo_state.json"
 UNFINISHED = ".unfinished"
 VERSIONS = ("arpo-trl", "trl", "transformers", "torch")
 
-_NAME = re.compile(r"checkpoint-(\d+)")
 _MAY_BE_MISSING = "training_args.bin"
 """A pickle that resuming does not read. Pushes to the Hub omit it."""
 _BATCH_SETTINGS = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation"})
@@ -152,8 +150,7 @@ class Checkpoints:
 
     def all(self) -> list[Path]:
         """Folders named like checkpoints, lowest step first."""
-        steps = [int(match[1]) for path in self.folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
-        return [self.place(step) for step in sorted(steps)]
+        return list(checkpoints_of(self.folder).values())
 
     def last(self) -> tuple[SavedState | None, list[str]]:
         """The complete checkpoint that was written last, and the faults of the incomplete ones."""

@@ -153,7 +153,7 @@ def check_output(
     if overwrite:
         _check_that_the_model_stays(output, model)
     elif found is not None:
-        can_resume = setting == "output_dir" and _newest(output) and not resume
+        can_resume = setting == "output_dir" and last_checkpoint(output) and not resume
         ways = "To continue it, set resume_from_checkpoint to true. " if can_resume else ""
         raise ConfigError(
             f"{setting} {folder} contains {found} of an earlier run, which this run would replace or mix with. {ways}"
@@ -168,7 +168,7 @@ def check_names(output: Path) -> None:
     Raises:
         ConfigError: One does. The run would fail when it first writes there, perhaps at its end.
     """
-    for path in (*_checkpoints(output), *(output / name for name in _FOLDERS)):
+    for path in (*checkpoints_of(output).values(), *(output / name for name in _FOLDERS)):
         if os.path.lexists(path) and not path.is_dir():
             raise _is_taken(path, "file", "folder")
     for name in (*_FILES, "README.md", "model.safetensors", "adapter_model.safetensors"):
@@ -193,7 +193,7 @@ def _has_own_readme(output: Path) -> bool:
 
 def _earlier_run(output: Path, resume: str | bool) -> str | None:
     """Describes the files in `output` of an earlier run that the new run does not continue; None if there are none."""
-    newest = _newest(output)
+    newest = last_checkpoint(output)
     weights = _weights(output)
     if resume is True:
         continued = newest is not None or not weights
@@ -205,17 +205,18 @@ def _earlier_run(output: Path, resume: str | bool) -> str | None:
         return f"a finished model ({weights[0].name})"
     if any((output / "trajectories").glob("*.jsonl")):
         return "trajectories"
-    return newest
+    return None if newest is None else newest.name
 
 
-def _newest(output: Path) -> str | None:
-    """The name of the newest checkpoint in `output`."""
-    if not output.is_dir() or not any(output.glob("checkpoint-*")):
-        return None
-    from transformers.trainer_utils import get_last_checkpoint  # slow to import, and most new runs do not need it
+def checkpoints_of(output: Path) -> dict[int, Path]:
+    """Step → path of what is named like a checkpoint in `output`, lowest step first."""
+    steps = {path: path.name.removeprefix("checkpoint-") for path in output.glob("checkpoint-*")}
+    return dict(sorted((int(step), path) for path, step in steps.items() if step.isdecimal()))
 
-    newest = get_last_checkpoint(str(output))
-    return None if newest is None else Path(newest).name
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The checkpoint of the highest step in `output`, complete or not; None if there is none."""
+    return next((path for path in reversed(checkpoints_of(output).values()) if path.is_dir()), None)
 
 
 def _check_that_the_model_stays(output: Path, model: str | None) -> None:
@@ -245,14 +246,9 @@ def remove_earlier_run(folder: str) -> None:
 
 
 def _written_by_a_run(output: Path) -> Iterator[Path]:
-    yield from (*_weights(output), *_checkpoints(output))
+    yield from (*_weights(output), *checkpoints_of(output).values())
     yield from (path for name in (*_FOLDERS, *_FILES) if os.path.lexists(path := output / name))
 
 
 def _weights(output: Path) -> list[Path]:
     return sorted(path for path in output.glob("*model*") if _WEIGHTS.fullmatch(path.name))
-
-
-def _checkpoints(output: Path) -> list[Path]:
-    found = sorted(output.glob("checkpoint-*"))
-    return [path for path in found if path.name.removeprefix("checkpoint-").isdecimal()]

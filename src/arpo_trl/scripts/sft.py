@@ -18,7 +18,6 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from arpo_trl.command_line import parse_settings, report_errors
@@ -42,7 +41,7 @@ from arpo_trl.logs.progress import closed_bars, show_compactly
 from arpo_trl.publishing.model_card import is_hub_id
 from arpo_trl.rollout.protocols import TagProtocol
 from arpo_trl.runs.interrupts import follow_launcher
-from arpo_trl.runs.output_folder import check_output, sole_run, wants_to_resume
+from arpo_trl.runs.output_folder import check_output, last_checkpoint, sole_run, wants_to_resume
 from arpo_trl.runs.tied_weights import without_tied_keys
 from arpo_trl.runs.whole_models import WholeModels
 from arpo_trl.scripts.start import (
@@ -278,7 +277,7 @@ def _train(arguments: ColdStartArguments, config: ColdStartConfig, model_config:
         overwrite(config)
     show_compactly(trainer)
     resume = wants_to_resume(config.resume_from_checkpoint)
-    if resume is True and get_last_checkpoint(config.output_dir) is None:
+    if resume is True and last_checkpoint(Path(config.output_dir)) is None:
         resume = False
     with closed_bars(trainer), naming(Path(config.output_dir)), until_first_step(trainer):
         trainer.train(resume_from_checkpoint=resume)

@@ -12,7 +12,6 @@ from typing import Any
 
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig
 
 from arpo_trl.common.full_disk import as_free_space, is_full_disk
@@ -20,7 +19,7 @@ from arpo_trl.common.settings import Range, changed, check_fields
 from arpo_trl.common.user_files import model_name
 from arpo_trl.common.waiting import is_first_rank
 from arpo_trl.errors import ArpoError, CheckpointError, ConfigError
-from arpo_trl.runs.output_folder import remove_earlier_run
+from arpo_trl.runs.output_folder import last_checkpoint, remove_earlier_run
 from arpo_trl.visible import get_logger
 
 logger = get_logger(__name__)
@@ -146,7 +145,7 @@ def final_save(output_dir: str) -> Iterator[None]:
     except Exception as error:
         if not is_full_disk(error):
             raise
-        last = get_last_checkpoint(output_dir)
+        last = last_checkpoint(Path(output_dir))
         remedy = (
             f"The last checkpoint is {last}. Free some space, then resume with --resume_from_checkpoint true, which "
             "saves the model."

@@ -14,6 +14,7 @@ from arpo_trl.common.user_files import expect, read_json
 from arpo_trl.errors import DataError
 from arpo_trl.logs.metrics import Tally
 from arpo_trl.logs.trajectories import FOLDER, LogFile, LoggedTree, log_files, read_trees
+from arpo_trl.runs.output_folder import checkpoints_of
 from arpo_trl.viewing.history import last_step, tally_logged
 from arpo_trl.viewing.page_tree import PageTree
 from arpo_trl.visible import get_logger
@@ -48,11 +49,7 @@ def state_file(run: Path) -> Path | None:
     """The file with the run's log history: that of its newest checkpoint or, if it has ended after that step, of its
     end; None if there is none."""
     run = run.parent if run.name == FOLDER else run
-    checkpoints = {
-        int(path.parent.name[11:]): path
-        for path in run.glob(f"checkpoint-*/{_STATE}")
-        if path.parent.name[11:].isdecimal()
-    }
+    checkpoints = {step: path for step, folder in checkpoints_of(run).items() if (path := folder / _STATE).exists()}
     ended, newest = run / _STATE, max(checkpoints, default=0)
     mark = _mark(ended) if ended.is_file() else None
     if mark is None or _step_of(ended, mark) < newest:  # a finished run may have been continued
