@@ -91,16 +91,11 @@ def check(questions: Questions, seed: int) -> tuple[list[ScorerCheck], list[Malf
             if low := tuple(key for key, value in scores.items() if value < 1.0):
                 malformed.append(Malformed(benchmark=name, number=number, gold=gold, scorers=low))
     wrong = [_scores_of(gold, row) for gold, row in zip(_shuffled(rows, seed), rows, strict=True)]
-    mathematics = _Mathematics(name)
-    for number, row in enumerate(rows):
-        if row["task"] == MATH:
-            for gold in row["answer"]:
-                mathematics.check(number, gold)
+    means, misjudged, text_only = _mathematics(name, rows)
     checks = []
     for scorer in dict.fromkeys(key for each in golds for key in each):
         right = [each[scorer] for each in golds if scorer in each]
         others = [each[scorer] for each in wrong if scorer in each]
-        rewritten_mean, changed_mean = mathematics.means() if scorer == "math" else (None, None)
         checks.append(
             ScorerCheck(
                 benchmark=name,
@@ -108,11 +103,10 @@ def check(questions: Questions, seed: int) -> tuple[list[ScorerCheck], list[Malf
                 items=len(right),
                 gold=statistics.fmean(right),
                 wrong=statistics.fmean(others),
-                rewritten=rewritten_mean,
-                changed=changed_mean,
+                **(means if scorer == "math" else {}),
             )
         )
-    return checks, malformed + mathematics.malformed, mathematics.text_only
+    return checks, malformed + misjudged, text_only
 
 
 def rewritten(gold: str) -> str | None:
@@ -141,46 +135,38 @@ def changed(gold: str) -> str | None:
     return f"{gold[: last.start()]}{int(last[0]) + 1:0{len(last[0])}d}{gold[last.end() :]}"
 
 
-class _Mathematics:
-    """Checks mathematical equality with the rewritten and the changed golds of one benchmark."""
+def _mathematics(
+    benchmark: str, rows: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, float], list[Malformed], list[TextOnly]]:
+    """Check mathematical equality with the rewritten and the changed golds.
 
-    def __init__(self, benchmark: str):
-        self._benchmark = benchmark
-        self._rewritten: list[bool] = []
-        self._changed: list[bool] = []
-        self.malformed: list[Malformed] = []
-        self.text_only: list[TextOnly] = []
-
-    def check(self, number: int, gold: str) -> None:
-        if math_worker().is_text(gold):
-            self.text_only.append(TextOnly(benchmark=self._benchmark, number=number, gold=gold))
-            return
-        if (other := rewritten(gold)) is not None:
-            self._rewritten.append(math_equal(other, gold))
-            if not self._rewritten[-1]:
-                self._add_malformed(number, gold, other, equal=True)
-        if (wrong := changed(gold)) is not None:
-            self._changed.append(math_equal(wrong, gold))
-            if self._changed[-1]:
-                self._add_malformed(number, gold, wrong, equal=False)
-
-    def _add_malformed(self, number: int, gold: str, prediction: str, *, equal: bool) -> None:
-        self.malformed.append(
-            Malformed(
-                benchmark=self._benchmark,
-                number=number,
-                gold=gold,
-                scorers=("math",),
-                prediction=prediction,
-                equal=equal,
-            )
-        )
-
-    def means(self) -> tuple[float | None, float | None]:
-        return (
-            statistics.fmean(self._rewritten) if self._rewritten else None,
-            statistics.fmean(self._changed) if self._changed else None,
-        )
+    Returns:
+        The means, "rewritten" and "changed", of those that exist, the answers that are compared wrongly, and the
+        answers that only the same text equals.
+    """
+    found: dict[str, list[bool]] = {}
+    malformed, text_only = [], []
+    for number, row in enumerate(rows):
+        for gold in row["answer"] if row["task"] == MATH else ():
+            if math_worker().is_text(gold):
+                text_only.append(TextOnly(benchmark=benchmark, number=number, gold=gold))
+                continue
+            for kind, other, equal in (("rewritten", rewritten(gold), True), ("changed", changed(gold), False)):
+                if other is None:
+                    continue
+                found.setdefault(kind, []).append(math_equal(other, gold))
+                if found[kind][-1] != equal:
+                    malformed.append(
+                        Malformed(
+                            benchmark=benchmark,
+                            number=number,
+                            gold=gold,
+                            scorers=("math",),
+                            prediction=other,
+                            equal=equal,
+                        )
+                    )
+    return {kind: statistics.fmean(values) for kind, values in found.items()}, malformed, text_only
 
 
 def _scores_of(answer: str, row: Mapping[str, Any]) -> dict[str, float]:
