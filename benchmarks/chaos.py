@@ -32,8 +32,6 @@ from arpo_trl import ARPOTrainer
 from arpo_trl.quickstart.corpus import passages
 from arpo_trl.quickstart.demonstrations import Failures, make_demonstrations
 from arpo_trl.quickstart.stages import (
-    N_HELDOUT,
-    N_TRAIN,
     RL_CONFIG,
     SEARCH,
     SFT_CONFIG,
@@ -41,7 +39,7 @@ from arpo_trl.quickstart.stages import (
     launch,
     measure,
 )
-from arpo_trl.quickstart.task import SFT_BATCH, like_lengths_together
+from arpo_trl.quickstart.task import N_HELDOUT, N_TRAIN, SFT_BATCH, like_lengths_together
 from arpo_trl.quickstart.tasks import make_tasks
 from arpo_trl.scripts import train
 from arpo_trl.tools import LocalIndex, python_tool, search_tool

@@ -23,11 +23,11 @@ from arpo_trl.quickstart import stages
 from arpo_trl.quickstart.__main__ import _arguments, main
 from arpo_trl.quickstart.corpus import ALIASES, TOPICS, Quantity, passages
 from arpo_trl.quickstart.demonstrations import NO_NOISE, Failures, NoiseRates, make_demonstrations
-from arpo_trl.quickstart.heldout import HeldOut
+from arpo_trl.quickstart.heldout import score_of
 from arpo_trl.quickstart.model import TAGS, build_model, build_tokenizer, quickstart_texts, save_cold_start_base
 from arpo_trl.quickstart.report import accuracy_lines
 from arpo_trl.quickstart.stages import _tree_to_show
-from arpo_trl.quickstart.task import read_lines, write_lines
+from arpo_trl.quickstart.task import Measured, read_lines, write_lines
 from arpo_trl.quickstart.tasks import make_tasks, parse_question
 from arpo_trl.tools.python import sandbox
 from arpo_trl.tools.search.index import LocalIndex, search_tool
@@ -358,7 +358,8 @@ def test_held_out_accuracy_counts_a_bad_format_as_wrong_and_other_answers_by_the
         {"fault": None, "scores": {"f1": 0.5, "f1_paper": 0.25, "em": 0.0}},
         {"fault": None, "scores": {"math": 0.0, "em": 0.0}},
     ]
-    assert HeldOut(trees=[], records=records).accuracy == 0.375  # (1 + 0 + 0.5 + 0) / 4
+    measured = Measured(trees=[], scores=[score_of(record) for record in records])
+    assert measured.accuracy == 0.375  # (1 + 0 + 0.5 + 0) / 4
 
 
 # --- command ---

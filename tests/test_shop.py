@@ -186,7 +186,7 @@ def test_the_shop_runs_from_cold_start_to_measurement(tmp_path: Path) -> None:
         *("--dataset", str(data / "demonstrations.jsonl"), "--output_dir", str(sft)),
     )
     measured = measure(sft, data, 0, temperature=1.0)
-    assert len(measured.trees) == len(measured.rewards) == 16 and 0 <= measured.accuracy <= 1
+    assert len(measured.trees) == len(measured.scores) == 16 and 0 <= measured.accuracy <= 1
     launch(
         *("-m", "arpo_trl.quickstart.shop.train"),
         *("--config", "configs/quickstart_shop.yaml", "--model_name_or_path", str(sft), "--output_dir", str(rl)),

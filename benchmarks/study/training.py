@@ -120,7 +120,7 @@ def train(folder: Path, arm: Arm, seed: int, steps: int, calls: float | None = N
         **arm.as_row(),
         "seed": seed,
         "accuracy": heldout.accuracy,
-        "answers": len(heldout.records),
+        "answers": len(heldout.scores),
         **summarise(trainer.state.log_history),
         **{
             f"tool_calls_{kind}": round(sum(calls_of(row, kind) for row in trainer.state.log_history))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shlex
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from arpo_trl.common.flags import CommandParser, path_in_flag
 from arpo_trl.common.full_disk import naming
 from arpo_trl.common.waiting import say_loading
 from arpo_trl.errors import ConfigError
+from arpo_trl.quickstart.task import write_lines
 from arpo_trl.visible import say
 
 TEMPLATE = Path(__file__).with_name("project")
@@ -68,8 +68,8 @@ def _write_project(folder: Path) -> None:
     shutil.copytree(TEMPLATE, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / ".gitignore").write_text("/runs/\n/model/\n__pycache__/\n", "utf-8")
     demonstrations = make_demonstrations(seed=0)
-    _write_lines(folder / "questions.jsonl", make_questions())
-    _write_lines(folder / "demonstrations.jsonl", demonstrations)
+    write_lines(folder / "questions.jsonl", make_questions())
+    write_lines(folder / "demonstrations.jsonl", demonstrations)
     say("Makes a project, and trains a tiny model for it on the format of calls and answers, in about half a minute.")
     say_loading("arpo-trl new")
     from arpo_trl.quickstart.taught import save_taught_model
@@ -114,7 +114,3 @@ def _texts() -> list[str]:
     names = [*CAPITALS, *CAPITALS.values()]
     frame = "system\nuser\nassistant\ntool\nWhat is the capital of? The capital of is. <lookup></lookup> \\boxed{}"
     return [*(f"{space}{name}" for name in names for space in ("", " ") for _ in range(6)), *([frame] * 200)]
-
-
-def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,6 +13,7 @@ from arpo_trl.evaluation.runner import Evaluator
 from arpo_trl.evaluation.samples import Record
 from arpo_trl.evaluation.scoring import main_metric
 from arpo_trl.options import RolloutSchedule
+from arpo_trl.quickstart.task import Measured
 from arpo_trl.rollout.build import build_sampler, local_engine
 from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.protocols import TagProtocol
@@ -22,19 +22,6 @@ from arpo_trl.tools.toolbox import ToolBox
 
 BENCHMARK = Benchmark(name="evaluate", title="Held-out questions", suite=None, scorer=None)
 """The name is part of the seed: another name would change the answers, and the numbers in docs/results.md."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeldOut:
-    """One tree, which is a single path, and one record of `Evaluator` for each question, in the questions' order."""
-
-    trees: list[RolloutTree]
-    records: list[Record]
-
-    @property
-    def accuracy(self) -> float:
-        """The mean over the questions in [0, 1]: mathematical equality or token F1, and 0 for a bad format."""
-        return sum(map(_accuracy, self.records)) / len(self.records)
 
 
 def answer_heldout(
@@ -47,7 +34,7 @@ def answer_heldout(
     max_completion_length: int,
     max_tool_calls: int,
     seed: int = 0,
-) -> HeldOut:
+) -> Measured:
     """Sample one answer to each of `rows` {prompt, answer, task, id}. Deterministic, bit for bit.
 
     A temperature of 0 is greedy decoding.
@@ -71,15 +58,16 @@ def answer_heldout(
     )
     questions = Questions(benchmark=BENCHMARK, rows=[{"level": None, **row} for row in rows], bad=[])
     trees: list[RolloutTree] = []
-    records: list[Record] = []
+    scores: list[float] = []
     for finished in sorted(evaluator.outcomes(questions, evaluator.keys(questions)), key=lambda finished: finished.id):
         record = evaluator.record(questions, finished)
         if finished.tree is None or record["error"] is not None:
             raise EngineError(f"Held-out question {finished.id} got no answer: {record['error']}")
         trees.append(finished.tree)
-        records.append(record)
-    return HeldOut(trees=trees, records=records)
+        scores.append(score_of(record))
+    return Measured(trees=trees, scores=scores)
 
 
-def _accuracy(record: Record) -> float:
+def score_of(record: Record) -> float:
+    """The accuracy of an answer in [0, 1]: mathematical equality or token F1, and 0 for a bad format."""
     return 0.0 if record["fault"] is not None else float(record["scores"][main_metric(BENCHMARK, record["scores"])])

@@ -29,11 +29,20 @@ from arpo_trl.logs.render import render_tree
 from arpo_trl.logs.trajectories import LoggedTree, read_trees
 from arpo_trl.quickstart.corpus import passages
 from arpo_trl.quickstart.demonstrations import PLAIN_QUERIES, VARIED_QUERIES, make_demonstrations
-from arpo_trl.quickstart.heldout import HeldOut, answer_heldout
+from arpo_trl.quickstart.heldout import answer_heldout
 from arpo_trl.quickstart.model import save_cold_start_base
 from arpo_trl.quickstart.report import draw, entropy_places, summarise, summary_table
 from arpo_trl.quickstart.shop.task import SHOP
-from arpo_trl.quickstart.task import Measured, Task, like_lengths_together, read_lines, write_lines
+from arpo_trl.quickstart.task import (
+    N_HELDOUT,
+    N_TRAIN,
+    Measured,
+    Task,
+    like_lengths_together,
+    read_lines,
+    write_inputs,
+    write_lines,
+)
 from arpo_trl.quickstart.tasks import make_tasks
 from arpo_trl.runs.interrupts import kill_children, leave
 from arpo_trl.tools.builtin import ToolArguments, build_tools
@@ -41,9 +50,6 @@ from arpo_trl.tools.search.index import LocalIndex, search_tool
 from arpo_trl.tools.toolbox import ToolBox
 from arpo_trl.viewing.run import log_history
 
-N_TRAIN, N_HELDOUT, N_WATCHED = 2400, 600, 96
-"""Numbers of questions: for training, for the accuracy before and after, and for evaluation during training (a subset
-of the latter)."""
 N_DEMONSTRATIONS = 15_360
 TOP_K = 2
 MAX_COMPLETION_LENGTH = 208
@@ -58,22 +64,18 @@ def prepare(
 
     `hard` selects the variant of the task in which queries have many forms (`VARIED_QUERIES`).
     """
-    folder.mkdir(parents=True, exist_ok=True)
     corpus = passages()
     train, heldout = make_tasks(seed, n_train, n_heldout)
     search = search_tool(LocalIndex(corpus), top_k=TOP_K)
     queries = VARIED_QUERIES if hard else PLAIN_QUERIES
     made = make_demonstrations(train, search, seed, N_DEMONSTRATIONS, queries=queries)
     demonstrations = like_lengths_together(made, seed)
+    write_inputs(folder, train, heldout, demonstrations)
     write_lines(folder / "corpus.jsonl", corpus)
-    write_lines(folder / "train.jsonl", train)
-    write_lines(folder / "heldout.jsonl", heldout)
-    write_lines(folder / "watched.jsonl", heldout[:N_WATCHED])
-    write_lines(folder / "demonstrations.jsonl", demonstrations)
     save_cold_start_base(folder / "base", seed=0)  # one base for all seeds, like a downloaded model
 
 
-def measure(model: Path, data: Path, seed: int, *, temperature: float, device: torch.device | str = "cpu") -> HeldOut:
+def measure(model: Path, data: Path, seed: int, *, temperature: float, device: torch.device | str = "cpu") -> Measured:
     """Sample one answer of the model to each held-out question."""
     arguments = ToolArguments(search_index=str(data / "corpus.jsonl"), search_top_k=TOP_K)
     rows = read_lines(data / "heldout.jsonl")

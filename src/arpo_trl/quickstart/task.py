@@ -7,22 +7,30 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Protocol
 
 from arpo_trl.common.user_files import json_lines
 from arpo_trl.rollout.tree import RolloutTree
 
+N_TRAIN, N_HELDOUT, N_WATCHED = 2400, 600, 96
+"""Numbers of rows: for training, for the accuracy before and after, and for evaluation during training (a subset of
+the latter)."""
 SFT_BATCH = 16
 
 
-class Measured(Protocol):
-    """A model's answers to the held-out rows: one tree for each, which is a single path, and their mean score."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A model's answers to the held-out rows: one tree, which is a single path, and one score in [0, 1] for each row,
+    in the rows' order."""
+
+    trees: Sequence[RolloutTree]
+    scores: Sequence[float]
 
     @property
-    def trees(self) -> Sequence[RolloutTree]: ...
-
-    @property
-    def accuracy(self) -> float: ...
+    def accuracy(self) -> float:
+        """The mean score."""
+        return fmean(self.scores)
 
 
 class Measure(Protocol):
@@ -55,6 +63,29 @@ class Task:
     config: Path
     accuracy: str
     flags: Callable[[Path], Sequence[str]] = lambda data: ()
+
+
+def split_rows(rows: Sequence[dict[str, Any]], n_heldout: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return training and held-out rows, which are the first of `rows`, and give each an `id`."""
+    heldout, train = list(rows[:n_heldout]), list(rows[n_heldout:])
+    for name, split in (("train", train), ("heldout", heldout)):
+        for number, row in enumerate(split):
+            row["id"] = f"{name}-{number}"
+    return train, heldout
+
+
+def write_inputs(
+    folder: Path,
+    train: Sequence[Mapping[str, Any]],
+    heldout: Sequence[Mapping[str, Any]],
+    demonstrations: Iterable[Mapping[str, Any]],
+) -> None:
+    """Write the files of rows that `Task.prepare` names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_lines(folder / "train.jsonl", train)
+    write_lines(folder / "heldout.jsonl", heldout)
+    write_lines(folder / "watched.jsonl", heldout[:N_WATCHED])
+    write_lines(folder / "demonstrations.jsonl", demonstrations)
 
 
 def like_lengths_together(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:

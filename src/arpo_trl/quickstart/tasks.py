@@ -14,6 +14,7 @@ from typing import Any
 
 from arpo_trl.errors import ConfigError
 from arpo_trl.quickstart.corpus import ALIASES, TOPICS, Topic
+from arpo_trl.quickstart.task import split_rows
 
 _ALIAS_SHARE = 0.6
 _QUESTION = re.compile(r"(.+) of (.+) (plus|minus) that of (.+) in (.+)\?")
@@ -60,12 +61,7 @@ def make_tasks(seed: int, n_train: int, n_heldout: int) -> tuple[list[dict[str, 
             "corpus. Request fewer questions."
         )
     rng.shuffle(pairs)
-    rows = [_make_row(rng, *pair) for pair in pairs[: n_train + n_heldout]]
-    heldout, train = rows[:n_heldout], rows[n_heldout:]
-    for split, split_rows in (("train", train), ("heldout", heldout)):
-        for number, row in enumerate(split_rows):
-            row["id"] = f"{split}-{number}"
-    return train, heldout
+    return split_rows([_make_row(rng, *pair) for pair in pairs[: n_train + n_heldout]], n_heldout)
 
 
 def _make_row(rng: random.Random, topic: Topic, first: str, second: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import random
 from typing import Any
 
 from arpo_trl.quickstart.shop.environment import CATALOGUE, least_cost
+from arpo_trl.quickstart.task import split_rows
 
 KINDS_PER_ORDER = 2
 _MAX_SLACK = 1
@@ -18,12 +19,7 @@ def make_orders(seed: int, n_train: int, n_heldout: int) -> tuple[list[dict[str,
     """Return training and held-out rows. No two rows have the same shop; the same arguments give the same rows."""
     rng = random.Random(seed)
     shops = rng.sample(range(2**31), n_train + n_heldout)
-    rows = [_make_row(rng, shop) for shop in shops]
-    heldout, train = rows[:n_heldout], rows[n_heldout:]
-    for split, split_rows in (("train", train), ("heldout", heldout)):
-        for number, row in enumerate(split_rows):
-            row["id"] = f"{split}-{number}"
-    return train, heldout
+    return split_rows([_make_row(rng, shop) for shop in shops], n_heldout)
 
 
 def _make_row(rng: random.Random, shop: int) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,51 +14,41 @@ from arpo_trl.quickstart.model import build_tokenizer, save_cold_start_base, tag
 from arpo_trl.quickstart.shop.demonstrations import make_demonstrations, tokenizer_texts
 from arpo_trl.quickstart.shop.environment import Shop
 from arpo_trl.quickstart.shop.orders import make_orders
-from arpo_trl.quickstart.task import SFT_BATCH, Task, like_lengths_together, read_lines, write_lines
+from arpo_trl.quickstart.task import (
+    N_HELDOUT,
+    N_TRAIN,
+    SFT_BATCH,
+    Measured,
+    Task,
+    like_lengths_together,
+    read_lines,
+    write_inputs,
+)
 from arpo_trl.rollout.batch import GroupRequest
 from arpo_trl.rollout.build import build_sampler, local_engine
 from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.protocols import TagProtocol
-from arpo_trl.rollout.tree import RolloutTree
 from arpo_trl.tools.environments.kind import environment_kind
 from arpo_trl.tools.environments.state import Environments
 from arpo_trl.tools.toolbox import ToolBox
 from arpo_trl.training.environments import NO_PROMPT, of_leaves, with_text
 
-N_TRAIN, N_HELDOUT, N_WATCHED = 2400, 600, 96
 SFT_STEPS = 600
 MAX_COMPLETION_LENGTH = 128
 MAX_TOOL_CALLS = 8
 _TIMEOUT_S = 20.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Orders:
-    """One tree, which is a single path, and one reward for each order, in the orders' order."""
-
-    trees: list[RolloutTree]
-    rewards: list[float]
-
-    @property
-    def accuracy(self) -> float:
-        """The share of the orders that were fulfilled."""
-        return sum(self.rewards) / len(self.rewards)
-
-
 def prepare(folder: Path, seed: int) -> None:
     """Write the inputs of both stages: the orders, the demonstrations and an untrained model."""
-    folder.mkdir(parents=True, exist_ok=True)
     train, heldout = make_orders(seed, N_TRAIN, N_HELDOUT)
     demonstrations = like_lengths_together(make_demonstrations(train, seed, SFT_STEPS * SFT_BATCH), seed)
-    write_lines(folder / "train.jsonl", train)
-    write_lines(folder / "heldout.jsonl", heldout)
-    write_lines(folder / "watched.jsonl", heldout[:N_WATCHED])
-    write_lines(folder / "demonstrations.jsonl", demonstrations)
+    write_inputs(folder, train, heldout, demonstrations)
     tokenizer = build_tokenizer(tokenizer_texts(), tags=tags_of("look", "add", "buy", "result", "answer"))
     save_cold_start_base(folder / "base", seed=0, tokenizer=tokenizer)
 
 
-def measure(model: Path, data: Path, seed: int, *, temperature: float) -> Orders:
+def measure(model: Path, data: Path, seed: int, *, temperature: float) -> Measured:
     """Sample one attempt of the model at each held-out order."""
     return try_orders(
         AutoModelForCausalLM.from_pretrained(model),
@@ -77,8 +66,11 @@ def try_orders(
     *,
     temperature: float,
     seed: int,
-) -> Orders:
-    """Sample one path for each of `rows`, each in a separate shop. A temperature of 0 is greedy decoding."""
+) -> Measured:
+    """Sample one path for each of `rows`, each in a separate shop. An order's score is 1 if it was fulfilled, else 0.
+
+    A temperature of 0 is greedy decoding.
+    """
     environments = Environments(environment_kind(Shop, _TIMEOUT_S), timeout_s=_TIMEOUT_S, keeps=True)
     with ToolBox(environments.tools, timeout_s=_TIMEOUT_S) as toolbox:
         protocol = TagProtocol(tokenizer, toolbox.specs)
@@ -105,7 +97,7 @@ def try_orders(
             rewards = [shop.get_reward() for shop in of_leaves(environments, trees, 0) or ()]
         finally:
             environments.close_kept()
-    return Orders(trees=trees, rewards=rewards)
+    return Measured(trees=trees, scores=rewards)
 
 
 SHOP = Task(
