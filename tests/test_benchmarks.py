@@ -1,6 +1,7 @@
 import base64
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -17,7 +18,7 @@ from arpo_trl.evaluation.benchmarks import (
     find_benchmarks,
     load_dataset_questions,
     load_questions,
-    local_names,
+    local_benchmarks,
     suite,
 )
 
@@ -178,18 +179,17 @@ def test_xbench_is_unmasked(tmp_path):
 def test_a_file_may_be_named_directly_and_a_folder_lists_its_benchmarks(tmp_path):
     file = write(tmp_path / "some.jsonl", {"question": "?", "answer": "1"})
     assert answers("gsm8k", file) == [["1"]]
-    with pytest.raises(DataError, match="has no file that is named after a benchmark"):
-        local_names(tmp_path)
+    assert local_benchmarks(tmp_path) == local_benchmarks(file) == []
     write(tmp_path / "xbench-deepsearch.json", "[]")
     write(tmp_path / "aime24.jsonl", "")
-    assert local_names(tmp_path) == ["aime24", "xbench"]
+    assert local_benchmarks(tmp_path) == [BENCHMARKS["aime24"], BENCHMARKS["xbench"]]
 
 
 @pytest.mark.parametrize("other", ["2wiki.parquet", "2wikimultihopqa.jsonl"])
 def test_two_files_of_one_benchmark_are_an_error_that_names_both(tmp_path, other):
     for name in ("2wiki.jsonl", other):
         write(tmp_path / name, {"question": "?", "answer": "1"})
-    for read in (lambda: load_questions(BENCHMARKS["2wiki"], str(tmp_path)), lambda: local_names(tmp_path)):
+    for read in (lambda: load_questions(BENCHMARKS["2wiki"], str(tmp_path)), lambda: local_benchmarks(tmp_path)):
         with pytest.raises(DataError, match=f"has 2wiki.jsonl and {other} for 2WikiMultihopQA; expected one file"):
             read()
 
@@ -201,15 +201,14 @@ def test_a_path_of_questions_is_read_like_the_text_of_it(tmp_path):
     for questions in (load_questions(BENCHMARKS["gsm8k"], file), load_questions(BENCHMARKS["gsm8k"], tmp_path)):
         assert questions.rows == load_questions(BENCHMARKS["gsm8k"], str(file)).rows
     assert load_questions(mine).rows == load_questions(custom_benchmark({**CUSTOM, "file": str(file)})).rows
-    assert local_names(str(tmp_path)) == local_names(tmp_path) == ["gsm8k"]
+    assert local_benchmarks(str(tmp_path)) == local_benchmarks(tmp_path) == [BENCHMARKS["gsm8k"]]
 
 
 @pytest.mark.parametrize("name", [3, [], b"gsm8k.jsonl"])
 def test_questions_whose_name_is_neither_text_nor_a_path_are_an_error(name):
-    with pytest.raises(DataError, match=rf"data is {re.escape(repr(name))}; expected a name as text or as a pathlib"):
-        load_questions(BENCHMARKS["gsm8k"], name)
-    with pytest.raises(DataError, match=rf"folder is {re.escape(repr(name))}; expected"):
-        local_names(name)
+    for read in (partial(load_questions, BENCHMARKS["gsm8k"]), local_benchmarks):
+        with pytest.raises(DataError, match=rf"data is {re.escape(repr(name))}; expected a name as text or as a"):
+            read(name)
 
 
 def test_any_dataset_is_a_benchmark_whose_rows_say_their_task(tmp_path):

@@ -16,7 +16,7 @@ from arpo_trl.common.user_files import MAX_DEPTH, expect, json_lines, parse_json
 from arpo_trl.common.yaml_values import as_yaml
 from arpo_trl.data.loading import load_arpo_dataset, read_file
 from arpo_trl.errors import CheckpointError, ConfigError, DataError
-from arpo_trl.evaluation.benchmarks import BENCHMARKS, custom_benchmark, load_questions, local_names
+from arpo_trl.evaluation.benchmarks import BENCHMARKS, custom_benchmark, load_questions, local_benchmarks
 from arpo_trl.evaluation.comparison import compare
 from arpo_trl.evaluation.report import saved_table
 from arpo_trl.evaluation.runner import RunFolder
@@ -136,7 +136,8 @@ def test_a_name_that_is_too_long_is_an_error_of_this_package(read):
 
 def test_a_benchmark_of_ones_own_may_have_a_name_that_no_file_can_have(tmp_path):
     (tmp_path / "gsm8k.jsonl").write_text("")
-    assert local_names(tmp_path, [custom_benchmark({**CUSTOM, "name": "x" * 300, "file": "mine.jsonl"})]) == ["gsm8k"]
+    mine = custom_benchmark({**CUSTOM, "name": "x" * 300, "file": "mine.jsonl"})
+    assert local_benchmarks(tmp_path, [mine]) == [BENCHMARKS["gsm8k"]]
 
 
 @pytest.mark.parametrize("name", [None, 3, []])

@@ -298,20 +298,14 @@ def custom_benchmark(description: Mapping[str, Any]) -> Benchmark:
     )
 
 
-def local_names(folder: str | Path, custom: Sequence[Benchmark] = ()) -> list[str]:
-    """Return the names of the benchmarks that have a file in `folder`, in the order of `BENCHMARKS`.
+def local_benchmarks(data: str | Path, custom: Sequence[Benchmark] = ()) -> list[Benchmark]:
+    """Return the benchmarks that have a file in the folder `data`, in the order of `BENCHMARKS`; none for a file.
 
     Raises:
-        DataError: There is no such file, or two for one benchmark.
+        DataError: A benchmark has two files, or the system refuses the path.
     """
-    folder = user_path(folder, "folder")
-    names = [b.name for b in (*BENCHMARKS.values(), *custom) if _local_file(b, folder) is not None]
-    if not names:
-        raise DataError(
-            f"{folder} has no file that is named after a benchmark, such as gsm8k.jsonl or aime24.parquet. Name the "
-            "file itself, or rename it."
-        )
-    return names
+    folder = user_path(data, "data")
+    return [b for b in (*BENCHMARKS.values(), *custom) if _local_file(b, folder) is not None]
 
 
 def load_questions(

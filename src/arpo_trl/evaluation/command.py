@@ -20,7 +20,6 @@ from rich.text import Text
 
 from arpo_trl.common.files import write_whole
 from arpo_trl.common.user_files import check_picture, repeated, short_names, user_path
-from arpo_trl.data.loading import SUFFIXES
 from arpo_trl.data.prompts import default_system_prompt
 from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.evaluation import report, self_check
@@ -32,7 +31,7 @@ from arpo_trl.evaluation.benchmarks import (
     find_benchmarks,
     load_dataset_questions,
     load_questions,
-    local_names,
+    local_benchmarks,
     suite,
 )
 from arpo_trl.evaluation.comparison import compare, differing_settings, draw
@@ -133,8 +132,8 @@ def load_all(settings: EvalSettings, of_questions: Callable[[], str] = lambda: "
         benchmarks = suite(settings.suite)
     elif settings.benchmarks:
         benchmarks = find_benchmarks(settings.benchmarks, custom)
-    elif settings.data is not None and _is_named_after_benchmarks(settings.data, custom):
-        benchmarks = find_benchmarks(local_names(settings.data, custom), custom)
+    elif settings.data is not None and (local := local_benchmarks(settings.data, custom)):
+        benchmarks = local
     elif settings.data is not None:
         if settings.skip_bad:
             raise ConfigError(
@@ -333,12 +332,6 @@ def _check_template(sampler: Any, chosen: Sequence[Questions]) -> None:
             f"The tokenizer's chat template cannot render the first question as a prompt ({type(error).__name__}: "
             f"{error}). Set another template, or another system_prompt."
         ) from error
-
-
-def _is_named_after_benchmarks(data: str, custom: Sequence[Benchmark]) -> bool:
-    folder = user_path(data, "data")
-    names = {name for b in (*BENCHMARKS.values(), *custom) for name in (b.name, *b.aliases)}
-    return folder.is_dir() and any(file.stem in names and file.suffix in SUFFIXES for file in folder.iterdir())
 
 
 def _new_folder(settings: EvalSettings) -> Path:
