@@ -286,7 +286,7 @@ def test_a_sample_with_a_broken_part_is_named_and_mended_by_sampling_again(tmp_p
 
 def test_a_state_of_a_checkpoint_with_a_broken_part_is_named(tmp_path):
     state = {"step": 1, "written": 1.5, "between_generations": True, "owes_evaluation": False}
-    state |= {"identity": {}, "versions": {}, "files": {}}
+    state |= {"identity": {}, "versions": {}, "files": {}, "passes": 0, "steps_in_pass": 1}
     (tmp_path / STATE_FILE).write_text(json.dumps(state))
     assert SavedState.of(tmp_path).step == 1
     (tmp_path / STATE_FILE).write_text(json.dumps(state | {"files": [1]}))

@@ -15,7 +15,7 @@ import jinja2
 
 from arpo_trl.common.user_files import read_json, user_path
 from arpo_trl.errors import DataError
-from arpo_trl.evaluation.results import lacks_verdicts, value_of
+from arpo_trl.evaluation.results import value_of
 from arpo_trl.evaluation.samples import Key, Record
 from arpo_trl.visible import visible, visible_data
 
@@ -129,17 +129,16 @@ def table(results: Mapping[str, Any]) -> list[str]:
     """Return the lines of a Markdown table with one row per benchmark."""
     rows = []
     for summary in results["benchmarks"].values():
-        partial = lacks_verdicts(summary)  # results of older versions have a score even so
         calls = sum(tool["per_sample"] for tool in summary.get("tools", {}).values())
         rows.append(
             (
                 cell(summary["title"]),
                 METRIC_NAMES.get(summary["metric"], "—"),
-                score(None if partial else summary["score"]),
-                interval(None if partial else summary["interval"]),
+                score(summary["score"]),
+                interval(summary["interval"]),
                 str(summary["questions"]),
                 str(summary["samples"]),
-                str(summary["failed"] + summary["missing"] + summary.get("unjudged", 0)),
+                str(summary["failed"] + summary["missing"] + summary["unjudged"]),
                 f"{calls:.2f}",
             )
         )

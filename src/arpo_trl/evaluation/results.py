@@ -104,7 +104,7 @@ def suites_of(benchmarks: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 def lacks_verdicts(summary: Mapping[str, Any]) -> bool:
     """Return whether the score of a benchmark is the judge's and samples have no verdict."""
-    return summary.get("metric") == JUDGE and summary.get("unjudged", 0) > 0
+    return summary["metric"] == JUDGE and summary["unjudged"] > 0
 
 
 def provenance() -> dict[str, Any]:

@@ -80,7 +80,7 @@ class Alarms:
 
     def load_state_dict(self, state: Sequence[Sequence[float]]) -> None:
         """The inverse of `state_dict`."""
-        # Not strict: earlier versions had fewer alarms.
+        # Not strict: a run may resume with another version of the package, or of its rule, which has other alarms.
         for alarm, (total, count, told) in zip(self._alarms, state, strict=False):
             self._counted[alarm], self._told[alarm] = [total, count], int(told)
 

@@ -10,7 +10,6 @@ checkpoint.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ _BATCH_SETTINGS = frozenset({"per_device_train_batch_size", "gradient_accumulati
 """The settings that must change with the number of processes to keep the global batches the same."""
 _STATE = {
     "step": int, "written": float, "between_generations": bool, "owes_evaluation": bool, "identity": dict,
-    "versions": dict, "files": dict, "passes?": int, "steps_in_pass?": int,
+    "versions": dict, "files": dict, "passes": int, "steps_in_pass": int,
 }  # fmt: skip
 
 
@@ -64,10 +64,10 @@ class SavedState:
     versions: dict[str, str]
     files: dict[str, int]
     """Path in the folder → size in bytes."""
-    passes: int = 0
+    passes: int
     """The number of passes over the training rows that have ended."""
-    steps_in_pass: int | None = None
-    """The steps in the current pass; None in older checkpoints."""
+    steps_in_pass: int
+    """The steps in the current pass."""
 
     @classmethod
     def of(cls, folder: Path) -> SavedState:
@@ -86,9 +86,7 @@ class SavedState:
             expect(values, _STATE, str(file))
         except DataError as error:
             raise CheckpointError(f"{file} cannot be read: {error}") from error
-        return cls(
-            folder=folder, **{name: values[name] for key in _STATE if (name := key.removesuffix("?")) in values}
-        )
+        return cls(folder=folder, **{name: values[name] for name in _STATE})
 
     def check_files(self) -> None:
         """Raises CheckpointError if a file is missing that resuming reads, or its size is not the recorded one."""
@@ -104,8 +102,7 @@ class SavedState:
 
     def check_same_run(self, now: RunIdentity) -> None:
         """Raises ConfigError if another run wrote the checkpoint; names the differences."""
-        then = dict(self.identity)
-        here = {name: value for name, value in now.as_dict().items() if name in then}  # older checkpoints have fewer
+        then, here = dict(self.identity), now.as_dict()
         if None in (then.get("frozen_weights"), here.get("frozen_weights")):
             for identity in (then, here):
                 identity.pop("frozen_weights", None)
@@ -249,7 +246,7 @@ class Checkpoints:
             "passes": passes,
             "steps_in_pass": steps_in_pass,
             "identity": identity.as_dict(),
-            "versions": {name: _version(name) for name in VERSIONS},
+            "versions": {name: version(name) for name in VERSIONS},
             "files": {str(path.relative_to(folder)): path.stat().st_size for path in _files(folder)},
         }
         (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", "utf-8")
@@ -267,9 +264,7 @@ class Checkpoints:
 
 def changed_versions(then: Mapping[str, str]) -> list[str]:
     """The packages whose installed version differs from `then`, each as "name old → new"."""
-    return [
-        f"{name} {then[name]} → {_version(name)}" for name in VERSIONS if name in then and then[name] != _version(name)
-    ]
+    return [f"{name} {then[name]} → {version(name)}" for name in VERSIONS if then[name] != version(name)]
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -282,10 +277,3 @@ def _flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

@@ -181,9 +181,8 @@ class Resumable(GRPOTrainer):
         self._passes, self._pass_began_at = 0, 0
         if self._resumed is not None:
             self._check_resumable(self._resumed)
-            if self._resumed.steps_in_pass is not None:
-                self._passes = self._resumed.passes
-                self._pass_began_at = self._resumed.step - self._resumed.steps_in_pass
+            self._passes = self._resumed.passes
+            self._pass_began_at = self._resumed.step - self._resumed.steps_in_pass
             if self._resumed.folder.resolve() == self._checkpoints.place(self._resumed.step).resolve():
                 self._saved_step = self._resumed.step
             logger.info(f"Resuming from {self._resumed.folder}.", main_process_only=True)
@@ -324,7 +323,7 @@ class Resumable(GRPOTrainer):
         stream, whose length is unknown, and those after a pass that a callback has ended early for the rest of it.
         """
         resumed = self._resumed
-        if resumed is None or resumed.steps_in_pass is None:
+        if resumed is None:
             return loop
         passes, steps = resumed.passes, resumed.steps_in_pass
         if steps >= loop["num_update_steps_per_epoch"]:
