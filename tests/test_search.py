@@ -185,7 +185,7 @@ def test_an_index_is_silent(capfd: pytest.CaptureFixture[str], tmp_path: Path) -
 def test_a_jsonl_file_contains_a_string_or_an_object_per_line(tmp_path: Path) -> None:
     path = tmp_path / "passages.jsonl"
     path.write_text("\n".join(map(json.dumps, PASSAGES)) + "\n\n")
-    assert LocalIndex.from_jsonl(path).search("gold density", 3) == LocalIndex(PASSAGES).search("gold density", 3)
+    assert LocalIndex.open(path).search("gold density", 3) == LocalIndex(PASSAGES).search("gold density", 3)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_a_broken_jsonl_file_is_named_with_its_line(tmp_path: Path, content: str
     path = tmp_path / "passages.jsonl"
     path.write_text(content)
     with pytest.raises(DataError, match=message):
-        LocalIndex.from_jsonl(path)
+        LocalIndex.open(path)
 
 
 def test_an_index_needs_passages_with_words() -> None:
@@ -306,7 +306,7 @@ def test_a_folder_without_a_saved_index_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a saved search index"):
         LocalIndex.load(tmp_path)
     with pytest.raises(DataError, match="cannot be read"):
-        LocalIndex.from_jsonl(tmp_path / "missing.jsonl")
+        LocalIndex.open(tmp_path / "missing.jsonl")
 
 
 # Recorded results.

@@ -65,7 +65,7 @@ def in_folder(name: str, read):
 READERS = {
     "rows": lambda path: list(read_file(path.rename(path.with_suffix(".jsonl")))),
     "a list of rows": lambda path: list(read_file(path)),
-    "passages": lambda path: LocalIndex.from_jsonl(path.rename(path.with_suffix(".jsonl"))),
+    "passages": lambda path: LocalIndex.open(path.rename(path.with_suffix(".jsonl"))),
     "recorded searches": RecordedSearch,
     "a saved index": in_folder("search_index.json", LocalIndex.load),
     "samples": lambda path: list(Records(path).values()),
@@ -125,7 +125,7 @@ def test_a_name_that_the_system_refuses_is_an_error_that_names_its_setting(setti
         lambda name: list(read_trees(name)),
         lambda name: LocalIndex(["a passage"]).save(name),
         LocalIndex.load,
-        LocalIndex.from_jsonl,
+        LocalIndex.open,
         lambda name: RunFolder(name, {}, resume=False),
     ],
 )

@@ -6,6 +6,7 @@ scores keep their order, so a repeated run sees the same pages.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import mmap
@@ -161,7 +162,7 @@ class LocalIndex:
         """
         path = user_path(source, "search_index")
         if path.suffix == ".jsonl":
-            return cls.from_jsonl(path)
+            return cls._of_files([path])
         if path.is_dir() and any(path.glob("*.jsonl")):
             return cls._of_files(sorted(path.glob("*.jsonl")))
         if path.is_file():
@@ -173,17 +174,11 @@ class LocalIndex:
         return cls(load_from_hub(str(source), "train"))
 
     @classmethod
-    def from_jsonl(cls, path: str | Path) -> LocalIndex:
-        """Return the index of a file with one passage per line, each a JSON string or an object as above."""
-        return cls._of_files([user_path(path, "path")])
-
-    @classmethod
     def _of_files(cls, files: Sequence[Path]) -> LocalIndex:
         lines = (passage for file in files for passage in _passages(file))
-        passages = list(waiting.bar(lines, "Reading passages", "passages"))
-        if not passages:
+        if (first := next(lines, None)) is None:
             raise DataError(f"{' and '.join(map(str, files))} has no passages; expected one per line.")
-        return cls(passages)
+        return cls(itertools.chain([first], lines))
 
     @classmethod
     def load(cls, folder: str | Path) -> LocalIndex:
@@ -262,36 +257,24 @@ class NearestQuery:
         self._queries = [query for query, pages in self._results.items() if pages and tokenize(query)]
         self._ranking = _Ranking.of(self._queries) if self._queries else None
 
-    def __len__(self) -> int:
-        return len(self._results)
-
-    def pages(self, query: str) -> list[str]:
-        """Return the pages recorded for `query`, or if there are none, for the nearest recorded query."""
+    def search(self, query: str, top_k: int) -> list[str]:
+        """Return at most `top_k` pages recorded for `query`, or if there are none, for the nearest recorded query."""
         query = normalised(as_received(query))
         if query in self._results:
-            return self._results[query]
+            return self._results[query][:top_k]
         nearest = self._ranking.best(query, 1) if self._ranking else []
-        return self._results[self._queries[nearest[0]]] if nearest else []
+        return self._results[self._queries[nearest[0]]][:top_k] if nearest else []
 
 
-class RecordedSearch:
+class RecordedSearch(NearestQuery):
     """Recorded results, for training without a search service. The file is a JSON object {query: result text}.
-
-    `NearestQuery` selects the recorded query that answers.
 
     Raises:
         DataError: The file is missing, empty or has another format.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._recorded = NearestQuery((query, pages_of(text)) for query, text in read_recorded(path).items())
-
-    def __len__(self) -> int:
-        return len(self._recorded)
-
-    def search(self, query: str, top_k: int) -> list[str]:
-        """Return at most `top_k` pages recorded for `query`, or if there are none, for the nearest recorded query."""
-        return self._recorded.pages(query)[:top_k]
+        super().__init__((query, pages_of(text)) for query, text in read_recorded(path).items())
 
 
 def read_recorded(path: str | Path, longest: int = MAX_QUERY_CHARS) -> dict[str, str]:

@@ -106,7 +106,7 @@ class WebSearch:
             ToolError: The mode is offline and the query is not in the cache.
         """
         if self._recorded is not None:
-            return self._recorded.pages(as_received(query, self._provider.max_query_chars))[:top_k]
+            return self._recorded.search(as_received(query, self._provider.max_query_chars), top_k)
         try:
             hits = self._search(query, top_k)
         except sqlite3.Error as error:  # such as a full disk; logged each time, because it persists
