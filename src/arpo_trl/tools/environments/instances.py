@@ -152,7 +152,8 @@ class Instances:
         self.limit = limit
         self.changed = threading.Condition()
         """Guards all attributes below, the fields of points, and the fields of states that several threads use."""
-        self._live = 0
+        self.live = 0
+        """The number of instances that are not closed, including those in creation."""
         self._closing: dict[Instance, float] = {}
         """The instances in closing, and when it began, on the clock of `time.monotonic`."""
         self._making: dict[Hashable, float | None] = {}
@@ -175,16 +176,10 @@ class Instances:
     # Room ------------------------------------------------------------------------------------------------------------
 
     @property
-    def live(self) -> int:
-        """The number of instances that are not closed, including those in creation."""
-        with self.changed:
-            return self._live
-
-    @property
     def in_use(self) -> int:
         """The number of instances that are neither in creation nor in closing."""
         with self.changed:
-            return self._live - len(self._making) - len(self._closing)
+            return self.live - len(self._making) - len(self._closing)
 
     def reserve(self, *, for_copy: bool = False) -> bool:
         """Reserve a slot for one instance, and return whether one was free.
@@ -197,8 +192,8 @@ class Instances:
                 if not (for_copy or self._frees_room) and self._copies:
                     self._drop_copy(next(iter(self._copies)))
                 return False
-            self._live += 1
-            self._counts.live_max = max(self._counts.live_max, self._live)
+            self.live += 1
+            self._counts.live_max = max(self._counts.live_max, self.live)
             return True
 
     @property
@@ -213,11 +208,11 @@ class Instances:
         with self.changed:
             abandoned = sum(since is not None for since in self._making.values())
             hanging = abandoned + len(self._closing)
-            return not self._has_room and not self._frees_room and self._live == hanging + besides
+            return not self._has_room and not self._frees_room and self.live == hanging + besides
 
     @property
     def _has_room(self) -> bool:
-        return self.limit is None or self._live < self.limit
+        return self.limit is None or self.live < self.limit
 
     @property
     def _frees_room(self) -> bool:
@@ -245,7 +240,7 @@ class Instances:
     def release(self) -> None:
         """Release a slot for which no instance was created."""
         with self.changed:
-            self._live -= 1
+            self.live -= 1
             self.changed.notify_all()
 
     # Creation and forks, in threads of the tools. The caller has reserved the slot -----------------------------------
@@ -288,7 +283,7 @@ class Instances:
     def _worker(self) -> Worker:
         """Return a worker for a new object. If there would be more objects than `limit`, drop idle ones."""
         with self.changed:
-            while self._idle and self.limit is not None and self._live + len(self._idle) > self.limit:
+            while self._idle and self.limit is not None and self.live + len(self._idle) > self.limit:
                 self._forget(self._idle.pop(0), is_free=True)
             return self._workers.pop() if self._workers else Worker()
 
@@ -602,7 +597,7 @@ class Instances:
             else:
                 self._forget(instance, is_free)
             del self._closing[instance]
-            self._live -= 1
+            self.live -= 1
             self.changed.notify_all()
 
     def _discard(self, instance: Instance) -> None:
@@ -683,7 +678,7 @@ class Instances:
     def take_counts(self) -> Counts:
         """Return the counts since the last call."""
         with self.changed:
-            taken, self._counts = self._counts, Counts(live_max=self._live)
+            taken, self._counts = self._counts, Counts(live_max=self.live)
             return taken
 
 

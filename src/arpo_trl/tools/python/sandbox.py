@@ -195,17 +195,18 @@ class Worker:
             raise SandboxError(f"The sandbox for Python code needs Linux, but this is {sys.platform}")
         self.tier = tier
         self._limits = limits
-        self._folder = Path(tempfile.mkdtemp(prefix="arpo-python-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="arpo-python-"))
+        """The working directory of every call, empty at its start."""
         # Also runs at exit, when a call may still be running. Only a killed trainer leaves the folder behind.
         self._owner_pid = os.getpid()
-        self._remove_folder = weakref.finalize(self, _remove_own, self._folder, self._owner_pid)
+        self._remove_folder = weakref.finalize(self, _remove_own, self.folder, self._owner_pid)
         self._process: Any = None  # subprocess.Popen or sandlock.Process: stdin, stderr, pid, kill, wait
         try:
-            self._process = _start(self._folder, tier, preload, limits)
+            self._process = _start(self.folder, tier, preload, limits)
             self._stdin, self._control = self._process.stdin.fileno(), self._process.stderr.fileno()
             self._ending = False  # whether the fork of the last call may still exist
             self._await_ready(tier)
-            self._pid = _only_child(self._process.pid) if tier is Tier.NAMESPACES else int(self._process.pid)
+            self.pid = _only_child(self._process.pid) if tier is Tier.NAMESPACES else int(self._process.pid)
             self._set_limits()
             # The worker now forks for the first call. The fork inherits the limits.
             os.write(self._stdin, REQUEST.pack(-1.0))
@@ -227,7 +228,7 @@ class Worker:
 
     def _set_limits(self) -> None:
         """Set limits on the worker from outside. Its forks inherit them and cannot raise them."""
-        pid, limits = self._pid, self._limits
+        pid, limits = self.pid, self._limits
         if not _children_of(pid).exists():
             raise SandboxError(f"this kernel has no {_children_of(pid)}, so calls cannot be monitored")
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
@@ -245,16 +246,6 @@ class Worker:
         """Whether this process is a fork of the one that started the worker."""
         return os.getpid() != self._owner_pid
 
-    @property
-    def pid(self) -> int:
-        """The process id of the worker."""
-        return self._pid
-
-    @property
-    def folder(self) -> Path:
-        """The working directory of every call, empty at its start."""
-        return self._folder
-
     def run(self, code: str, earlier: Sequence[str] = ()) -> Run:
         """Run `code` after the cells `earlier`, whose output is hidden. All cells share one deadline.
 
@@ -265,12 +256,12 @@ class Worker:
         try:
             self._await_end(deadline)
             cells = json.dumps([cell.encode("utf-8", "replace").decode() for cell in (*earlier, code)])
-            (self._folder / python_worker.CELLS_FILE).write_text(cells, "utf-8")
+            (self.folder / python_worker.CELLS_FILE).write_text(cells, "utf-8")
             with self._new_pipe() as pipe:
                 os.write(self._stdin, REQUEST.pack(self._limits.timeout_s))
                 output, kind, status, excess = self._read(pipe, deadline)
             with contextlib.suppress(OSError):  # a failure is harmless: this runs again before the next call
-                python_folder.empty(self._folder)
+                python_folder.empty(self.folder)
         except OSError as error:
             self.close()
             raise WorkerLost(str(error)) from error
@@ -287,7 +278,7 @@ class Worker:
     @contextlib.contextmanager
     def _new_pipe(self) -> Iterator[int]:
         """Make a named pipe for the output of one call, and yield its read end. The fork removes the name."""
-        path = self._folder / python_worker.OUTPUT_PIPE
+        path = self.folder / python_worker.OUTPUT_PIPE
         os.mkfifo(path, 0o600)
         pipe = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
@@ -297,7 +288,7 @@ class Worker:
 
     def _without_paths(self, text: str) -> str:
         """Return what a call printed without paths of this machine, such as those in tracebacks that code prints."""
-        for path, name in ((str(self._folder), "/sandbox"), *_LIBRARIES):
+        for path, name in ((str(self.folder), "/sandbox"), *_LIBRARIES):
             text = text.replace(path, name)
         return text
 
@@ -343,7 +334,7 @@ class Worker:
     def _excess(self, *, with_files: bool) -> Ending | None:
         """Return the limit that the running call exceeds, among those that the kernel cannot enforce, or None."""
         with contextlib.suppress(OSError, SandboxError):  # the call has just ended
-            call = Path(f"/proc/{_only_child(self._pid)}")
+            call = Path(f"/proc/{_only_child(self.pid)}")
             if (call / "task").stat().st_nlink - 2 > self._limits.threads:
                 return Ending.THREADS
             # A call under namespaces has a private file system of limited size.
@@ -351,7 +342,7 @@ class Worker:
                 accounts = dict(line.split(": ") for line in (call / "io").read_text().splitlines())
                 size = self._limits.disk_mb << 20
                 written = max(int(accounts["wchar"]), int(accounts["write_bytes"]), _bytes_of_deleted(call / "fd"))
-                if written > size or python_folder.holds_more(self._folder, files=self._limits.files, size=size):
+                if written > size or python_folder.holds_more(self.folder, files=self._limits.files, size=size):
                     return Ending.DISK
         return None
 
@@ -368,7 +359,7 @@ class Worker:
             if not _poll(max(0.0, deadline - time.monotonic()) * 1000, self._control):
                 raise OSError("the worker does not answer")
             self._reply()
-            python_folder.empty(self._folder)
+            python_folder.empty(self.folder)
             self._ending = False
 
     def close(self) -> None:
