@@ -727,5 +727,5 @@ def test_the_limits_of_a_machine_may_change():
 
 
 def test_changed_versions_are_logged(monkeypatch):
-    monkeypatch.setattr(checkpoints, "_version", lambda name: "2" if name == "trl" else "1")
-    assert checkpoints.changed_versions({"trl": "1", "torch": "1"}) == ["trl 1 → 2"]
+    monkeypatch.setattr(checkpoints, "version", lambda name: "2" if name == "trl" else "1")
+    assert checkpoints.changed_versions(dict.fromkeys(checkpoints.VERSIONS, "1")) == ["trl 1 → 2"]
