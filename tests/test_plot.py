@@ -25,7 +25,6 @@ from arpo_trl.options import RolloutSchedule
 from arpo_trl.publishing.push import Snapshot
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.rules.threshold import Threshold
-from arpo_trl.viewing.command import KINDS_OF_PLOTS
 from arpo_trl.viewing.plot import draw_plot
 from arpo_trl.viewing.timeline import tree_events, write_timeline
 from support import ANSWER, Scripted
@@ -43,10 +42,6 @@ def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     with pytest.raises(SystemExit) as end:
         cli.main()
     return int(end.value.code or 0)
-
-
-def test_the_kinds_of_pictures_are_the_panels() -> None:
-    assert tuple(panel.name for panel in PANELS) == KINDS_OF_PLOTS
 
 
 def test_numbers_that_no_picture_can_show_are_left_out() -> None:

@@ -7,7 +7,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import arpo_trl
@@ -17,7 +17,7 @@ from arpo_trl.common.full_disk import is_full_disk
 from arpo_trl.common.noise import hide_noise
 from arpo_trl.common.waiting import say_loading
 from arpo_trl.errors import ConfigError, DataError
-from arpo_trl.viewing.command import add_commands as add_viewing_commands
+from arpo_trl.viewing import command as viewing
 from arpo_trl.visible import say
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, (_, text) in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
 
-    add_viewing_commands(commands)
+    viewing.add_commands(commands)
 
     commands.add_parser("eval", help="evaluate a model on benchmarks or a file of questions", add_help=False)
 
@@ -131,9 +131,17 @@ def _command() -> int:
         module, _, function = COMMANDS[sys.argv[1]][0].partition(":")
         return int(getattr(importlib.import_module(f"arpo_trl.commands.{module}"), function)(sys.argv[2:]))
     arguments = _parser().parse_args()
-    if hasattr(arguments, "call"):
-        return arguments.call(arguments) or 0
-    commands = {"compare": _compare, "index": _index, "cache": _cache, "merge": _merge, "push": _push}
+    commands: dict[str, Callable[[argparse.Namespace], int | None]] = {
+        "compare": _compare,
+        "index": _index,
+        "cache": _cache,
+        "merge": _merge,
+        "push": _push,
+        "tree": viewing.tree_run,
+        "view": viewing.view_run,
+        "plot": viewing.plot_run,
+        "timeline": viewing.timeline_run,
+    }
     return commands[arguments.command](arguments) or 0
 
 

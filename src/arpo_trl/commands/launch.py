@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import NoReturn
 
 from arpo_trl.command_line import CONFIG_TWICE, report_errors
@@ -147,18 +148,13 @@ def _status(code: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def train(words: Sequence[str]) -> int:
-    return _program("train", words)
-
-
-def sft(words: Sequence[str]) -> int:
-    return _program("sft", words)
-
-
 def _program(name: str, words: Sequence[str]) -> int:
     from arpo_trl.commands.training_help import print_help
 
     return 0 if print_help(name, words) else launch(f"arpo_trl.scripts.{name}", words)
+
+
+train, sft = partial(_program, "train"), partial(_program, "sft")
 
 
 def quickstart(words: Sequence[str]) -> int:

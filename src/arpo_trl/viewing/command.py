@@ -10,14 +10,12 @@ from typing import Any
 from arpo_trl.common.files import write_whole
 from arpo_trl.common.flags import path_in_flag
 from arpo_trl.errors import DataError
+from arpo_trl.logs.curves import PANELS
 from arpo_trl.visible import say
-
-KINDS_OF_PLOTS = ("reward", "entropy", "tools", "sharing", "phases")
-"""The names of `logs.curves.PANELS`."""
 
 
 def add_commands(commands: Any) -> None:
-    """Adds the commands to the sub-parsers of `arpo-trl`. Each command sets `call` to its function."""
+    """Adds the commands to the sub-parsers of `arpo-trl`."""
     tree = commands.add_parser(
         "tree",
         help="list the steps of a run, and show logged trees",
@@ -32,7 +30,6 @@ def add_commands(commands: Any) -> None:
     tree.add_argument("--step", type=int, help="show the trees of this step")
     tree.add_argument("--group", type=int, help="only the trees of this group")
     tree.add_argument("--full", action="store_true", help="show whole texts")
-    tree.set_defaults(call=tree_run)
 
     view = commands.add_parser(
         "view",
@@ -53,7 +50,6 @@ def add_commands(commands: Any) -> None:
     )
     view.add_argument("--port", type=int, default=8123, help="port of --serve; 0: a free one (default: %(default)s)")
     view.add_argument("--open", action="store_true", help="open the page in a browser")
-    view.set_defaults(call=view_run)
 
     plot = commands.add_parser(
         "plot",
@@ -61,9 +57,13 @@ def add_commands(commands: Any) -> None:
         description="Draws curves of one or more runs as PNG, SVG or PDF.",
     )
     plot.add_argument("runs", metavar="RUN", type=path_in_flag, nargs="+", help="output_dir of a run")
-    plot.add_argument("--kind", choices=KINDS_OF_PLOTS, default="reward", help="what to draw (default: %(default)s)")
+    plot.add_argument(
+        "--kind",
+        choices=[panel.name for panel in PANELS],
+        default="reward",
+        help="what to draw (default: %(default)s)",
+    )
     plot.add_argument("--output", type=path_in_flag, metavar="FILE", help="picture to write (default: RUN/KIND.png)")
-    plot.set_defaults(call=plot_run)
 
     timeline = commands.add_parser(
         "timeline",
@@ -75,7 +75,6 @@ def add_commands(commands: Any) -> None:
     timeline.add_argument(
         "--output", type=path_in_flag, metavar="FILE", help="file to write (default: in RUN/trajectories)"
     )
-    timeline.set_defaults(call=timeline_run)
 
 
 def at_least_one(text: str) -> int:
