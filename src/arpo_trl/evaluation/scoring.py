@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from arpo_trl.evaluation.benchmarks import Benchmark, Scorer
-from arpo_trl.rewards.answers import MATH, exact_match, extract_answer, math_equal, spaced_f1, token_f1
+from arpo_trl.rewards.answers import MATH, exact_match, extract_answer, spaced_f1, task_accuracy
 from arpo_trl.rewards.judge import Judgement, question_of
 
 JUDGE = "judge"
@@ -42,16 +42,11 @@ def predicted(turns: Sequence[str]) -> str | None:
 
 def rule_scores(prediction: str | None, golds: Sequence[str], task: str) -> dict[str, float]:
     """Return the scores that need no judge. The main score of the task is first."""
+    accuracy = 0.0 if prediction is None else task_accuracy(prediction, golds, task)
+    exact = {"em": float(exact_match(prediction or "", golds))}
     if task == MATH:
-        return {
-            "math": float(prediction is not None and any(math_equal(prediction, gold) for gold in golds)),
-            "em": float(exact_match(prediction or "", golds)),
-        }
-    return {
-        "f1": token_f1(prediction or "", golds),
-        "f1_paper": spaced_f1(prediction or "", golds),
-        "em": float(exact_match(prediction or "", golds)),
-    }
+        return {"math": accuracy, **exact}
+    return {"f1": accuracy, "f1_paper": spaced_f1(prediction or "", golds), **exact}
 
 
 def score(prediction: str | None, row: Mapping[str, Any], judge: Judge | None) -> dict[str, float | None]:
