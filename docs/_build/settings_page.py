@@ -14,7 +14,7 @@ from typing import Any
 from transformers import TrainingArguments
 from trl import GRPOConfig, ModelConfig, SFTConfig
 
-from arpo_trl.common.settings import JudgeArguments, Range, ToolLimits
+from arpo_trl.common.settings import JudgeArguments, Range, ToolLimits, default_of, help_of
 from arpo_trl.config import ARPOConfig
 from arpo_trl.evaluation.settings import EvalSettings
 from arpo_trl.scripts.sft import OF_TRLS_ENCODING, ColdStartArguments
@@ -102,12 +102,10 @@ def section(title: str, used_by: str, fields: Iterable[dataclasses.Field[Any]], 
 
 
 def default(field: dataclasses.Field[Any]) -> str:
-    if field.default_factory is not dataclasses.MISSING:
-        value = field.default_factory()
-    elif field.default is dataclasses.MISSING:
+    value = default_of(field)
+    if value is dataclasses.MISSING:
         return "required"
-    else:
-        value = getattr(field.default, "value", field.default)  # of an enum
+    value = getattr(value, "value", value)  # of an enum
     return f"`{value!r}`".replace("|", "\\|")
 
 
@@ -128,7 +126,7 @@ def kind(field: dataclasses.Field[Any]) -> str:
 
 def meaning(field: dataclasses.Field[Any]) -> str:
     """The text of `--help`, without the range, which has its own column."""
-    text = " ".join(str(field.metadata.get("help", "")).split()).replace("%%", "%")  # argparse's escape
+    text = help_of(field)
     limits = str(field.metadata.get("range", ""))
     return text.removesuffix(f" {limits[:1].upper()}{limits[1:]}.") if limits else text
 

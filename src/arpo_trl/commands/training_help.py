@@ -18,6 +18,7 @@ from typing import Any
 
 from arpo_trl.commands.launch import LAUNCH_FLAGS
 from arpo_trl.common.flags import CommandParser
+from arpo_trl.common.settings import default_of, help_of
 from arpo_trl.common.shipped import ACCELERATE_CONFIGS, CONFIGS, shipped_names
 
 HELP_FILE = Path(__file__).with_name("settings.json")
@@ -75,8 +76,7 @@ def _settings(kind: Any, names: Iterable[str] | None = None, described_in: Any =
     found = []
     for name in fields if names is None else (name for name in names if name in fields):
         field = fields[name]
-        text = field.metadata.get("help") or elsewhere[name].metadata.get("help") or ""
-        text = " ".join(text.split()).replace("%%", "%")  # argparse's escape
+        text = help_of(field) or help_of(elsewhere[name])
         values = str(field.metadata.get("metavar", ""))
         found.append({"name": name, "help": text, "values": values, "default": _default(field)})
     return found
@@ -84,7 +84,7 @@ def _settings(kind: Any, names: Iterable[str] | None = None, described_in: Any =
 
 def _default(field: dataclasses.Field[Any]) -> str:
     """The default as text, empty without one."""
-    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    value = default_of(field)
     if value is dataclasses.MISSING or value is None or value == "" or value == [] or value == {}:
         return ""
     if isinstance(value, list):

@@ -110,13 +110,19 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
+def default_of(each: Field[Any]) -> Any:
+    """The default of a dataclass's field; MISSING if it has none."""
+    return each.default if each.default_factory is MISSING else each.default_factory()
+
+
+def help_of(each: Field[Any]) -> str:
+    """The text of a setting for `--help`, on one line and without argparse's escapes; empty if it has none."""
+    return " ".join((each.metadata.get("help") or "").split()).replace("%%", "%")
+
+
 def changed(settings: Any) -> list[str]:
     """The names of the fields of a dataclass that differ from their defaults, in their order."""
-
-    def default(each: Field[Any]) -> Any:
-        return each.default if each.default_factory is MISSING else each.default_factory()
-
-    return [each.name for each in fields(settings) if getattr(settings, each.name) != default(each)]
+    return [each.name for each in fields(settings) if getattr(settings, each.name) != default_of(each)]
 
 
 def check_fields(settings: Any, inherited: Mapping[str, Mapping[str, Any]] | None = None) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from arpo_trl.command_line import parse_settings
 from arpo_trl.common.flags import CommandParser
+from arpo_trl.common.settings import default_of
 from arpo_trl.visible import say
 
 USAGE = "arpo-trl eval --model MODEL (--benchmarks NAMES | --suite SUITE | --data PATH) [options]"
@@ -37,8 +38,9 @@ def help_parser() -> argparse.ArgumentParser:
     for setting in sorted(settings, key=lambda setting: setting.name not in EvalSettings.__annotations__):
         if setting.name in GROUPS:
             group = parser.add_argument_group(GROUPS[setting.name])
-        make = setting.default_factory
-        default = setting.default if make is dataclasses.MISSING else " ".join(make())
+        default = default_of(setting)
+        if isinstance(default, list | dict):
+            default = " ".join(default)
         text = setting.metadata["help"]
         if default not in (None, False, "") and "default" not in text:
             text += f" (default: {default})"

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from arpo_trl.common.files import whole_file, write_whole
+from arpo_trl.common.settings import default_of
 from arpo_trl.common.user_files import expect, has_form_of_path, read_json, read_text, read_yaml
 from arpo_trl.common.yaml_values import as_yaml
 from arpo_trl.logs.curves import PANELS, Panel, curves
@@ -209,8 +210,7 @@ def describe(*groups: Any) -> dict[str, Any]:
             if not item.init:
                 continue
             value = getattr(group, item.name)
-            default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
-            if value == default or item.name in _DERIVED or _SECRET_NAME.search(item.name):
+            if value == default_of(item) or item.name in _DERIVED or _SECRET_NAME.search(item.name):
                 continue
             if item.name == "use_cpu" and not has_accelerator():  # every run on this machine gets this value
                 continue

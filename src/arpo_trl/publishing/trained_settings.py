@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arpo_trl.common.settings import ToolLimits
+from arpo_trl.common.settings import ToolLimits, default_of
 from arpo_trl.common.user_files import expect, read_yaml, user_path
 from arpo_trl.tools.builtin import BUILT_IN, ToolArguments
 from arpo_trl.visible import visible
@@ -110,9 +110,7 @@ class EvaluationSettings:
 
 
 _DEFAULTS = {
-    field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    for kind in (ToolLimits, ToolArguments)
-    for field in dataclasses.fields(kind)
+    field.name: default_of(field) for kind in (ToolLimits, ToolArguments) for field in dataclasses.fields(kind)
 }
 
 
