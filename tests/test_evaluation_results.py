@@ -141,7 +141,9 @@ def test_suites_are_means_over_their_benchmarks():
         "d": (None, 1.0),
         "e": ("knowledge", None),
     }
-    found = suites_of({name: {"suite": suite, "score": score} for name, (suite, score) in scores.items()})
+    found = suites_of(
+        {name: {"suite": suite, "score": score, "metric": None} for name, (suite, score) in scores.items()}
+    )
     assert found == {"reasoning": pytest.approx(0.3), "deepsearch": 0.1}
 
 
