@@ -357,11 +357,11 @@ def can_isolate(tier: Tier) -> bool:
 
 
 @contextmanager
-def worker_of(tier: Tier, limits: Limits, *, preload: bool = False) -> Iterator[Worker]:
+def worker_of(tier: Tier, limits: Limits) -> Iterator[Worker]:
     """A worker of that tier; skips the test if this machine does not support the tier."""
     if not can_isolate(tier):
         pytest.skip(f"this kernel cannot isolate by {tier}")
-    worker = Worker(limits, tier=tier, preload=preload)
+    worker = Worker(limits, tier=tier, preload=False)
     try:
         yield worker
     finally:

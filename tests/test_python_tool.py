@@ -850,7 +850,7 @@ def test_the_next_tier_is_taken_where_the_first_does_not_hold(monkeypatch: pytes
     if not can_isolate(Tier.NAMESPACES):
         pytest.skip("this kernel cannot isolate by namespaces")
     monkeypatch.setitem(sys.modules, "sandlock", None)  # not installed
-    worker, tier = isolated_worker(LIMITS, ISOLATING, preload=False)
+    worker, tier = isolated_worker(LIMITS, ISOLATING)
     worker.close()
     assert tier is Tier.NAMESPACES
 

@@ -434,11 +434,10 @@ def test_a_terminated_quickstart_leaves_no_process(tmp_path: Path) -> None:
     ("words", "overwrites"), [([], False), ([""], True), (["true"], True), (["True"], True), (["false"], False)]
 )
 def test_an_earlier_quickstart_is_overwritten_with_or_without_the_word_true(
-    monkeypatch: pytest.MonkeyPatch, words: list[str], overwrites: bool
+    words: list[str], overwrites: bool
 ) -> None:
     flag = ["--overwrite_output_dir", *filter(None, words)] if words else []
-    monkeypatch.setattr("sys.argv", ["arpo-trl quickstart", *flag, "--seed", "1"])
-    assert _arguments().overwrite_output_dir is overwrites
+    assert _arguments([*flag, "--seed", "1"]).overwrite_output_dir is overwrites
 
 
 def test_each_set_of_questions_has_a_line_of_its_own() -> None:

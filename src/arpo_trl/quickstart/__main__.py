@@ -95,7 +95,7 @@ def _check_isolation() -> None:
         ) from error
 
 
-def _arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     durations = "; ".join(f"{name}: about {task.duration}" for name, task in TASKS.items())
     parser = CommandParser(
         prog="arpo-trl quickstart",

@@ -45,14 +45,13 @@ MAX_LENGTH = 4096
 # Words with their leading space, single digits (numbers are copied digit by digit), runs of punctuation, white space.
 _PIECES = r" ?[\p{L}°²]+|\p{N}| ?[^\s\p{L}\p{N}°²]+|\s+"
 
+_VOCAB_SIZE = 1000
 _HIDDEN = 128
 _HEADS = 4
 _HEAD_DIM = 32
 
 
-def build_tokenizer(
-    texts: Iterable[str], vocab_size: int = 1000, tags: Sequence[str] = TAGS
-) -> PreTrainedTokenizerFast:
+def build_tokenizer(texts: Iterable[str], tags: Sequence[str] = TAGS) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on `texts` that can encode any text.
 
     Each of `tags` (of the tools and of the protocol) is one special token. EOS is `<|im_end|>`; the padding token
@@ -67,7 +66,7 @@ def build_tokenizer(
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=_VOCAB_SIZE,
         special_tokens=[PAD_TOKEN, MESSAGE_START, MESSAGE_END, *tags],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

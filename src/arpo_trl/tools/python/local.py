@@ -51,7 +51,7 @@ class PythonTool:
         self._idle: dict[bool, list[Worker]] = {False: [], True: []}  # by `preload`
         tiers = ISOLATING if isolation == "auto" else (Tier(isolation),)
         try:
-            first, self.tier = isolated_worker(limits, tiers, preload=False)
+            first, self.tier = isolated_worker(limits, tiers)
         except SandboxError as error:
             if not allow_unsafe:
                 raise SandboxError(

@@ -530,7 +530,7 @@ def check_isolation(worker: Worker) -> None:
         raise SandboxError(f"the sandbox does not isolate Python code here: code in it can {', '.join(escapes)}")
 
 
-def isolated_worker(limits: Limits, tiers: Sequence[Tier], *, preload: bool) -> tuple[Worker, Tier]:
+def isolated_worker(limits: Limits, tiers: Sequence[Tier]) -> tuple[Worker, Tier]:
     """Return a worker of the first of `tiers` that passes `check_isolation` on this machine, and that tier.
 
     Raises:
@@ -540,7 +540,7 @@ def isolated_worker(limits: Limits, tiers: Sequence[Tier], *, preload: bool) -> 
     for tier in tiers:
         worker = None
         try:
-            worker = Worker(limits, tier=tier, preload=preload)
+            worker = Worker(limits, tier=tier, preload=False)
             check_isolation(worker)
             return worker, tier
         except (SandboxError, WorkerLost) as error:
@@ -553,6 +553,6 @@ def isolated_worker(limits: Limits, tiers: Sequence[Tier], *, preload: bool) -> 
 def isolating_tier() -> Tier:
     """Return the first tier that isolates code on this machine. Raises as `isolated_worker`."""
     limits = Limits(timeout_s=5, cpu_s=5, memory_mb=256, output_bytes=1000)
-    worker, tier = isolated_worker(limits, ISOLATING, preload=False)
+    worker, tier = isolated_worker(limits, ISOLATING)
     worker.close()
     return tier
