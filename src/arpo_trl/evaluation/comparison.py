@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arpo_trl.common.files import whole_file
 from arpo_trl.common.user_files import expect, read_json, shown, user_path
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.evaluation.metrics import Difference, McNemar, mcnemar, paired_bootstrap
 from arpo_trl.evaluation.results import value_of
 from arpo_trl.evaluation.samples import Records, lacks_verdict
 from arpo_trl.evaluation.scoring import JUDGE
+from arpo_trl.logs.picture import literal, save
 
 _SUBJECTS = frozenset(
     "model adapter served_model benchmarks suite data split columns custom skip_bad limit system_prompt".split()
@@ -136,13 +136,11 @@ def draw(comparisons: list[Comparison], names: Sequence[str], path: Path) -> Non
         certain = difference.low > 0 or difference.high < 0
         axes.errorbar(difference.mean, y, xerr=errors, fmt="o", capsize=4, color="tab:blue" if certain else "grey")
     axes.axvline(0, color="black", linewidth=0.8)
-    # A dollar sign in a name must not start a formula.
-    rows = [f"{one.benchmark} ({one.metric})".replace("$", r"\$") for one in reversed(comparisons)]
+    rows = [literal(f"{one.benchmark} ({one.metric})") for one in reversed(comparisons)]
     axes.set_yticks(range(len(comparisons)), rows)
     axes.set_ylim(-0.5, len(comparisons) - 0.5)
-    axes.set_xlabel(f"{names[1]} minus {names[0]}, 95 % interval".replace("$", r"\$"))
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=150, format=path.suffix[1:] or "png")
+    axes.set_xlabel(literal(f"{names[1]} minus {names[0]}, 95 % interval"))
+    save(figure, path, dpi=150)
 
 
 def _results(folder: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from arpo_trl.common.files import whole_file
 from arpo_trl.common.user_files import short_names
 from arpo_trl.logs.curves import Panel, Points
 
@@ -37,6 +38,18 @@ def look(colour: int, style: int, points: int) -> dict[str, Any]:
     }
 
 
+def literal(text: str) -> str:
+    """The text for matplotlib, which otherwise takes text between dollar signs as a formula."""
+    return text.replace("$", r"\$")
+
+
+def save(figure: Figure, path: Path, dpi: int) -> None:
+    """Saves the figure in the format that the extension of `path` names. The file is written completely or not at
+    all."""
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=dpi, format=path.suffix[1:])
+
+
 def picture(panel: Panel, lines: Mapping[Path, Mapping[str, Points]]) -> Figure:
     """Draws the lines of each run, by label.
 
@@ -59,13 +72,8 @@ def picture(panel: Panel, lines: Mapping[Path, Mapping[str, Points]]) -> Figure:
     axes.set(title=panel.title, xlabel="step", ylabel=panel.unit)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    # By itself, matplotlib leaves out names that begin with _, and takes text between dollar signs as a formula.
+    # Given the lines: by itself, matplotlib leaves out names that begin with _.
     figure.legend(
-        drawn,
-        [text.replace("$", r"\$") for text in shown],
-        loc="outside lower center",
-        ncols=3,
-        fontsize="small",
-        frameon=False,
+        drawn, list(map(literal, shown)), loc="outside lower center", ncols=3, fontsize="small", frameon=False
     )
     return figure

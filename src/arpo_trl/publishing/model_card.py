@@ -22,12 +22,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from arpo_trl.common.files import whole_file, write_whole
+from arpo_trl.common.files import write_whole
 from arpo_trl.common.settings import default_of
 from arpo_trl.common.user_files import expect, has_form_of_path, read_json, read_text, read_yaml
 from arpo_trl.common.yaml_values import as_yaml
 from arpo_trl.logs.curves import PANELS, Panel, curves
-from arpo_trl.logs.picture import picture
+from arpo_trl.logs.picture import picture, save
 from arpo_trl.publishing.trained_settings import CONFIG_NAME, SAME_NAME, EvaluationSettings
 from arpo_trl.visible import get_logger, with_texts, without_credentials
 
@@ -307,8 +307,7 @@ def draw_curves(history: Sequence[Mapping[str, Any]], folder: Path) -> list[Pane
     drawn = [(panel, lines) for panel, lines in found if any(len(points) > 1 for points in lines.values())]
     for panel, lines in drawn:
         folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(folder / f"{panel.name}.png") as partial:
-            picture(panel, {folder: lines}).savefig(partial, dpi=120, format="png")
+        save(picture(panel, {folder: lines}), folder / f"{panel.name}.png", dpi=120)
     return [panel for panel, _ in drawn]
 
 

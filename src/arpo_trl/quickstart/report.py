@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from arpo_trl.logs.picture import save
 from arpo_trl.rollout.rules import mean
 from arpo_trl.rollout.tree import RolloutTree
 
@@ -117,9 +118,12 @@ def draw(
     before: Mapping[str, float],
     after: Mapping[str, float],
     path: Path,
-    accuracy: str = "eval_arpo/accuracy",
+    accuracy: str,
 ) -> None:
-    """Save the plot: reward and accuracy over steps, entropy around tool results, tool calls, tree shape."""
+    """Save the plot: reward and accuracy over steps, entropy around tool results, tool calls, tree shape.
+
+    `accuracy` is the metric in `history` of the evaluation during training.
+    """
     from matplotlib.figure import Figure
 
     steps = [row for row in history if "reward" in row]
@@ -155,4 +159,4 @@ def draw(
     shape.set(title="Shape of the trees", xlabel="step", ylim=(0, None))
     shape.legend()
     figure.supxlabel(TERMS, fontsize="small", ha="left", x=0.02)
-    figure.savefig(path, dpi=120)
+    save(figure, path, dpi=120)

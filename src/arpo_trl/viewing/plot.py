@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from arpo_trl.common.files import whole_file
 from arpo_trl.common.user_files import check_picture
 from arpo_trl.errors import DataError
 from arpo_trl.logs.curves import PANELS, curves
-from arpo_trl.logs.picture import picture
+from arpo_trl.logs.picture import picture, save
 from arpo_trl.viewing.run import log_history
 from arpo_trl.visible import get_logger
 
@@ -38,7 +37,5 @@ def draw_plot(runs: Sequence[Path], kind: str, output: Path | None = None) -> Pa
         )
     for run in (run for run, of_run in lines.items() if not of_run):
         logger.warning("%s has no logged %s and is left out of the picture.", run, kind)
-    figure = picture(panel, lines)
-    with whole_file(output) as partial:
-        figure.savefig(partial, dpi=200, format=output.suffix[1:])
+    save(picture(panel, lines), output, dpi=200)
     return output
