@@ -125,13 +125,18 @@ def tally_rewards(groups: Iterable[Sequence[float]], tally: Tally) -> None:
             tally.add("alarm/zero_variance_groups", float(equal))
 
 
+def branches(tree: RolloutTree) -> int:
+    """The number of turns under observations beyond the first under each."""
+    return sum(max(0, len(node.children) - 1) for node in tree.observations())
+
+
 def _tally_shape(tree: RolloutTree, tally: Tally) -> None:
     leaves = tree.leaves()
     leaf_tokens = sum(len(leaf.ids) for leaf in leaves)
     tally.totals["tree/groups"] += 1
     tally.totals["tree/leaves"] += len(leaves)
     tally.add("tree/sharing_ratio", leaf_tokens, sum(len(node.ids) for node in tree.nodes[1:]))
-    tally.add("tree/branches", sum(max(0, len(node.children) - 1) for node in tree.observations()))
+    tally.add("tree/branches", branches(tree))
     tally.add("tree/generated_tokens", sum(len(node.ids) for node in tree.turns()))
     for node in tree.observations():
         if node.decision is None or not node.calls:

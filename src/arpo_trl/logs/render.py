@@ -30,11 +30,7 @@ def render_tree(logged: LoggedTree, *, full: bool = False, title: str = "") -> T
     """
     heading = Text(title or f"step {logged.step}, group {logged.group}", style="bold")
     picture = Tree(Text.assemble(heading, "  ", _shown(logged.prompt, full)), guide_style="dim")
-    leaves = logged.tree.leaves()
-    results = {
-        leaf.nodes[-1].index: (reward, advantage)
-        for leaf, reward, advantage in zip(leaves, logged.rewards, logged.advantages, strict=True)
-    }
+    results = {leaf.nodes[-1].index: (reward, advantage) for leaf, reward, advantage in logged.scored_leaves()}
     writers, nodes = logged.tree.writers(), logged.tree.nodes
     waiting = [(child, picture, 0) for child in reversed(nodes[0].children)]
     while waiting:

@@ -17,7 +17,7 @@ def leaf_traces(logged: LoggedTree) -> list[dict[str, Any]]:
     """The `messages` and `metadata` of each leaf's trace, in leaf order, with visible characters only."""
     prompt = {"role": "user", "content": logged.prompt}
     traces = []
-    for leaf, reward, advantage in zip(logged.tree.leaves(), logged.rewards, logged.advantages, strict=True):
+    for leaf, reward, advantage in logged.scored_leaves():
         metadata = {
             "step": logged.step,
             "group": logged.group,

@@ -22,7 +22,7 @@ from arpo_trl.common.full_disk import full_disk_message, is_full_disk
 from arpo_trl.common.user_files import expect, json_lines, user_path
 from arpo_trl.errors import DataError, EngineError
 from arpo_trl.rollout.rules.base import BranchRule
-from arpo_trl.rollout.tree import BranchDecision, ExecutedCall, Node, NodeKind, RolloutTree, Span, StopReason
+from arpo_trl.rollout.tree import BranchDecision, ExecutedCall, Leaf, Node, NodeKind, RolloutTree, Span, StopReason
 from arpo_trl.tools.calls import CallSource, ToolFailure
 from arpo_trl.visible import get_logger
 
@@ -99,6 +99,10 @@ class LoggedTree:
     rule: Mapping[str, Any] = field(default_factory=dict)
     answers: list[str] = field(default_factory=list)
     spans: Mapping[int, Span] = field(default_factory=dict)
+
+    def scored_leaves(self) -> Iterator[tuple[Leaf, float | None, float]]:
+        """Yields each leaf with its reward and its advantage."""
+        return zip(self.tree.leaves(), self.rewards, self.advantages, strict=True)
 
 
 def logged_trees(
@@ -233,7 +237,7 @@ def _tree_row(logged: LoggedTree) -> dict[str, Any]:
         "nodes": [_node_row(node) for node in logged.tree.nodes],
         "leaves": [
             {"address": leaf.address, "node": leaf.nodes[-1].index, "reward": reward, "advantage": advantage}
-            for leaf, reward, advantage in zip(logged.tree.leaves(), logged.rewards, logged.advantages, strict=True)
+            for leaf, reward, advantage in logged.scored_leaves()
         ],
     }
     if logged.rule:

@@ -58,9 +58,7 @@ def leaf_rows(log: LogFile) -> Iterator[dict[str, Any]]:
     """
     for logged in read_trees(log.path):
         leaves = logged.tree.leaves()
-        for number, (leaf, reward, advantage) in enumerate(
-            zip(leaves, logged.rewards, logged.advantages, strict=True)
-        ):
+        for number, (leaf, reward, advantage) in enumerate(logged.scored_leaves()):
             # Below the root there is a turn, which never forks, and then its tool result, at which branches start.
             first = leaf.nodes[min(1, len(leaf.nodes) - 1)].index
             yield {

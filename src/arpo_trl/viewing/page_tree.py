@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from arpo_trl.logs.metrics import branches
 from arpo_trl.logs.trajectories import LogFile, LoggedTree
 from arpo_trl.rollout.rules.base import mean
 from arpo_trl.rollout.tree import Node, NodeKind, address_text
@@ -60,7 +61,7 @@ def summary(file: LogFile, number: int, logged: LoggedTree) -> dict[str, Any]:
         "group": logged.group,
         "prompt": logged.prompt[-PROMPT_CHARS:],
         "rewards": [_rounded(reward) for reward in logged.rewards],
-        "branches": sum(max(0, len(node.children) - 1) for node in tree.observations()),
+        "branches": branches(tree),
         "calls": len(calls),
         "failed": sum(not call.ok for call in calls),
         "tokens": sum(len(node.ids) for node in tree.turns()),
@@ -71,7 +72,6 @@ def summary(file: LogFile, number: int, logged: LoggedTree) -> dict[str, Any]:
 def tree_data(logged: LoggedTree) -> dict[str, Any]:
     """A tree as data for the page: texts, counts of tokens, entropies, decisions, calls and outcomes."""
     tree = logged.tree
-    leaves = tree.leaves()
     ends = {
         leaf.nodes[-1].index: {
             "address": leaf.address,
@@ -79,7 +79,7 @@ def tree_data(logged: LoggedTree) -> dict[str, Any]:
             "advantage": _rounded(advantage),
             "tokens": len(leaf.ids),
         }
-        for leaf, reward, advantage in zip(leaves, logged.rewards, logged.advantages, strict=True)
+        for leaf, reward, advantage in logged.scored_leaves()
     }
     writers = {node: address_text(address) for node, address in tree.writers().items()}
     return {
@@ -87,7 +87,7 @@ def tree_data(logged: LoggedTree) -> dict[str, Any]:
         "prompt_tokens": len(tree.root.ids),
         "answers": logged.answers,
         "rule": dict(logged.rule),
-        "leaf_tokens": sum(len(leaf.ids) for leaf in leaves),
+        "leaf_tokens": sum(end["tokens"] for end in ends.values()),
         "nodes": [_node_data(node, logged) | {"end": ends.get(node.index), "path": writers.get(node.index)}
                   for node in tree.nodes],
     }  # fmt: skip

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from arpo_trl.errors import DataError
+from arpo_trl.logs.metrics import branches
 from arpo_trl.logs.render import LEGEND, render_tree
 from arpo_trl.logs.trajectories import LoggedTree, read_trees
 from arpo_trl.viewing.run import KINDS, LogFile, listed, required_log_files, trees_of
@@ -84,14 +85,13 @@ def _print_steps(console: Console, run: Path, files: Iterable[LogFile]) -> None:
 def _counts(trees: list[LoggedTree]) -> list[str]:
     rewards = [reward for tree in trees for reward in tree.rewards]
     known = [reward for reward in rewards if reward is not None]
-    observations = [node for tree in trees for node in tree.tree.observations()]
     calls = [call for tree in trees for call in tree.tree.calls()]
     counts = (
         len(trees),
         len(rewards),
         f"{sum(known) / len(known):.2f}" if known else "–",
         sum(reward <= 0 for reward in known),
-        sum(max(0, len(node.children) - 1) for node in observations),
+        sum(branches(tree.tree) for tree in trees),
         len(calls),
         sum(not call.ok for call in calls),
     )
