@@ -5,7 +5,6 @@ The names of the package's classes are its file names, so listing them imports n
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import pkgutil
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Generic, TypeVar
 
+from arpo_trl.common.flags import nearest
 from arpo_trl.common.imports import is_import_path, load_callable
 from arpo_trl.common.settings import check_fields
 from arpo_trl.errors import ConfigError
@@ -152,6 +152,6 @@ def _way_out(unknown: Iterable[str], own: Iterable[str], shared: Iterable[str]) 
     for option in unknown:
         if option in shared:
             hints.append(f"{option} is a separate setting: set it there if the class reads it.")
-        elif near := difflib.get_close_matches(str(option), own, n=1):
-            hints.append(f"Did you mean {near[0]!r} instead of {option!r}?")
+        elif near := nearest(str(option), list(own)):
+            hints.append(f"Did you mean {near!r} instead of {option!r}?")
     return " ".join(hints) or "Remove or rename the others."

@@ -13,6 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from arpo_trl.common.flags import nearest
 from arpo_trl.common.user_files import user_path
 from arpo_trl.data.fields import is_blank
 from arpo_trl.data.golds import HIDDEN_ANSWER
@@ -266,10 +267,10 @@ def custom_benchmark(description: Mapping[str, Any]) -> Benchmark:
     name = description.get("name", "?")
     for key, value in description.items():
         if key not in required + optional:
-            near = difflib.get_close_matches(str(key), required + optional, n=1)
+            near = nearest(str(key), required + optional)
             raise ConfigError(
                 f"The custom benchmark {name!r} has a key {key!r}"
-                + (f"; did you mean {near[0]!r}?" if near else f"; expected {', '.join(required + optional)}.")
+                + (f"; did you mean {near!r}?" if near else f"; expected {', '.join(required + optional)}.")
             )
         if key == "file" and isinstance(value, Path):
             continue
