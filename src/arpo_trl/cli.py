@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import arpo_trl
-from arpo_trl.command_line import report_errors
+from arpo_trl.command_line import keeps_tracebacks, report_errors
 from arpo_trl.common.flags import CommandParser, path_in_flag
 from arpo_trl.common.full_disk import is_full_disk
 from arpo_trl.common.noise import hide_noise
@@ -116,7 +115,7 @@ def _main() -> int:
     try:
         return _command()
     except OSError as error:  # if it names a file, it is about a path from the user
-        if error.filename is None or is_full_disk(error) or os.environ.get("ARPO_TRACEBACK") == "1":
+        if error.filename is None or is_full_disk(error) or keeps_tracebacks():
             raise
         raise ConfigError(
             f"{type(error).__name__}: {error}. Check the path, and whether its folder is writable. (Set "

@@ -25,6 +25,11 @@ Elsewhere = Callable[[], tuple[str, Sequence[type[Any]]]]
 CONFIG_TWICE = "--config is set twice; expected one file. Flags override its settings."
 
 
+def keeps_tracebacks() -> bool:
+    """Whether errors that other packages raise for mistakes of the user keep their traceback: ARPO_TRACEBACK is 1."""
+    return os.environ.get("ARPO_TRACEBACK") == "1"
+
+
 def report_errors(main: Callable[[], T]) -> Callable[[], T]:
     """Wraps `main`: prints this package's errors, and that a disk is full, in one line and exits with status 2. Other
     errors keep their traceback.
@@ -60,7 +65,7 @@ def report_errors(main: Callable[[], T]) -> Callable[[], T]:
                 raise
             raise SystemExit(1) from None
         except Exception as error:
-            if not is_full_disk(error) or os.environ.get("ARPO_TRACEBACK") == "1":
+            if not is_full_disk(error) or keeps_tracebacks():
                 raise
             say(f"{type(error).__name__}: {full_disk_message(error)}", to=sys.stderr)
             raise SystemExit(2) from None

@@ -35,6 +35,11 @@ WITHOUT_MEANING = dict.fromkeys(map(ord, "\u200b\u2060\ufeff"))
 """For `str.translate`: removes characters without width or meaning, which come from web pages and joined files."""
 
 
+def encodable(text: str) -> str:
+    """The text with ? in place of lone surrogates, which no encoding has."""
+    return text.encode("utf-8", "replace").decode()
+
+
 class _Symbols(dict[int, str]):
     """A table for `str.translate`: the text shown for each code point, computed at the first use."""
 

@@ -9,6 +9,7 @@ import httpx
 from arpo_trl.errors import ConfigError
 from arpo_trl.net.addresses import authorization, check_server_url, server_key
 from arpo_trl.net.http_client import RequestFailed, fetch_json, without
+from arpo_trl.visible import encodable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class ChatModel:
             headers=authorization(key),
             json={
                 "model": self.model,
-                "messages": [{"role": "user", "content": prompt.encode("utf-8", "replace").decode()}],
+                "messages": [{"role": "user", "content": encodable(prompt)}],
                 "temperature": 0,
                 "max_tokens": self.max_tokens,
             },

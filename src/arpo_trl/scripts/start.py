@@ -3,7 +3,6 @@ a full disk at the end."""
 
 from __future__ import annotations
 
-import os
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import ModelConfig
 
+from arpo_trl.command_line import keeps_tracebacks
 from arpo_trl.common.full_disk import as_free_space, is_full_disk
 from arpo_trl.common.settings import Range, changed, check_fields
 from arpo_trl.common.user_files import model_name
@@ -25,8 +25,6 @@ from arpo_trl.visible import get_logger
 logger = get_logger(__name__)
 
 PYTHON = "Python"
-TRACEBACK = "ARPO_TRACEBACK"
-"""Environment variable: if it is 1, mistakes that other packages detect keep their traceback."""
 STARTING = (ValueError, TypeError, ArithmeticError, OSError, ImportError, RuntimeError)
 """The built-in types of errors that packages raise for unusable settings. Many packages also define their own."""
 
@@ -107,11 +105,11 @@ def start_errors(starting: Callable[[], bool] = lambda: True) -> Iterator[None]:
         package = _package_of(error)
         intended = isinstance(error, STARTING) or (type(error).__module__ != "builtins" and package != PYTHON)
         known = package == "arpo_trl" or is_full_disk(error)  # `report_errors` reports a full disk
-        if not (intended and starting()) or known or os.environ.get(TRACEBACK) == "1":
+        if not (intended and starting()) or known or keeps_tracebacks():
             raise
         told = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
-            f"Training cannot start. {package} says: {told} (Set {TRACEBACK}=1 to see where it was raised.)"
+            f"Training cannot start. {package} says: {told} (Set ARPO_TRACEBACK=1 to see where it was raised.)"
         ) from error
 
 

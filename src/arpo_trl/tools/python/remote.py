@@ -27,7 +27,7 @@ from arpo_trl.net.addresses import check_server_url
 from arpo_trl.tools.python import cell as python_cell
 from arpo_trl.tools.python.local import offer, shown, stop_reason
 from arpo_trl.tools.python.sandbox import Ending, Limits, ending_of
-from arpo_trl.visible import without_secrets
+from arpo_trl.visible import encodable, without_secrets
 
 _ATTEMPTS = 3
 _BACK_OFF_S = 0.2  # doubled with each attempt, plus up to 50 % at random
@@ -80,7 +80,7 @@ class RemotePython:
             ToolStopped: A limit ended the code, or the executor did not answer in time.
             ToolUnavailable: The executor cannot be reached, or failed.
         """
-        cells = [cell.encode("utf-8", "replace").decode() for cell in (*earlier, code)]
+        cells = [encodable(cell) for cell in (*earlier, code)]
         request = {
             "code": f"{self._cell}\nsys.stderr = sys.stdout\nsys.exit(run_cells({cells!r}))\n",
             "language": "python",

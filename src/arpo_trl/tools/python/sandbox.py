@@ -87,6 +87,7 @@ from arpo_trl.tools.python import semaphores as python_semaphores
 from arpo_trl.tools.python import syscalls as python_syscalls
 from arpo_trl.tools.python import worker as python_worker
 from arpo_trl.tools.python.worker import REPLY, REQUEST
+from arpo_trl.visible import encodable
 
 _START_TIMEOUT_S = 60.0
 _GRACE_S = 5.0  # beyond the deadline of a call, before the worker counts as lost
@@ -255,7 +256,7 @@ class Worker:
         deadline = time.monotonic() + self._limits.timeout_s + _GRACE_S
         try:
             self._await_end(deadline)
-            cells = json.dumps([cell.encode("utf-8", "replace").decode() for cell in (*earlier, code)])
+            cells = json.dumps([encodable(cell) for cell in (*earlier, code)])
             (self.folder / python_worker.CELLS_FILE).write_text(cells, "utf-8")
             with self._new_pipe() as pipe:
                 os.write(self._stdin, REQUEST.pack(self._limits.timeout_s))

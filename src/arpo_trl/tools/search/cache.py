@@ -30,6 +30,7 @@ from arpo_trl.common.user_files import expect, parse_json, user_path
 from arpo_trl.errors import DataError
 from arpo_trl.tools.search.index import MAX_QUERY_CHARS, NearestQuery, as_text, normalised, pages_of, read_recorded
 from arpo_trl.tools.search.providers import Hit
+from arpo_trl.visible import encodable
 
 FILE_VERSION = 1
 EMPTY_TTL_S = 600.0
@@ -86,7 +87,7 @@ class Key:
 
     @classmethod
     def of(cls, provider: str, query: str, parameters: Mapping[str, Any]) -> Key:
-        query = _clean(query)
+        query = encodable(query)
         return cls(
             provider=provider,
             query=normalised(query),
@@ -200,7 +201,7 @@ class SearchCache:
             "INSERT INTO results VALUES (?, ?, ?, ?, NULL, ?, ?) ON CONFLICT DO UPDATE SET error=excluded.error, "
             "expires=excluded.expires WHERE hits IS NULL",
             *(key.provider, key.query, key.parameters, key.asked),
-            _clean(error),
+            encodable(error),
             time.time() + ERROR_TTL_S,
         )
 
@@ -314,7 +315,7 @@ class SearchCache:
 
 def _row(key: Key, hits: Sequence[Hit]) -> tuple[Any, ...]:
     """Return the values of `_PUT`."""
-    written = _clean(json.dumps([[hit.title, hit.url, hit.text] for hit in hits], ensure_ascii=False))
+    written = encodable(json.dumps([[hit.title, hit.url, hit.text] for hit in hits], ensure_ascii=False))
     expires = None if hits else time.time() + EMPTY_TTL_S
     return key.provider, key.query, key.parameters, key.asked, written, expires
 
@@ -326,8 +327,3 @@ def _hits(stored: str) -> list[Hit]:
         return [Hit(title=title, url=url, text=text) for title, url, text in found]
     except (DataError, TypeError, ValueError) as error:  # not three texts, or bytes
         raise sqlite3.DatabaseError(str(error)) from error
-
-
-def _clean(text: str) -> str:
-    """Return `text` without lone surrogates, which sqlite cannot store."""
-    return text.encode("utf-8", "replace").decode()

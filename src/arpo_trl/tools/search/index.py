@@ -25,7 +25,7 @@ from arpo_trl.common.imports import hidden_package
 from arpo_trl.common.user_files import json_lines, read_json, user_path
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.tools.search.words import tokenize
-from arpo_trl.visible import get_logger
+from arpo_trl.visible import encodable, get_logger
 
 with hidden_package("jax"):  # bm25s would start it, and it would take three quarters of the GPU's memory
     import bm25s
@@ -376,7 +376,7 @@ def _shown(passage: Any, where: str) -> str:
 
 def as_received(query: str, longest: int = MAX_QUERY_CHARS) -> str:
     """Return the form of `query` in which a source gets it: encodable, without extra spaces, not too long."""
-    return " ".join(query.encode("utf-8", "replace").decode().split())[:longest]
+    return " ".join(encodable(query).split())[:longest]
 
 
 def normalised(query: str) -> str:
