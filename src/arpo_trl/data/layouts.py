@@ -76,10 +76,6 @@ tool_call, are less similar."""
 _CIPHERTEXT_CHARS = 24
 
 
-DEFAULT_SYSTEM_PROMPT = SYSTEM_PROMPTS["reasoning"]
-"""The system message of a plain question, if no other one is set."""
-
-
 def convert_row(
     raw: Mapping[str, Any],
     number: int,
@@ -88,7 +84,7 @@ def convert_row(
     task: Task | None = None,
     columns: Mapping[str, str] | None = None,
     own_reward: bool = False,
-    of_questions: str | None = DEFAULT_SYSTEM_PROMPT,
+    of_questions: str | None = SYSTEM_PROMPTS["reasoning"],
 ) -> dict[str, Any] | None:
     """The row in this project's layout; None if it has no answer by design (`golds.find_answer`).
 

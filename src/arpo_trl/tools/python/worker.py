@@ -40,7 +40,6 @@ REPLY = struct.Struct("!ci")  # b"R", b"E"; b"D" exited, b"T" timed out, b"C" ou
 
 CELLS_FILE = "cells"
 OUTPUT_PIPE = "output"
-RAISED = 1  # as in python_cell
 CPU_CHECK_S = 0.1  # between checks of the CPU time
 _IDLE_S = 0.003  # a fork that waits this long has time to warm up
 _TRANSIENT_USERS = (61184, 65519)  # of systemd's DynamicUser; containers may have no higher ids
@@ -220,7 +219,7 @@ class _Worker:
     def become_call(self, waiting: int, result_end: int, token: bytes) -> None:
         """Isolate this fork from the worker, wait for the signal, run the cells and exit with the last one's
         status."""
-        status = RAISED
+        status = self._cell.RAISED
         try:
             _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             null = os.open(os.devnull, os.O_RDONLY)
