@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -25,7 +26,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import forked
-from arpo_trl import ARPOConfig, ARPOTrainer
+from arpo_trl import ARPOConfig, ARPOTrainer, cli
 from arpo_trl.options import RolloutSchedule, ShareCalls
 from arpo_trl.quickstart.model import build_model, build_tokenizer
 from arpo_trl.rollout.batch import GroupRequest, RolloutBatch, Score, TreeSettings
@@ -112,6 +113,23 @@ def line_tools(create_state: Callable[[int], PathState]) -> list[Callable[..., A
 
     write.create_state = read.create_state = create_state  # type: ignore[attr-defined]
     return [write, read]
+
+
+def run_command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    """The exit status of `arpo-trl` with these words."""
+    monkeypatch.setattr(sys, "argv", ["arpo-trl", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return int(end.value.code or 0)
+
+
+def command_output(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object
+) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of `arpo-trl` with these words."""
+    status = run_command(monkeypatch, *words)
+    out, err = capsys.readouterr()
+    return status, out, err
 
 
 def child_environment(command: Sequence[str | Path], environment: Mapping[str, str]) -> dict[str, str]:

@@ -13,12 +13,12 @@ import pytest
 from rich.cells import cell_len
 
 import arpo_trl
-from arpo_trl import cli, command_line
+from arpo_trl import command_line
 from arpo_trl.errors import ConfigError
 from arpo_trl.logs.trajectories import LoggedTree, TrajectoryLog
 from arpo_trl.rollout.tree import BranchDecision, RolloutTree, StopReason
 from arpo_trl.tools.builtin import ToolArguments, build_tools
-from support import ANSWER, Scripted
+from support import ANSWER, Scripted, command_output, run_command
 
 
 @pytest.fixture
@@ -34,24 +34,10 @@ def log(tmp_path) -> Path:
     return path
 
 
-def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
-    """Exit status, standard output and standard error."""
-    monkeypatch.setattr(sys, "argv", ["arpo-trl", *arguments])
-    status = 0
-    try:
-        cli.main()
-    except SystemExit as end:
-        status = int(end.code or 0)
-    out, err = capsys.readouterr()
-    return status, out, err
-
-
 def test_a_terminal_without_a_character_shows_a_question_mark(log, monkeypatch):
     printed = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, "latin-1"))
-    monkeypatch.setattr(sys, "argv", ["arpo-trl", "tree", str(log)])
-    with pytest.raises(SystemExit, match="0"):
-        cli.main()
+    assert run_command(monkeypatch, "tree", log) == 0
     sys.stdout.flush()
     assert b"question 0\n+-- path 0\n|   +-- ? <search>iron</search>" in printed.getvalue()  # ? for the triangle
 
@@ -68,7 +54,7 @@ def test_a_terminal_without_a_character_shows_a_question_mark(log, monkeypatch):
     ],
 )
 def test_help_is_a_success(monkeypatch, capsys, arguments):
-    status, out, _ = run(monkeypatch, capsys, *arguments)
+    status, out, _ = command_output(monkeypatch, capsys, *arguments)
     assert status == 0
     assert out.startswith("usage: arpo-trl")
 
@@ -77,7 +63,7 @@ def test_help_is_a_success(monkeypatch, capsys, arguments):
     "arguments", [(), ("plant",), ("tree",), ("tree", "log", "--step", "x"), ("eval",), ("merge", "a")]
 )
 def test_wrong_usage_exits_with_2(monkeypatch, capsys, arguments):
-    status, out, err = run(monkeypatch, capsys, *arguments)
+    status, out, err = command_output(monkeypatch, capsys, *arguments)
     assert (status, out) == (2, "")
     assert "usage: arpo-trl" in err
 
@@ -122,7 +108,7 @@ def test_a_broken_pipe_other_than_standard_outputs_keeps_its_traceback():
 
 
 def test_tree_shows_every_tree_of_a_log(monkeypatch, capsys, log):
-    status, out, err = run(monkeypatch, capsys, "tree", str(log))
+    status, out, err = command_output(monkeypatch, capsys, "tree", str(log))
     assert (status, err) == (0, "")
     assert "step 4, group 0  question 0" in out and "step 4, group 1  question 1" in out
     assert "<search>iron</search>" in out
@@ -131,7 +117,7 @@ def test_tree_shows_every_tree_of_a_log(monkeypatch, capsys, log):
 
 
 def test_tree_shows_one_group_of_a_file(monkeypatch, capsys, log):
-    _, out, _ = run(monkeypatch, capsys, "tree", str(log), "--group", "1")
+    _, out, _ = command_output(monkeypatch, capsys, "tree", str(log), "--group", "1")
     assert "group 1" in out and "group 0" not in out
 
 
@@ -141,7 +127,7 @@ def test_tree_of_a_run_lists_its_steps_and_shows_one(monkeypatch, capsys, log):
     (log.parent / "eval-000004-rank0.jsonl").write_text(json.dumps(later | {"step": 4, "prompt": "held out"}) + "\n")
     (log.parent.parent / "a run").symlink_to(log.parent)
     for folder in (log.parent.parent, log.parent, log.parent.parent / "a run"):
-        _, out, _ = run(monkeypatch, capsys, "tree", str(folder))
+        _, out, _ = command_output(monkeypatch, capsys, "tree", str(folder))
         # two trees of two leaves with rewards 1 and 0; each path searches once
         assert [line.split() for line in out.splitlines()[1:4]] == [
             *(["4", "evaluation", "1", "2", "0.50", "1", "0", "2", "0"],),
@@ -149,14 +135,14 @@ def test_tree_of_a_run_lists_its_steps_and_shows_one(monkeypatch, capsys, log):
             *(["5", "training", "1", "2", "0.50", "1", "0", "2", "0"],),
         ]
         assert f"arpo-trl tree {shlex.quote(str(folder))} --step 5" in out
-    _, out, _ = run(monkeypatch, capsys, "tree", str(log.parent), "--step", "4")
+    _, out, _ = command_output(monkeypatch, capsys, "tree", str(log.parent), "--step", "4")
     assert "step 4, group 0, evaluation  held out" in out and "question 1" in out and "later" not in out
     assert "H: mean entropy" in out  # the legend
 
 
 def test_on_a_narrow_terminal_the_steps_of_a_run_keep_their_numbers(monkeypatch, capsys, log):
     monkeypatch.setenv("COLUMNS", "40")
-    _, out, _ = run(monkeypatch, capsys, "tree", str(log.parent))
+    _, out, _ = command_output(monkeypatch, capsys, "tree", str(log.parent))
     assert out.splitlines()[1].split() == ["4", "training", "2", "4", "0.50", "2", "0", "4", "0"]
 
 
@@ -164,8 +150,10 @@ def test_tree_shows_whole_texts_if_requested(monkeypatch, capsys, log):
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     rows[0]["nodes"][1]["text"] = "word " * 100 + "end"
     log.write_text(json.dumps(rows[0]) + "\n")
-    assert "word end" not in run(monkeypatch, capsys, "tree", str(log))[1]
-    assert "word end" in " ".join(run(monkeypatch, capsys, "tree", str(log), "--full")[1].replace("│", "").split())
+    assert "word end" not in command_output(monkeypatch, capsys, "tree", str(log))[1]
+    assert "word end" in " ".join(
+        command_output(monkeypatch, capsys, "tree", str(log), "--full")[1].replace("│", "").split()
+    )
 
 
 def nested(levels: int) -> LoggedTree:
@@ -196,12 +184,12 @@ def test_tree_fits_80_columns(monkeypatch, capsys, tmp_path, full):
         "step-123456", [dataclasses.replace(nested(8), group=i) for i in range(20)]
     )
     TrajectoryLog(tmp_path / "trajectories", 1.0, 0, 0).write("eval-123456", [nested(8)])
-    _, table, _ = run(monkeypatch, capsys, "tree", str(tmp_path))
+    _, table, _ = command_output(monkeypatch, capsys, "tree", str(tmp_path))
     *lines, command = table.splitlines()
     # 20 trees of 9 leaves with reward 1, and 8 forks
     assert lines[2].split() == ["123456", "training", "20", "180", "1.00", "0", "160", "0", "0"]
     assert command.endswith(f"arpo-trl tree {tmp_path} --step 123456")  # in one piece, however long
-    _, tree, _ = run(
+    _, tree, _ = command_output(
         monkeypatch, capsys, "tree", str(tmp_path), "--step", "123456", "--group", "1", *["--full"] * full
     )
     lines += tree.splitlines()
@@ -225,7 +213,7 @@ def test_a_display_error_is_one_line_and_status_2(monkeypatch, capsys, log, tmp_
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.jsonl").write_text("{}\n")
     arguments = [argument.format(folder=tmp_path, log=log) for argument in arguments]
-    status, out, err = run(monkeypatch, capsys, "tree", *arguments)
+    status, out, err = command_output(monkeypatch, capsys, "tree", *arguments)
     assert (status, out) == (2, "")
     assert err.startswith("DataError: ") and message in err
     assert err.count("\n") == 1
@@ -234,7 +222,7 @@ def test_a_display_error_is_one_line_and_status_2(monkeypatch, capsys, log, tmp_
 def test_a_runs_name_does_not_steer_the_terminal(monkeypatch, capsys, tmp_path, log):
     run_folder = tmp_path / "a\x1b[2J\u202e"
     shutil.copytree(log.parent, run_folder / "trajectories")
-    status, out, _ = run(monkeypatch, capsys, "tree", str(run_folder))
+    status, out, _ = command_output(monkeypatch, capsys, "tree", str(run_folder))
     assert status == 0
     assert f"arpo-trl tree '{tmp_path}/a␛[2J‹U+202E›' --step" in out
 
@@ -247,7 +235,7 @@ def test_tree_passes_nothing_on_that_steers_the_terminal(monkeypatch, capsys, lo
         for node in row["nodes"]:
             node["text"] = hostile
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    status, out, _ = run(monkeypatch, capsys, "tree", str(log))
+    status, out, _ = command_output(monkeypatch, capsys, "tree", str(log))
     assert status == 0
     assert not set(hostile) & set("\x1b\x07\x9b\u202e") & set(out)
     assert out.count("␛]52;c;Y3VybA==␇␛]0;owned␇␛[2J‹U+009B›2J‹U+202E›") >= 4
@@ -275,14 +263,14 @@ def test_settings_of_eval_that_cannot_be_read_are_one_line(monkeypatch, capsys, 
     (tmp_path / "gsm8k.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
     path = tmp_path / "config.yaml"
     path.write_bytes(f"{config}\nmodel: m\ndata: {tmp_path}\n".encode("utf-8", "surrogateescape"))
-    status, out, err = run(monkeypatch, capsys, "eval", "--config", str(path))
+    status, out, err = command_output(monkeypatch, capsys, "eval", "--config", str(path))
     assert (status, out) == (2, "")
     assert re.match(message, err.splitlines()[-1]) and "hunter2" not in err
 
 
 def test_eval_names_an_unknown_tool(monkeypatch, capsys, tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "1 + 1", "answer": "2", "task": "math"}) + "\n")
-    status, _, err = run(
+    status, _, err = command_output(
         monkeypatch,
         capsys,
         *("eval", "--model", "unused", "--data", str(tmp_path / "rows.jsonl"), "--tools", "calculator"),
@@ -311,11 +299,11 @@ def test_errors_of_ours_are_one_line_and_others_keep_their_traceback(capsys):
 def test_index_builds_and_saves_an_index(monkeypatch, capsys, tmp_path):
     (tmp_path / "passages.jsonl").write_text('"iron melts"\n{"title": "Tin", "text": "it melts too"}\n')
     folder = tmp_path / "index"
-    status, out, _ = run(monkeypatch, capsys, "index", str(tmp_path / "passages.jsonl"), str(folder))
+    status, out, _ = command_output(monkeypatch, capsys, "index", str(tmp_path / "passages.jsonl"), str(folder))
     assert (status, out) == (0, f"2 passages indexed in {folder}\n")
     (search,) = build_tools(ToolArguments(["search"], search_index=str(folder)))
     assert search("tin") == "Page 1: Tin: it melts too"
-    status, _, err = run(monkeypatch, capsys, "index", str(tmp_path / "nothing.jsonl"), str(folder))
+    status, _, err = command_output(monkeypatch, capsys, "index", str(tmp_path / "nothing.jsonl"), str(folder))
     assert (status, err.count("\n")) == (2, 1)
 
 
@@ -326,7 +314,7 @@ def test_an_index_that_does_not_fit_is_one_line(monkeypatch, capsys, tmp_path):
     (tmp_path / "passages.jsonl").write_text('"iron melts"\n')
     monkeypatch.setattr("bm25s.BM25.save", full)
     folder = tmp_path / "index"
-    status, out, err = run(monkeypatch, capsys, "index", str(tmp_path / "passages.jsonl"), str(folder))
+    status, out, err = command_output(monkeypatch, capsys, "index", str(tmp_path / "passages.jsonl"), str(folder))
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert err.startswith(f"OSError: The disk is full: {folder} cannot be written (No space left on device); ")
 
@@ -334,7 +322,9 @@ def test_an_index_that_does_not_fit_is_one_line(monkeypatch, capsys, tmp_path):
 def test_a_released_cache_is_imported_answers_and_is_exported(monkeypatch, capsys, tmp_path):
     released, cache, out_file = tmp_path / "search_cache.json", str(tmp_path / "c.sqlite"), tmp_path / "out.json"
     released.write_text(json.dumps({"capital of france": "Page 1: Paris."}))
-    status, out, err = run(monkeypatch, capsys, "cache", "import", cache, str(released), "--provider", "brightdata")
+    status, out, err = command_output(
+        monkeypatch, capsys, "cache", "import", cache, str(released), "--provider", "brightdata"
+    )
     assert (status, out, err) == (0, f"1 queries imported from {released}\n", "")
     (search,) = build_tools(
         ToolArguments(
@@ -342,9 +332,9 @@ def test_a_released_cache_is_imported_answers_and_is_exported(monkeypatch, capsy
         )
     )
     assert search("Capital of France") == "Page 1: Paris."
-    assert run(monkeypatch, capsys, "cache", "export", cache, str(out_file))[0] == 0
+    assert command_output(monkeypatch, capsys, "cache", "export", cache, str(out_file))[0] == 0
     assert json.loads(out_file.read_text()) == {"capital of france": "Page 1: Paris."}
-    counted = json.loads(run(monkeypatch, capsys, "cache", "stats", cache)[1])
+    counted = json.loads(command_output(monkeypatch, capsys, "cache", "stats", cache)[1])
     assert counted["results"] == {"brightdata": {"found": 1, "empty": 0, "failed": 0}}
 
 
@@ -363,6 +353,6 @@ def test_a_released_cache_is_imported_answers_and_is_exported(monkeypatch, capsy
 )
 def test_a_cache_command_that_cannot_work_is_one_line(monkeypatch, capsys, tmp_path, arguments, message):
     monkeypatch.chdir(tmp_path)
-    status, _, err = run(monkeypatch, capsys, "cache", *arguments)
+    status, _, err = command_output(monkeypatch, capsys, "cache", *arguments)
     assert (status, err.count("\n")) == (2, 1)
     assert message in err

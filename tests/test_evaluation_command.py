@@ -33,18 +33,9 @@ from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.tools.toolbox import ToolBox
 from evaluating import asked_number, boxed, completions, record, save_tokenizer
 from loopback import Loopback, Reply
-from support import save_tiny_model, search, tokenizer
+from support import command_output, save_tiny_model, search, tokenizer
 
 HEAVY = ("torch", "transformers", "trl", "datasets", "numpy")
-
-
-def run(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
-    """Exit status, standard output and standard error."""
-    monkeypatch.setattr(sys, "argv", ["arpo-trl", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    out, err = capsys.readouterr()
-    return end.value.code, out, err
 
 
 def sampler_of(settings: EvalSettings, toolbox: ToolBox) -> TreeSampler:
@@ -95,7 +86,7 @@ def flags(folder: Path, url: str, **other) -> list[str]:
 def test_a_run_leaves_a_table_and_a_folder_with_everything(monkeypatch, capsys, here):
     data(here)
     with Loopback(completions(answers)) as server:
-        status, out, _ = run(monkeypatch, capsys, *flags(here, server.url))
+        status, out, _ = command_output(monkeypatch, capsys, *flags(here, server.url))
     assert status == 0
     assert "| GSM8K | math equality | 0.750 | " in out and "| 4 | 4 | 0 | 1.00 |" in out
     folder = here / "run"
@@ -126,13 +117,13 @@ def test_failed_samples_are_status_1_and_resume_tries_them_again(monkeypatch, ca
 
     with Loopback(completions(writes)) as server:
         words = flags(here, server.url, **{"--output": str(here / "a run")})
-        status, out, _ = run(monkeypatch, capsys, *words)
+        status, out, _ = command_output(monkeypatch, capsys, *words)
         assert status == 1
         again = f"To try again, run the command with: --output '{here}/a run' --resume"
         assert f"1 sample(s) failed or are missing. {again}" in out
         broken.clear()
         before = len(server.asked)
-        status, out, _ = run(monkeypatch, capsys, *words, "--resume")
+        status, out, _ = command_output(monkeypatch, capsys, *words, "--resume")
     assert status == 0 and "| 0.750 |" in out
     assert len(server.asked) - before <= 4  # models, probe, and two turns of the one that was missing
 
@@ -169,13 +160,13 @@ def test_a_judge_that_is_down_leaves_no_score_until_resume_judges(monkeypatch, c
         at = words.index("--data")
         del words[at : at + 2]
         words += ["--config", str(config), "--judge-url", judge.url + "/v1", "--judge-model", "wise"]
-        status, out, error = run(monkeypatch, capsys, *words)
+        status, out, error = command_output(monkeypatch, capsys, *words)
         assert status == 1
         assert re.search(r"\| LLM judge \| — \| .* \| 4 \| 4 \| 1 \|", out) and "failed or are missing" not in out
         assert "1 sample(s) have no verdict of the judge, so its score is open. To try again, run" in out
         assert "1 without a verdict" in error and "score 1.000" not in error.split("4/4")[-1]
         down.clear()
-        status, out, _ = run(monkeypatch, capsys, *words, "--resume")
+        status, out, _ = command_output(monkeypatch, capsys, *words, "--resume")
     assert status == 0 and "| LLM judge | 0.750 |" in out
 
 
@@ -201,7 +192,7 @@ def test_a_lost_server_keeps_finished_samples_and_gives_status_1(monkeypatch, ca
             return answers(prompt)
 
         server.answer = completions(then_gone)
-        status, out, _ = run(monkeypatch, capsys, *flags(here, server.url), "--concurrency", "1")
+        status, out, _ = command_output(monkeypatch, capsys, *flags(here, server.url), "--concurrency", "1")
     assert status == 1
     assert "EngineError: The completions server is unreachable" in out and "Finished samples are kept" in out
     assert [one["number"] for one in Records(here / "run/samples.jsonl").values()] == [0]
@@ -212,7 +203,9 @@ def test_an_engine_in_process_takes_any_dataset_several_samples_and_yaml(monkeyp
     (here / "eval.yaml").write_text(
         f"model: {model}\ndata: rows.jsonl\ntools: []\nsamples: 5\nmax_completion_length: 8\n"
     )
-    status, out, _ = run(monkeypatch, capsys, "eval", "--config", "eval.yaml", "--samples", "2")  # the flag wins
+    status, out, _ = command_output(
+        monkeypatch, capsys, "eval", "--config", "eval.yaml", "--samples", "2"
+    )  # the flag wins
     assert status == 0
     assert "| rows | math equality | 0.000 | 0.000 – 0.000 | 1 | 2 | 0 | 0.00 |" in out
     (folder,) = (here / "runs/eval").iterdir()
@@ -231,8 +224,8 @@ def test_evaluations_that_start_in_the_same_second_have_folders_of_their_own(mon
     with Loopback(completions(answers)) as server:
         words = flags(here, server.url)[:-2]
         for _ in range(3):
-            assert run(monkeypatch, capsys, *words)[0] == 0
-        assert run(monkeypatch, capsys, *words, "--tool-call-limits", "nonsense=1")[0] == 2
+            assert command_output(monkeypatch, capsys, *words)[0] == 0
+        assert command_output(monkeypatch, capsys, *words, "--tool-call-limits", "nonsense=1")[0] == 2
     name = "tokenizer-20260102-030405"
     assert {path.name for path in (here / "runs/eval").iterdir()} == {name, f"{name}-2", f"{name}-3"}
 
@@ -252,9 +245,14 @@ def test_greedy_answers_are_the_same_through_transformers_and_through_a_server(m
 
     shared = ["eval", "--model", model, "--data", here, "--temperature", "0", "--max-completion-length", "8"]
     shared += ["--tools", "search", "--search-recorded", recorded(here)]
-    assert run(monkeypatch, capsys, *shared, "--output", here / "in-process")[0] == 0
+    assert command_output(monkeypatch, capsys, *shared, "--output", here / "in-process")[0] == 0
     with Loopback(completions(writes)) as server:
-        assert run(monkeypatch, capsys, *shared, "--base-url", server.url + "/v1", "--output", here / "server")[0] == 0
+        assert (
+            command_output(
+                monkeypatch, capsys, *shared, "--base-url", server.url + "/v1", "--output", here / "server"
+            )[0]
+            == 0
+        )
     texts = [
         {r["number"]: [s["text"] for s in r["trajectory"]] for r in Records(here / name / "samples.jsonl").values()}
         for name in ("in-process", "server")
@@ -271,8 +269,8 @@ def test_an_adapter_is_evaluated_with_its_model(monkeypatch, capsys, here, model
     adapted.save_pretrained(here / "adapter")
     shared = ("eval", "--model", model, "--data", here, "--max-completion-length", "4")
     shared += ("--tools", "search", "--search-recorded", recorded(here))
-    assert run(monkeypatch, capsys, *shared, "--adapter", here / "adapter", "--output", "run")[0] == 0
-    status, _, err = run(monkeypatch, capsys, *shared, "--adapter", here / "nowhere", "--output", "other")
+    assert command_output(monkeypatch, capsys, *shared, "--adapter", here / "adapter", "--output", "run")[0] == 0
+    status, _, err = command_output(monkeypatch, capsys, *shared, "--adapter", here / "nowhere", "--output", "other")
     assert status == 2 and "The adapter of" in err
 
 
@@ -288,9 +286,9 @@ def test_an_adapter_is_evaluated_with_its_revision_and_its_tokenizer(monkeypatch
     shared = ("--model", "me/base", "--adapter", here / "adapter", "--max-completion-length", "4")
     shared += ("--tools", "search", "--search-recorded", recorded(here))
     data(here, count=1)
-    assert run(monkeypatch, capsys, "eval", *shared, "--data", here, "--output", "run")[0] == 0
+    assert command_output(monkeypatch, capsys, "eval", *shared, "--data", here, "--output", "run")[0] == 0
     alone = ("--model", here / "adapter", *shared[4:])
-    assert run(monkeypatch, capsys, "eval", *alone, "--data", here, "--output", "alone")[0] == 0
+    assert command_output(monkeypatch, capsys, "eval", *alone, "--data", here, "--output", "alone")[0] == 0
     own = copy.deepcopy(tokenizer())
     own.chat_template = "{{ 'own' }}"
     own.save_pretrained(here / "adapter")
@@ -311,9 +309,9 @@ def test_code_of_a_model_runs_only_if_it_is_trusted(monkeypatch, capsys, here):
     data(here, count=1)
     words = ("eval", "--model", here / "model", "--data", here, "--max-completion-length", "4", "--tools", "search")
     words += ("--search-recorded", recorded(here))
-    status, _, err = run(monkeypatch, capsys, *words, "--output", "refused")
+    status, _, err = command_output(monkeypatch, capsys, *words, "--output", "refused")
     assert status == 2 and "trust_remote_code" in err
-    assert run(monkeypatch, capsys, *words, "--trust-remote-code", "--output", "trusted")[0] == 0
+    assert command_output(monkeypatch, capsys, *words, "--trust-remote-code", "--output", "trusted")[0] == 0
 
 
 # Killed --------------------------------------------------------------------------------------------------------------
@@ -420,11 +418,11 @@ def test_ctrl_c_keeps_finished_samples_writes_the_report_and_gives_status_1(here
 
 def test_the_self_check_needs_no_model_and_lists_golds_that_cannot_be(monkeypatch, capsys, here):
     path = data(here, count=3)
-    status, out, _ = run(monkeypatch, capsys, "eval", "--self-check", "--data", here)
+    status, out, _ = command_output(monkeypatch, capsys, "eval", "--self-check", "--data", here)
     assert status == 0 and "| gsm8k | math equality | 3 | 1.0000 | 0.0000 |" in out
     with path.open("a") as file:
         file.write(json.dumps({"question": "?", "answer": "}:x:{"}) + "\n")
-    status, out, _ = run(monkeypatch, capsys, "eval", "--self-check", "--data", here)
+    status, out, _ = command_output(monkeypatch, capsys, "eval", "--self-check", "--data", here)
     assert status == 1 and "gsm8k, question 3: '}:x:{' does not score 1 by math equality, exact match" in out
     assert "gsm8k, question 3: only equal text matches '}:x:{'" in out
     assert not (here / "runs").exists()
@@ -435,7 +433,10 @@ def test_an_evaluation_reports_the_system_prompt_of_plain_questions(monkeypatch,
     for prompt, reports in (([], True), (["--system-prompt", "deepsearch"], False)):
         logging.getLogger("arpo_trl").setLevel(logging.NOTSET)
         caplog.clear()
-        assert run(monkeypatch, capsys, "eval", "--self-check", "--data", here / "questions.jsonl", *prompt)[0] == 0
+        assert (
+            command_output(monkeypatch, capsys, "eval", "--self-check", "--data", here / "questions.jsonl", *prompt)[0]
+            == 0
+        )
         assert ('3 row(s) have the system prompt "reasoning"' in caplog.text) == reports
 
 
@@ -444,15 +445,15 @@ def test_two_runs_are_compared(monkeypatch, capsys, here):
     for name, writes in (("a", lambda prompt: boxed("0")), ("b", answers)):
         with Loopback(completions(writes)) as server:
             words = flags(here, server.url, **{"--output": str(here / name)})
-            assert run(monkeypatch, capsys, *words, *(["--top-p", "0.5"] if name == "b" else []))[0] == 0
-    _, out, _ = run(monkeypatch, capsys, "compare", "a", "a")
+            assert command_output(monkeypatch, capsys, *words, *(["--top-p", "0.5"] if name == "b" else []))[0] == 0
+    _, out, _ = command_output(monkeypatch, capsys, "compare", "a", "a")
     assert "settings" not in out
-    status, out, _ = run(monkeypatch, capsys, "compare", "a", "b")
+    status, out, _ = command_output(monkeypatch, capsys, "compare", "a", "b")
     assert "reason for a difference:\n- top_p: 0.95 in A, 0.5 in B\n\n" in out
     assert status == 0
     assert "| gsm8k | math equality | 4 | 0.250 | 0.750 | +0.500 | " in out and "| 0 | 2 | 0.5000 |" in out
     assert (here / "b/against-a.png").exists()
-    status, _, err = run(monkeypatch, capsys, "compare", "a", "nowhere")
+    status, _, err = command_output(monkeypatch, capsys, "compare", "a", "nowhere")
     assert status == 2 and "nowhere contains no results.json" in err
 
 
@@ -473,7 +474,7 @@ def test_the_progress_bar_has_the_score_so_far_and_does_not_grow():
 
 def test_the_benchmarks_are_listed_and_no_id_is_broken(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
-    status, out, _ = run(monkeypatch, capsys, "eval", "--list-benchmarks")
+    status, out, _ = command_output(monkeypatch, capsys, "eval", "--list-benchmarks")
     assert status == 0 and "openai/gsm8k main test" in out
     assert [b.name for b in BENCHMARKS.values() if f"\n{b.name} " not in f"\n{out}"] == []
     assert [b.hub_id for b in BENCHMARKS.values() if b.hub_id and b.hub_id not in out] == []
@@ -549,7 +550,7 @@ def test_wrong_usage_is_one_line_and_status_2(monkeypatch, capsys, here, words, 
     data(here)
     (here / "broken.jsonl").write_text('{"question": "?", "answer": "1"}\n{"question\n')
     (here / "nogold.jsonl").write_text('{"question": "?"}\n')
-    status, out, err = run(
+    status, out, err = command_output(
         monkeypatch, capsys, "eval", "--tools", "search", "--search-recorded", recorded(here), *words
     )
     assert (status, out) == (2, "")
@@ -562,11 +563,13 @@ def test_broken_rows_can_be_left_out(monkeypatch, capsys, here):
     data(here, count=1)
     with (here / "gsm8k.jsonl").open("a") as file:
         file.write("{torn\n")
-    assert run(monkeypatch, capsys, "eval", "--self-check", "--data", here)[0] == 2
-    status, out, _ = run(monkeypatch, capsys, "eval", "--self-check", "--data", here, "--skip-bad")
+    assert command_output(monkeypatch, capsys, "eval", "--self-check", "--data", here)[0] == 2
+    status, out, _ = command_output(monkeypatch, capsys, "eval", "--self-check", "--data", here, "--skip-bad")
     assert status == 0 and "| gsm8k | math equality | 1 |" in out
     (here / "mine.jsonl").write_text('{"question": "What?", "answer": "1"}\n')
-    status, _, err = run(monkeypatch, capsys, "eval", "--self-check", "--data", here / "mine.jsonl", "--skip-bad")
+    status, _, err = command_output(
+        monkeypatch, capsys, "eval", "--self-check", "--data", here / "mine.jsonl", "--skip-bad"
+    )
     assert status == 2 and "skip_bad is set, but it applies to benchmarks only" in err
 
 
@@ -579,7 +582,7 @@ def test_a_model_without_a_chat_template_is_an_error(monkeypatch, capsys, here):
     bare.save_pretrained(here / "bare")
     with Loopback(completions(answers)) as server:
         words = flags(here, server.url, **{"--model": str(here / "bare")})
-        status, _, err = run(monkeypatch, capsys, *words)
+        status, _, err = command_output(monkeypatch, capsys, *words)
     assert status == 2 and "has no chat template; expected one, to render questions as prompts" in err
 
 
@@ -587,21 +590,23 @@ def test_the_folder_of_a_different_run_is_refused(monkeypatch, capsys, here):
     data(here)
     with Loopback(completions(answers)) as server:
         words = flags(here, server.url)
-        assert run(monkeypatch, capsys, *words)[0] == 0
-        status, _, err = run(monkeypatch, capsys, *words, "--resume", "--temperature", "1")
+        assert command_output(monkeypatch, capsys, *words)[0] == 0
+        status, _, err = command_output(monkeypatch, capsys, *words, "--resume", "--temperature", "1")
         assert status == 2 and "contains a different run: settings.temperature is 0.6 there and 1.0 here" in err
-        status, _, err = run(monkeypatch, capsys, *words)
+        status, _, err = command_output(monkeypatch, capsys, *words)
         assert status == 2 and "already contains this run" in err
         data(here, count=3)
-        status, _, err = run(monkeypatch, capsys, *words, "--resume")
+        status, _, err = command_output(monkeypatch, capsys, *words, "--resume")
         assert status == 2 and "contains a different run: questions.gsm8k is" in err
-        assert run(monkeypatch, capsys, *words[:-1], here / "other", "--concurrency", "1")[0] == 0
+        assert command_output(monkeypatch, capsys, *words[:-1], here / "other", "--concurrency", "1")[0] == 0
 
 
 def test_a_limit_for_a_tool_that_is_not_offered_is_refused(monkeypatch, capsys, here):
     data(here)
     with Loopback(completions(answers)) as server:
-        status, _, err = run(monkeypatch, capsys, *flags(here, server.url), "--tool-call-limits", "serach=3")
+        status, _, err = command_output(
+            monkeypatch, capsys, *flags(here, server.url), "--tool-call-limits", "serach=3"
+        )
     assert status == 2 and "tool_call_limits names 'serach', but the tools are ['search']" in err
 
 
@@ -612,7 +617,9 @@ def test_limits_of_tools_reach_the_model(monkeypatch, capsys, here):
         return boxed("0") if "No search calls are left" in prompt else "<search>iron</search>"
 
     with Loopback(completions(insists)) as server:
-        status, out, _ = run(monkeypatch, capsys, *flags(here, server.url), "--tool-call-limits", "search=2")
+        status, out, _ = command_output(
+            monkeypatch, capsys, *flags(here, server.url), "--tool-call-limits", "search=2"
+        )
     assert status == 0 and "| 3.00 |" in out
     (one,) = Records(here / "run/samples.jsonl").values()
     calls = [call["failure"] for step in one["trajectory"] if step["role"] == "tool" for call in step["calls"]]
@@ -625,7 +632,7 @@ def test_no_key_gets_into_a_folder(monkeypatch, capsys, here):
     monkeypatch.setenv("JUDGE_API_KEY", "secret-two")
     with Loopback(completions(answers)) as server:
         judge = {"--judge-url": server.url + "/v1", "--judge-model": "wise"}
-        status, out, err = run(monkeypatch, capsys, *flags(here, server.url, **judge))
+        status, out, err = command_output(monkeypatch, capsys, *flags(here, server.url, **judge))
         assert status == 1  # one answer was wrong by the rule, and this server judges nothing
         assert {asked.headers.get("authorization") for asked in server.asked} == {
             "Bearer secret-one",
@@ -654,7 +661,7 @@ def test_missing_vllm_is_an_error(monkeypatch, capsys, here, model):
     data(here)
     monkeypatch.setitem(sys.modules, "vllm", None)
     words = ("--model", model, "--engine", "vllm", "--data", here, "--search-recorded", recorded(here))
-    status, _, err = run(monkeypatch, capsys, "eval", "--tools", "search", *words)
+    status, _, err = command_output(monkeypatch, capsys, "eval", "--tools", "search", *words)
     assert status == 2 and "engine is 'vllm', but vLLM cannot be imported" in err
 
 
@@ -664,7 +671,7 @@ def test_a_folder_of_benchmarks_is_evaluated_benchmark_by_benchmark_and_levels_a
     (here / "math500.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with Loopback(completions(answers)) as server:
         words = [word for word in flags(here, server.url) if word not in ("--benchmarks", "gsm8k")]
-        status, out, _ = run(monkeypatch, capsys, *words)
+        status, out, _ = command_output(monkeypatch, capsys, *words)
     assert status == 0 and "| MATH500 | math equality | 1.000 |" in out and "| GSM8K |" in out
     results = json.loads((here / "run/results.json").read_text())
     assert results["benchmarks"]["math500"]["levels"]["0"]["questions"] == 2

@@ -22,7 +22,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from arpo_trl import ARPOConfig, ARPOTrainer, cli
+from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import ConfigError, DataError, HubError
 from arpo_trl.logs.curves import PANELS
 from arpo_trl.publishing import push as hub_module
@@ -33,7 +33,15 @@ from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from arpo_trl.runs.checkpoints import SavedState
 from hub_server import TOKEN, Hub
 from loopback import Reply
-from support import ON_CPU, python, save_tiny_model, script, search, tokenizer
+from support import (
+    ON_CPU,
+    command_output,
+    python,
+    save_tiny_model,
+    script,
+    search,
+    tokenizer,
+)
 
 ROWS = Dataset.from_list(
     [{"prompt": [{"role": "user", "content": f"what is {i}"}], "answer": [str(i)], "task": "math"} for i in range(4)]
@@ -81,14 +89,6 @@ def trainer(model_path: str, folder: Path, *, peft_config=None, **settings) -> A
         ),
         peft_config=peft_config,
     )
-
-
-def run(capsys, monkeypatch, *arguments: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["arpo-trl", *arguments])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    out, err = capsys.readouterr()
-    return int(end.value.code or 0), out, err
 
 
 def whole_run(folder: Path, model_path: str) -> Path:
@@ -431,7 +431,7 @@ def test_a_failed_last_push_loses_nothing_and_names_the_command_that_works_later
     assert not list((tmp_path / "run").glob(".push-*"))
     hub.fault = lambda asked: None
     capsys.readouterr()
-    status, out, _ = run(capsys, monkeypatch, *command[1:])
+    status, out, _ = command_output(monkeypatch, capsys, *command[1:])
     assert (status, out) == (0, f"Pushed: {hub.url}/me/policy/commit/{1:040x}\n")
     assert {"model.safetensors", "README.md", "curves/reward.png"} <= set(hub.commits[0].files)
 
@@ -654,7 +654,9 @@ def test_a_push_that_cannot_work_is_one_line(hub, model_path, tmp_path, capsys, 
     others(hub)
     whole_run(tmp_path / "run", model_path)
     capsys.readouterr()
-    status, out, err = run(capsys, monkeypatch, "push", *(argument.format(folder=tmp_path) for argument in arguments))
+    status, out, err = command_output(
+        monkeypatch, capsys, "push", *(argument.format(folder=tmp_path) for argument in arguments)
+    )
     assert (status, out) == (2, "")
     assert message.format(folder=tmp_path) in err and err.count("\n") == 1
     assert hub.commits == []
@@ -685,12 +687,12 @@ def test_an_evaluation_is_added_to_the_card_of_a_finished_run(hub, model_path, t
     evaluation.mkdir()
     summary = {
         **{"title": "GSM8K", "metric": "math", "score": 0.5, "interval": [0.4, 0.6], "questions": 10, "samples": 10},
-        **{"failed": 0, "missing": 0, "tools": {}},
+        **{"failed": 0, "missing": 0, "unjudged": 0, "tools": {}},
     }
     (evaluation / "results.json").write_text(json.dumps({"benchmarks": {"gsm8k": summary}}))
-    status, _, _ = run(
-        capsys,
+    status, _, _ = command_output(
         monkeypatch,
+        capsys,
         *("push", str(tmp_path / "run"), "--repo", "me/late", "--evaluation", str(evaluation), "--private"),
     )
     assert status == 0
@@ -708,7 +710,7 @@ def test_a_pushed_checkpoint_has_a_card_and_can_still_be_resumed(hub, model_path
     made.train()
     checkpoint = tmp_path / "run/checkpoint-1"
     assert (checkpoint / "README.md").is_file()  # peft's
-    assert run(capsys, monkeypatch, "push", str(checkpoint), "--repo", "me/early")[0] == 0
+    assert command_output(monkeypatch, capsys, "push", str(checkpoint), "--repo", "me/early")[0] == 0
     (commit,) = hub.commits
     card = commit.files["README.md"].decode()
     assert 'from_pretrained("me/early")' in card and "--max-completion-length 120" in card

@@ -1,6 +1,5 @@
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -9,12 +8,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from arpo_trl import cli
 from arpo_trl.common.adapters import tokenizer_of
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.publishing.merging import merge_adapter
 from loopback import Reply
-from support import save_tiny_model, small_model, tokenizer
+from support import command_output, save_tiny_model, small_model, tokenizer
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
@@ -231,13 +229,9 @@ def test_another_models_adapter_is_refused(adapter, tmp_path):
 
 def test_the_command_merges_and_pushes(hub, adapter, tmp_path, capsys, monkeypatch):
     words = ["merge", str(adapter), "--output", str(tmp_path / "merged"), "--push-to-hub", "whole"]
-    monkeypatch.setattr(sys, "argv", ["arpo-trl", *words])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code == 0
-    assert capsys.readouterr().out == (
-        f"Merged model saved in {tmp_path / 'merged'}\nPushed: {hub.url}/me/whole/commit/{1:040x}\n"
-    )
+    status, out, _ = command_output(monkeypatch, capsys, *words)
+    assert status == 0
+    assert out == f"Merged model saved in {tmp_path / 'merged'}\nPushed: {hub.url}/me/whole/commit/{1:040x}\n"
     (commit,) = hub.commits
     assert (commit.repo, commit.message) == ("me/whole", "Merged model")
     assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"} <= set(commit.files)

@@ -1,9 +1,8 @@
-import sys
 from pathlib import Path
 
 import pytest
 
-from arpo_trl import cli
+from support import run_command
 
 
 def new(monkeypatch, folder: Path | str, fails: BaseException | None) -> int:
@@ -16,10 +15,7 @@ def new(monkeypatch, folder: Path | str, fails: BaseException | None) -> int:
             raise fails
 
     monkeypatch.setattr("arpo_trl.quickstart.taught.save_taught_model", save)
-    monkeypatch.setattr(sys, "argv", ["arpo-trl", "new", str(folder)])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    return int(end.value.code or 0)
+    return run_command(monkeypatch, "new", folder)
 
 
 def files(folder: Path) -> set[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from arpo_trl import cli
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.evaluation.engines import fingerprint
 from arpo_trl.evaluation.settings import EvalSettings
@@ -27,7 +25,7 @@ from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.viewing.plot import draw_plot
 from arpo_trl.viewing.timeline import tree_events, write_timeline
-from support import ANSWER, Scripted
+from support import ANSWER, Scripted, run_command
 from test_view import logged
 
 
@@ -35,13 +33,6 @@ def run_with(folder: Path, *history: dict[str, Any]) -> Path:
     folder.mkdir()
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
     return folder
-
-
-def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["arpo-trl", *words])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    return int(end.value.code or 0)
 
 
 def test_numbers_that_no_picture_can_show_are_left_out() -> None:
@@ -95,7 +86,7 @@ def test_a_picture_is_saved_in_the_runs_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = run_with(tmp_path / "a", {"step": 1, "reward": 0.5}, {"step": 2, "reward": 0.75})
-    assert command(monkeypatch, "plot", str(run)) == 0
+    assert run_command(monkeypatch, "plot", str(run)) == 0
     assert capsys.readouterr().out == f"{run}/reward.png\n"
     assert matplotlib.image.imread(run / "reward.png").shape[:2] == (760, 1280)  # 6.4 × 3.8 inches at 200 dpi
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from arpo_trl.cli import main
 from arpo_trl.errors import DataError, ToolUnavailable
 from arpo_trl.tools.search import cache as search_cache
 from arpo_trl.tools.search.cache import Entry, Key, SearchCache
 from arpo_trl.tools.search.providers import Hit, make_provider
 from arpo_trl.tools.search.web import WebSearch
 from loopback import Asked, Loopback, Reply
+from support import run_command
 
 HITS = [Hit(title="Iron", url="https://a.test/", text="melts at 1538 °C"), Hit(title="", url="", text="x\ny")]
 
@@ -138,11 +138,7 @@ def test_an_imported_query_is_found_as_a_search_asks_for_it(
     queries = ["Iron  ", "search query: gold", "query: query: tin", "long " * 200]  # Brave's are cut to 400 characters
     (tmp_path / "in.json").write_text(json.dumps({query: f"about {query[:20]}" for query in queries}))
     path = tmp_path / "cache.sqlite"
-    monkeypatch.setattr(
-        "sys.argv", ["arpo-trl", "cache", "import", str(path), str(tmp_path / "in.json"), "--provider", "brave"]
-    )
-    with pytest.raises(SystemExit, match="0"):
-        main()
+    assert run_command(monkeypatch, "cache", "import", path, tmp_path / "in.json", "--provider", "brave") == 0
     web = WebSearch(make_provider("brave"), SearchCache(path), mode)
     for query in queries:
         for asked in (query, f" {query.upper()}"):
@@ -167,9 +163,7 @@ def test_answers_are_imported_for_the_address_of_a_server(tmp_path: Path, monkey
     (tmp_path / "in.json").write_text(json.dumps({"iron": "1538 °C"}))
     path, url = tmp_path / "cache.sqlite", "http://127.0.0.1:1"
     arguments = ["cache", "import", str(path), str(tmp_path / "in.json"), "--provider", "retrieve", "--url", url + "/"]
-    monkeypatch.setattr("sys.argv", ["arpo-trl", *arguments])
-    with pytest.raises(SystemExit, match="0"):
-        main()
+    assert run_command(monkeypatch, *arguments) == 0
     found = [
         WebSearch(make_provider("retrieve", url=address), SearchCache(path), search_cache.CacheMode.REPLAY)
         for address in (url, None)
@@ -363,7 +357,5 @@ def test_a_damaged_answer_degrades_a_search_and_is_named_by_the_command(
         WebSearch(provider, cache, search_cache.CacheMode.OFFLINE).search("q", 1)
     with pytest.raises(DataError, match=r"cache\.sqlite cannot be used as a search cache: "):
         WebSearch(provider, cache, search_cache.CacheMode.REPLAY)
-    monkeypatch.setattr("sys.argv", ["arpo-trl", "cache", "export", str(cache.path), str(cache.path) + ".json"])
-    with pytest.raises(SystemExit, match="2"):
-        main()
+    assert run_command(monkeypatch, "cache", "export", cache.path, f"{cache.path}.json") == 2
     assert "cache.sqlite cannot be used as a search cache: " in capsys.readouterr().err

@@ -19,7 +19,6 @@ from typing import Any
 
 import pytest
 
-from arpo_trl import cli
 from arpo_trl.common.user_files import read_json
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.logs.curves import PANELS, curves
@@ -35,7 +34,7 @@ from arpo_trl.viewing.page_tree import as_json, summary, tree_data
 from arpo_trl.viewing.run import LogFile, RunReader, log_history
 from arpo_trl.viewing.server import ViewServer
 from browser import Tab
-from support import ANSWER, Scripted
+from support import ANSWER, Scripted, run_command
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>\x1b[2J\u202e"
 
@@ -298,13 +297,6 @@ def test_the_pages_policy_allows_its_own_script_and_no_request(run: Path) -> Non
 # The command and the server ------------------------------------------------------------------------------------------
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["arpo-trl", *words])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    return int(end.value.code or 0)
-
-
 @pytest.mark.parametrize("words", [["tree"], ["tree", "--step", "4"], ["view"]])
 def test_a_broken_file_does_not_hide_the_others(
     run: Path,
@@ -315,7 +307,7 @@ def test_a_broken_file_does_not_hide_the_others(
 ) -> None:
     """For example after a copy that was interrupted."""
     (run / "trajectories/step-000004-rank7.jsonl").write_text('{"step": 4, "gr')
-    assert command(monkeypatch, words[0], str(run), *words[1:]) == 0
+    assert run_command(monkeypatch, words[0], str(run), *words[1:]) == 0
     assert "step-000004-rank7.jsonl, line 1: not valid JSON" in caplog.text and "This file is left out." in caplog.text
     assert capsys.readouterr().out
 
@@ -325,18 +317,18 @@ def test_a_step_whose_files_are_all_broken_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     (tmp_path / "step-000002-rank0.jsonl").write_text('{"step": 2, "gr')
-    assert command(monkeypatch, name, str(tmp_path), "--step", "2") == 2
+    assert run_command(monkeypatch, name, str(tmp_path), "--step", "2") == 2
     assert f"{tmp_path} has no readable trees of step" in capsys.readouterr().err
 
 
 def test_the_command_writes_the_page_and_prints_its_path(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command(monkeypatch, "view", str(run)) == 0
+    assert run_command(monkeypatch, "view", str(run)) == 0
     assert capsys.readouterr().out.startswith(f"{run}/view.html (0.")
     assert len(blocks((run / "view.html").read_text("utf-8"))[0]["groups"]) == 3
     other = run.parent / "other.html"
-    assert command(monkeypatch, "view", str(run), "--output", str(other), "--leaves", "2") == 0
+    assert run_command(monkeypatch, "view", str(run), "--output", str(other), "--leaves", "2") == 0
     index, *trees = blocks(other.read_text("utf-8"))
     assert (len(index["groups"]), len(trees), index["left_out"]) == (1, 1, 2)
 
@@ -351,9 +343,9 @@ def test_showing_a_run_imports_no_engine() -> None:
 def test_a_folder_without_logged_trees_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command(monkeypatch, "view", str(tmp_path)) == 2
+    assert run_command(monkeypatch, "view", str(tmp_path)) == 2
     assert capsys.readouterr().err.startswith(f"DataError: {tmp_path} has no logged trees. Pass the output_dir")
-    assert command(monkeypatch, "view", str(tmp_path / "nowhere")) == 2
+    assert run_command(monkeypatch, "view", str(tmp_path / "nowhere")) == 2
     assert "is not a folder" in capsys.readouterr().err
 
 
