@@ -31,12 +31,13 @@ from arpo_trl.options import RolloutSchedule, ShareCalls
 from arpo_trl.quickstart.model import build_model, build_tokenizer
 from arpo_trl.rollout.batch import GroupRequest, RolloutBatch, Score, TreeSettings
 from arpo_trl.rollout.engines.base import Engine, Event, Probe, SamplingParams
-from arpo_trl.rollout.engines.scripted import Script, ScriptedEngine
+from arpo_trl.rollout.engines.scripted import Script, ScriptedEngine, ScriptedTurn
 from arpo_trl.rollout.protocols import TagProtocol, ToolProtocol
 from arpo_trl.rollout.rules import BranchRule
 from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.rollout.sampler import TreeSampler
-from arpo_trl.tools.calls import ToolCall
+from arpo_trl.rollout.tree import BranchDecision, ExecutedCall, RolloutTree, StopReason
+from arpo_trl.tools.calls import CallSource, ToolCall, ToolFailure
 from arpo_trl.tools.python.sandbox import Limits, Tier, Worker
 from arpo_trl.tools.state import PathState
 from arpo_trl.tools.toolbox import ToolBox
@@ -298,6 +299,64 @@ class Scripted:
         prompt = self.protocol.encode_prompt([{"role": "user", "content": "what is the answer"}])
         with self.toolbox:
             return self.sampler.sample([GroupRequest(id=i, prompt_ids=prompt) for i in range(groups)], seed=(seed,))
+
+
+def addresses(run: Scripted) -> list[tuple[int, ...]]:
+    """Of the leaves of its only tree."""
+    (tree,) = run().trees
+    return [leaf.address for leaf in tree.leaves()]
+
+
+def prompts(made: Scripted, count: int) -> list[GroupRequest]:
+    ids = made.protocol.encode_prompt([{"role": "user", "content": "what is the answer"}])
+    return [GroupRequest(id=i, prompt_ids=ids) for i in range(count)]
+
+
+def one_search(request: Any, context: str) -> ScriptedTurn:
+    """Each path searches once; what follows is more uncertain."""
+    depth = request.key[-1]
+    return ScriptedTurn(text=["<search>iron</search>", ANSWER][depth], entropies=[0.1 + depth])
+
+
+def branching_script(request: Any, context: str) -> ScriptedTurn:
+    """Each path searches once; what follows is uncertain; half of the answers are right."""
+    if request.key[-1] == 0:
+        return ScriptedTurn(text=f"<search>iron {request.key[1]}</search>", entropies=[0.1])
+    asked = context.rpartition("what is ")[2][0]
+    right = (len(request.key) + request.key[1]) % 2
+    return ScriptedTurn(text=f"<answer>\\boxed{{{asked if right else 99}}}</answer>", entropies=[1.0])
+
+
+def one_fork(text: str, result: str = "1538 degrees", failure: ToolFailure | None = None) -> RolloutTree:
+    """root ── turn ── observation ──┬─ turn (0,)
+    └─ turn (0, 1, 0)
+
+    Args:
+        text: The turn (0,).
+        result: The observation.
+    """
+    made = RolloutTree([1, 2, 3])
+    first = made.add_turn(0, [1, 1], "<search>iron</search>", [-0.5, -0.5], [0.25, 0.75])
+    call = ExecutedCall(
+        name="search",
+        arguments={"query": result},
+        text=result,
+        failure=failure,
+        seconds=0.1,
+        source=CallSource.EXECUTED,
+    )
+    seen = made.add_observation(first.index, [2], [call], result)
+    seen.decision = BranchDecision(
+        entropy_nats=1.0, delta=0.125, probability=0.525, fires=True, granted=1, reason="drew 0.312"
+    )
+    made.end(made.add_turn(seen.index, [3], text, [-0.5], [1.5]).index, (0,), StopReason.EOS)
+    made.end(made.add_turn(seen.index, [4], "cut off", [-0.5], [0.5]).index, (0, 1, 0), StopReason.LENGTH)
+    return made
+
+
+def with_real_vllm(test: Callable[..., None]) -> Any:
+    """Marks a test that needs the process with vLLM in it."""
+    return pytest.mark.vllm(pytest.mark.slow(test))
 
 
 def short_deadline(

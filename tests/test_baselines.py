@@ -9,7 +9,7 @@ from arpo_trl.errors import ConfigError
 from arpo_trl.logs.alarms import Alarms
 from arpo_trl.logs.metrics import Tally
 from arpo_trl.rollout.engines.base import SamplingParams
-from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
+from arpo_trl.rollout.engines.scripted import ScriptedEngine
 from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.rollout.tree import Leaf, RolloutTree, StopReason
 from arpo_trl.training.baselines import (
@@ -22,7 +22,7 @@ from arpo_trl.training.baselines import (
     tally_baseline,
     weighted_means,
 )
-from support import EXACT, ON_CPU, python, save_tiny_model, search, tokenizer
+from support import EXACT, ON_CPU, branching_script, python, save_tiny_model, search, tokenizer
 
 NAN = math.nan
 
@@ -187,18 +187,11 @@ ROWS = Dataset.from_list(
 )
 
 
-def script(request, context):
-    """Each path searches once; half of the answers are right."""
-    if request.key[-1] == 0:
-        return ScriptedTurn(text=f"<search>iron {request.key[1]}</search>", entropies=[0.1])
-    asked = context.rpartition("what is ")[2][0]
-    right = (len(request.key) + request.key[1]) % 2
-    return ScriptedTurn(text=f"<answer>\\boxed{{{asked if right else 99}}}</answer>", entropies=[1.0])
-
-
 def scripted() -> ScriptedEngine:
     stops = ("</search>", "</python>")
-    return ScriptedEngine(tokenizer(), SamplingParams(eos_ids=(tokenizer().eos_token_id,), stop_strings=stops), script)
+    return ScriptedEngine(
+        tokenizer(), SamplingParams(eos_ids=(tokenizer().eos_token_id,), stop_strings=stops), branching_script
+    )
 
 
 @pytest.fixture(scope="module")

@@ -33,15 +33,7 @@ from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from arpo_trl.runs.checkpoints import SavedState
 from hub_server import TOKEN, Hub
 from loopback import Reply
-from support import (
-    ON_CPU,
-    command_output,
-    python,
-    save_tiny_model,
-    script,
-    search,
-    tokenizer,
-)
+from support import ON_CPU, command_output, python, save_tiny_model, script, search, tokenizer
 
 ROWS = Dataset.from_list(
     [{"prompt": [{"role": "user", "content": f"what is {i}"}], "answer": [str(i)], "task": "math"} for i in range(4)]

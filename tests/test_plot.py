@@ -21,11 +21,10 @@ from arpo_trl.logs.picture import COLOURS, picture
 from arpo_trl.logs.trajectories import TrajectoryLog, logged_trees
 from arpo_trl.options import RolloutSchedule
 from arpo_trl.publishing.push import Snapshot
-from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.viewing.plot import draw_plot
 from arpo_trl.viewing.timeline import tree_events, write_timeline
-from support import ANSWER, Scripted, run_command
+from support import Scripted, one_search, run_command
 from test_view import logged
 
 
@@ -181,11 +180,7 @@ def test_trace_readers_accept_the_whole_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("schedule", list(RolloutSchedule))
 def test_the_timeline_of_the_samplers_trees_is_read_completely(tmp_path: Path, schedule: RolloutSchedule) -> None:
-    def searches(request: Any, context: str) -> ScriptedTurn:
-        depth = request.key[-1]
-        return ScriptedTurn(text=["<search>iron</search>", ANSWER][depth], entropies=[0.1 + depth])
-
-    rollout = Scripted(searches, leaves=4, at_root=2, schedule=schedule)()
+    rollout = Scripted(one_search, leaves=4, at_root=2, schedule=schedule)()
     trees = logged_trees(
         rollout.trees, [1.0] * 4, [0.0] * 4, step=0, first_group=0, decode=str, rule=Threshold(), spans=rollout.spans
     )

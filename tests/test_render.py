@@ -5,30 +5,13 @@ from rich.console import Console
 
 from arpo_trl.logs.render import MAX_CHARS, render_tree
 from arpo_trl.logs.trajectories import LoggedTree
-from arpo_trl.rollout.tree import BranchDecision, ExecutedCall, RolloutTree, StopReason
-from arpo_trl.tools.calls import CallSource, ToolFailure
+from arpo_trl.rollout.tree import BranchDecision, RolloutTree
+from arpo_trl.tools.calls import ToolFailure
+from support import one_fork
 
 
 def tree(text: str = "words", failure: ToolFailure | None = None) -> RolloutTree:
-    """root ── turn ── observation ──┬─ turn (0,)
-    └─ turn (0, 1, 0)"""
-    made = RolloutTree([1])
-    first = made.add_turn(0, [1], "<search>iron</search>", [-0.5], [0.25, 0.75])
-    call = ExecutedCall(
-        name="search",
-        arguments={"query": "iron"},
-        text="1538 degrees",
-        failure=failure,
-        seconds=0.1,
-        source=CallSource.EXECUTED,
-    )
-    seen = made.add_observation(first.index, [2], [call], "1538 degrees")
-    seen.decision = BranchDecision(
-        entropy_nats=1.0, delta=0.125, probability=0.525, fires=True, granted=1, reason="drew 0.312"
-    )
-    made.end(made.add_turn(seen.index, [3], text, [-0.5], [1.5]).index, (0,), StopReason.EOS)
-    made.end(made.add_turn(seen.index, [4], "cut off", [-0.5], [0.5]).index, (0, 1, 0), StopReason.LENGTH)
-    return made
+    return one_fork(text, failure=failure)
 
 
 def shown(

@@ -42,7 +42,7 @@ from arpo_trl.rollout.tree import Node, NodeKind, RolloutTree
 from arpo_trl.runs.identity import deciding_settings
 from arpo_trl.runs.resumable import readable
 from arpo_trl.training.reporting import Reporting
-from support import ANSWER, ON_CPU, Scripted
+from support import ANSWER, ON_CPU, Scripted, addresses
 
 
 class Coin(BranchContext):
@@ -270,11 +270,6 @@ def two_searches(request, context):
     return ScriptedTurn(
         text=f"<search>iron {path} {depth}</search>" if depth < 2 else ANSWER, entropies=[2.0 * path + depth]
     )
-
-
-def addresses(run: Scripted) -> list[tuple[int, ...]]:
-    (tree,) = run().trees
-    return [leaf.address for leaf in tree.leaves()]
 
 
 def test_a_rule_from_outside_is_chosen_by_name_with_options_of_its_own():

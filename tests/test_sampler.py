@@ -19,7 +19,7 @@ from arpo_trl.rollout.rules.released import Released
 from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.rollout.sampler import _Run
 from arpo_trl.rollout.tree import NodeKind, StopReason
-from support import ANSWER, Scripted
+from support import ANSWER, Scripted, prompts
 
 
 def one_search(request: TurnRequest, context: str) -> ScriptedTurn:
@@ -656,11 +656,6 @@ def test_readable_and_unreadable_calls_of_a_turn_are_all_answered():
 def streamed(made: Scripted, requests, groups_at_once: int = 2):
     with made.toolbox:
         return list(made.sampler.stream(requests, seed=(0,), groups_at_once=groups_at_once))
-
-
-def prompts(made: Scripted, count: int) -> list[GroupRequest]:
-    ids = made.protocol.encode_prompt([{"role": "user", "content": "what is the answer"}])
-    return [GroupRequest(id=i, prompt_ids=ids) for i in range(count)]
 
 
 def test_a_stream_gives_the_trees_that_a_batch_gives():

@@ -20,7 +20,7 @@ from arpo_trl.rollout.rules.schedule import Schedule
 from arpo_trl.rollout.tree import RolloutTree, StopReason
 from learning_ranks import trainer
 from ranks import EXACT, launch
-from support import ANSWER, ON_CPU, Scripted, save_tiny_model
+from support import ANSWER, ON_CPU, Scripted, addresses, save_tiny_model
 
 
 def searches(count: int):
@@ -31,11 +31,6 @@ def searches(count: int):
         return ScriptedTurn(text=f"<search>iron {request.key}</search>" if depth < count else ANSWER)
 
     return script
-
-
-def addresses(run: Scripted) -> list[tuple[int, ...]]:
-    (tree,) = run().trees
-    return [leaf.address for leaf in tree.leaves()]
 
 
 def settings(**values: Any) -> ARPOConfig:

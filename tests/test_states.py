@@ -17,7 +17,6 @@ import pytest
 
 from arpo_trl.errors import ToolError, ToolSpecError
 from arpo_trl.options import RolloutSchedule
-from arpo_trl.rollout.batch import GroupRequest
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.protocols import ChatTemplateProtocol
 from arpo_trl.rollout.rules.ranked import Ranked
@@ -25,7 +24,7 @@ from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.rollout.tree import StopReason
 from arpo_trl.tools.calls import ToolCall, ToolFailure
 from arpo_trl.tools.state import PathState
-from support import ANSWER, Scripted, line_tools
+from support import ANSWER, Scripted, line_tools, prompts
 
 
 class World:
@@ -88,11 +87,6 @@ def writes_and_reads(request, context):
 
 def read_by(tree) -> dict[tuple[int, ...], str]:
     return {leaf.address: leaf.calls[-1].text for leaf in tree.leaves()}
-
-
-def prompts(made: Scripted, count: int) -> list[GroupRequest]:
-    ids = made.protocol.encode_prompt([{"role": "user", "content": "what is the answer"}])
-    return [GroupRequest(id=i, prompt_ids=ids) for i in range(count)]
 
 
 @pytest.mark.parametrize("schedule", list(RolloutSchedule))

@@ -30,6 +30,7 @@ from arpo_trl.trl_seam import qwen3_template
 from support import (
     EXACT,
     ON_CPU,
+    branching_script,
     python,
     sampled_logprobs,
     save_sharp_model,
@@ -50,15 +51,6 @@ STOPS = ("</search>", "</python>")
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory) -> str:
     return save_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-def branching_script(request, context):
-    """Each path searches once; what follows is uncertain; half of the answers are right."""
-    if request.key[-1] == 0:
-        return ScriptedTurn(text=f"<search>iron {request.key[1]}</search>", entropies=[0.1])
-    asked = context.rpartition("what is ")[2][0]
-    right = (len(request.key) + request.key[1]) % 2
-    return ScriptedTurn(text=f"<answer>\\boxed{{{asked if right else 99}}}</answer>", entropies=[1.0])
 
 
 def flat_script(request, context):

@@ -24,17 +24,16 @@ from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.logs.curves import PANELS, curves
 from arpo_trl.logs.metrics import Tally
 from arpo_trl.logs.trajectories import LoggedTree, TrajectoryLog, logged_trees, read_trees
-from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.rules.threshold import Threshold
-from arpo_trl.rollout.tree import BranchDecision, ExecutedCall, RolloutTree, StopReason
-from arpo_trl.tools.calls import CallSource, ToolFailure
+from arpo_trl.rollout.tree import RolloutTree, StopReason
+from arpo_trl.tools.calls import ToolFailure
 from arpo_trl.viewing.history import history_of_tallies, tally_logged, whole_history
 from arpo_trl.viewing.page import changes, index_of, newest, page
 from arpo_trl.viewing.page_tree import as_json, summary, tree_data
 from arpo_trl.viewing.run import LogFile, RunReader, log_history
 from arpo_trl.viewing.server import ViewServer
 from browser import Tab
-from support import ANSWER, Scripted, run_command
+from support import Scripted, one_fork, one_search, run_command
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>\x1b[2J\u202e"
 
@@ -42,29 +41,12 @@ HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=al
 def logged(
     step: int = 4, group: int = 0, text: str = "1538 degrees", failure: ToolFailure | None = None
 ) -> LoggedTree:
-    """root ── turn ── observation ──┬─ turn (0,)
-    └─ turn (0, 1, 0)"""
-    made = RolloutTree([1, 2, 3])
-    first = made.add_turn(0, [1, 1], "<search>iron</search>", [-0.5, -0.5], [0.25, 0.75])
-    call = ExecutedCall(
-        name="search",
-        arguments={"query": text},
-        text=text,
-        failure=failure,
-        seconds=0.1,
-        source=CallSource.EXECUTED,
-    )
-    seen = made.add_observation(first.index, [2], [call], text)
-    seen.decision = BranchDecision(
-        entropy_nats=1.0, delta=0.125, probability=0.525, fires=True, granted=1, reason="drew 0.312"
-    )
-    made.end(made.add_turn(seen.index, [3], text, [-0.5], [1.5]).index, (0,), StopReason.EOS)
-    made.end(made.add_turn(seen.index, [4], "cut off", [-0.5], [0.5]).index, (0, 1, 0), StopReason.LENGTH)
+    """The tree `one_fork`."""
     return LoggedTree(
         step=step,
         group=group,
         prompt=f"question {group}: {text}",
-        tree=made,
+        tree=one_fork(text, text, failure),
         rewards=[1.0, -1.0],
         advantages=[0.75, -0.75],
         rule={"name": "threshold", "branch_threshold": 0.5},
@@ -701,11 +683,7 @@ def test_the_page_of_a_live_run_shows_new_steps(run: Path, server: ViewServer, t
 @pytest.mark.slow
 @pytest.mark.browser
 def test_what_the_sampler_makes_is_shown(tmp_path: Path, tab: Tab) -> None:
-    def searches(request: Any, context: str) -> ScriptedTurn:
-        depth = request.key[-1]
-        return ScriptedTurn(text=["<search>iron</search>", ANSWER][depth], entropies=[0.1 + depth])
-
-    rollout = Scripted(searches, leaves=4, at_root=2)()
+    rollout = Scripted(one_search, leaves=4, at_root=2)()
     trees = logged_trees(
         rollout.trees, [1.0] * 4, [0.0] * 4, step=0, first_group=0, decode=str, rule=Threshold(), spans=rollout.spans
     )

@@ -11,7 +11,7 @@ from arpo_trl.errors import EngineError
 from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.vllm.colocate import ColocatedWeights, VLLMColocateEngine
 from arpo_trl.rollout.engines.weights import FixedWeights
-from support import COMPILING, found_with_vllm, tiny_model, tokenizer
+from support import COMPILING, found_with_vllm, tiny_model, tokenizer, with_real_vllm
 
 
 @pytest.fixture(scope="module")
@@ -20,48 +20,43 @@ def findings(tmp_path_factory) -> dict:
     return found_with_vllm("vllm_colocated.py", tmp_path_factory.mktemp("colocated"), COMPILING)
 
 
-def real(test):
-    """Marks a test that needs the process with vLLM in it."""
-    return pytest.mark.vllm(pytest.mark.slow(test))
-
-
-@real
+@with_real_vllm
 def test_logprobs_are_the_trainers_and_entropies_within_their_bound(findings):
     assert findings["first"]["logprobs"] < 0.01  # vLLM computes in bfloat16, what it is compared with in float32
     assert findings["first"]["entropies"] < 0.15
     assert findings["first"]["entropies_beyond_bound"] < 0.05
 
 
-@real
+@with_real_vllm
 def test_a_repeated_run_samples_the_same(findings):
     assert findings["again_equal"] == 12
 
 
-@real
+@with_real_vllm
 def test_turns_that_join_between_steps_are_written_with_the_others(findings):
     # In bfloat16 about one turn in twenty may differ by the rounding of another batch, on some CPUs
     assert findings["late_equal"] >= 6
     assert findings["lengths"] == [24] * 12
 
 
-@real
+@with_real_vllm
 def test_each_probe_comes_before_its_turn(findings):
     assert findings["probes_first"] and findings["probes"] == 12
 
 
-@real
+@with_real_vllm
 def test_a_stop_string_across_the_end_of_the_probe_ends_a_turn(findings):
     assert findings["stopped"] == {"stop": "stop_string", "equal": True}
     assert findings["stopped_in_probe"] == {"stop": "stop_string", "equal": True, "entropies": True}
 
 
-@real
+@with_real_vllm
 def test_a_session_that_fails_leaves_nothing_behind(findings):
     assert findings["left_behind"] == 0
     assert findings["after_failure"] == 12
 
 
-@real
+@with_real_vllm
 def test_training_samples_from_the_weights_that_it_updates(findings):
     assert findings["syncs"] == [0, 1]  # a training begins with a sync, and has one a step
     # float32 weights under bfloat16's autocast
@@ -69,17 +64,17 @@ def test_training_samples_from_the_weights_that_it_updates(findings):
     assert findings["trained"]["logprobs"] < 0.01 < 0.03 < findings["untrained"]["logprobs"]
 
 
-@real
+@with_real_vllm
 def test_weights_that_do_not_arrive_are_noticed(findings):
     assert "vLLM does not have the trainer's weights after a sync" in findings["stale"]
 
 
-@real
+@with_real_vllm
 def test_vllms_own_context_is_respected(findings):
     assert findings["max_length"] == 512  # the model's is 4096
 
 
-@real
+@with_real_vllm
 def test_an_adapter_trains_is_sampled_from_and_is_saved(findings):
     found = findings["adapter"]  # on bfloat16 weights
     assert [row["sampling/sampling_logp_difference/mean"] < 0.02 for row in found["log"]] == [True, True]
@@ -87,7 +82,7 @@ def test_an_adapter_trains_is_sampled_from_and_is_saved(findings):
     assert found["saved"]
 
 
-@real
+@with_real_vllm
 def test_later_settings_train_on_vllms_samples(findings):
     """A baseline from the sampling logprobs, and old logprobs that differ from the policy's, with ratios per turn."""
     for row in findings["adapter"]["log"]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from arpo_trl.rollout.engines.vllm.cpu_weights import _pad_gate_and_up, _taking_unpacked
-from support import found_with_vllm
+from support import found_with_vllm, with_real_vllm
 
 KERNELS = ["onednn", "sgl", "zentorch"]
 LAYERS = ["UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"]
@@ -15,12 +15,7 @@ def findings(tmp_path_factory) -> dict:
     return found_with_vllm("vllm_loading.py", tmp_path_factory.mktemp("loading"))
 
 
-def real(test):
-    """Marks a test that needs the process with vLLM in it."""
-    return pytest.mark.vllm(pytest.mark.slow(test))
-
-
-@real
+@with_real_vllm
 @pytest.mark.parametrize("layer", [f"{kernels} {layer}" for kernels in KERNELS for layer in LAYERS] + ["convolution"])
 def test_a_layer_follows_new_weights_whatever_kernel_vllm_would_pack_them_for(findings, layer):
     assert findings["prepared"][layer]
@@ -28,12 +23,12 @@ def test_a_layer_follows_new_weights_whatever_kernel_vllm_would_pack_them_for(fi
     assert not findings["of vLLM itself"][layer]
 
 
-@real
+@with_real_vllm
 def test_a_server_without_weight_updates_is_not_patched(findings):
     assert findings["left alone"] == findings["of vLLM itself"]
 
 
-@real
+@with_real_vllm
 def test_experts_follow_new_weights_however_they_come(findings):
     old, new = 0, 1
     for state, near, far in (("loaded", old, new), ("moved", new, old), ("reloaded", old, new)):
