@@ -14,8 +14,9 @@ import pyarrow.parquet
 import pytest
 
 from arpo_trl.data import loading
+from arpo_trl.data.files import read_file
 from arpo_trl.data.layouts import shared_system_prompt, system_prompt_text
-from arpo_trl.data.loading import load_arpo_dataset, read_file, validate_rows
+from arpo_trl.data.loading import load_arpo_dataset, validate_rows
 from arpo_trl.data.prompts import SYSTEM_PROMPTS, default_system_prompt, tags_system_prompt
 from arpo_trl.errors import ConfigError, DataError, ToolSpecError
 from arpo_trl.evaluation.benchmarks import load_dataset_questions

@@ -14,7 +14,8 @@ from arpo_trl.command_line import parse_settings
 from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.common.user_files import MAX_DEPTH, expect, json_lines, parse_json, read_yaml
 from arpo_trl.common.yaml_values import as_yaml
-from arpo_trl.data.loading import load_arpo_dataset, read_file
+from arpo_trl.data.files import read_file
+from arpo_trl.data.loading import load_arpo_dataset
 from arpo_trl.errors import CheckpointError, ConfigError, DataError
 from arpo_trl.evaluation.benchmarks import BENCHMARKS, custom_benchmark, load_questions, local_benchmarks
 from arpo_trl.evaluation.comparison import compare

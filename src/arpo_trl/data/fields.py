@@ -14,6 +14,8 @@ from arpo_trl.common.user_files import shown
 from arpo_trl.errors import DataError
 from arpo_trl.visible import WITHOUT_MEANING
 
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+"""The suffixes of files of rows."""
 _QUOTED = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 _PRINTED_LIST = re.compile(rf"\[\s*{_QUOTED}(?:[\s,]+{_QUOTED})*,?\s*\]", re.DOTALL)
 _PRINTED_DICTS = re.compile(r"\[\s*\{\s*'.*\}\s*\]|\{\s*'.*\}", re.DOTALL)

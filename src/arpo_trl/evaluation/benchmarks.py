@@ -15,10 +15,11 @@ from typing import Any
 
 from arpo_trl.common.flags import nearest
 from arpo_trl.common.user_files import user_path
-from arpo_trl.data.fields import is_blank
+from arpo_trl.data.fields import SUFFIXES, is_blank
+from arpo_trl.data.files import Places, numbered, read_file
 from arpo_trl.data.golds import HIDDEN_ANSWER
 from arpo_trl.data.layouts import convert_row, system_prompt_text
-from arpo_trl.data.loading import SUFFIXES, Places, load_arpo_dataset, numbered, read_file
+from arpo_trl.data.loading import load_arpo_dataset
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.net.hub_dataset import load_from_hub
 from arpo_trl.rewards.answers import MATH, Task

@@ -26,6 +26,7 @@ from arpo_trl.common.files import write_whole
 from arpo_trl.common.settings import default_of
 from arpo_trl.common.user_files import expect, has_form_of_path, read_json, read_text, read_yaml
 from arpo_trl.common.yaml_values import as_yaml
+from arpo_trl.data.fields import SUFFIXES
 from arpo_trl.logs.curves import PANELS, Panel, curves
 from arpo_trl.logs.picture import picture, save
 from arpo_trl.publishing.trained_settings import CONFIG_NAME, SAME_NAME, EvaluationSettings
@@ -280,8 +281,6 @@ def drop_paths(path: Path) -> None:
 
 
 def _is_path(name: str) -> bool:
-    from arpo_trl.data.loading import SUFFIXES  # slow to import
-
     return has_form_of_path(name) or name.endswith(SUFFIXES) or Path(name).exists()
 
 
@@ -296,8 +295,6 @@ def as_path(name: Any) -> Any:
 
 
 def _has_form_of_id(name: str) -> bool:
-    from arpo_trl.data.loading import SUFFIXES  # slow to import
-
     return _HUB_ID.fullmatch(name) is not None and not name.endswith(SUFFIXES)
 
 

@@ -35,7 +35,7 @@ from arpo_trl.config import (
     take_the_cpu_if_alone,
 )
 from arpo_trl.data.demonstrations import encode_dataset, has_text_prompts
-from arpo_trl.data.loading import read_file
+from arpo_trl.data.files import read_file
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.logs.progress import closed_bars, show_compactly
 from arpo_trl.publishing.model_card import is_hub_id
