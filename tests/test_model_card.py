@@ -7,10 +7,10 @@ import yaml
 
 from arpo_trl import ARPOConfig, __version__
 from arpo_trl.command_line import parse_settings
+from arpo_trl.common.run_files import TRAINING_CONFIG
 from arpo_trl.logs.curves import PANELS
 from arpo_trl.publishing import model_card
 from arpo_trl.publishing.model_card import (
-    CONFIG_NAME,
     Card,
     as_path,
     describe,
@@ -68,8 +68,8 @@ def test_a_card_is_the_same_from_the_folder_it_was_written_to(tmp_path):
     made = card(evaluation="| a |\n|---|\n| 1 |\n")
     made.write(tmp_path)
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": HISTORY}))
-    (tmp_path / CONFIG_NAME).write_text(
-        (tmp_path / CONFIG_NAME).read_text() + "model_name_or_path: Qwen/Qwen2.5-3B-Instruct\n"
+    (tmp_path / TRAINING_CONFIG).write_text(
+        (tmp_path / TRAINING_CONFIG).read_text() + "model_name_or_path: Qwen/Qwen2.5-3B-Instruct\n"
     )
     again = Card.of(tmp_path, "me/policy")
     assert again.text(PANELS[:1]).replace("model_name_or_path: Qwen/Qwen2.5-3B-Instruct\n", "") == made.text(
@@ -83,7 +83,7 @@ def test_a_folder_without_settings_has_no_card(tmp_path):
 
 
 def test_an_adapters_card_names_the_adapter(tmp_path):
-    (tmp_path / CONFIG_NAME).write_text("use_peft: true\nlora_r: 32\n")
+    (tmp_path / TRAINING_CONFIG).write_text("use_peft: true\nlora_r: 32\n")
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen3-8B"}')
     text = Card.of(tmp_path, "me/adapter").text([])
     assert metadata(text)["library_name"] == "peft"
@@ -129,7 +129,7 @@ def test_paths_of_the_training_are_no_names_on_the_hub_from_another_folder(tmp_p
     assert settings["model_name_or_path"] == "./runs/sft"
     assert settings["dataset"] == ["./data/rows", "me/rows", "rows.jsonl", "data/train.jsonl"]
     (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / CONFIG_NAME).write_text(yaml.safe_dump(settings))
+    (tmp_path / "adapter" / TRAINING_CONFIG).write_text(yaml.safe_dump(settings))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     for adapter in (None, {"base_model_name_or_path": "runs/sft"}):  # peft writes the name as it was given

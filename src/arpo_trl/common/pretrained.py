@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from transformers.trainer_utils import get_last_checkpoint
 
+from arpo_trl.common.run_files import ADAPTER_CONFIG
 from arpo_trl.common.user_files import has_form_of_path, is_url
 from arpo_trl.errors import ConfigError
 from arpo_trl.visible import without_secrets
@@ -51,10 +52,10 @@ def _reason(what: str, name: str, error: Exception) -> str:
         return "that is a file; expected the folder that it is in, or a Hub id."
     if not any(folder.iterdir()):
         return "the folder is empty. Check the path."
-    finished = any((folder / file).exists() for file in ("config.json", "adapter_config.json"))
+    finished = any((folder / file).exists() for file in ("config.json", ADAPTER_CONFIG))
     if not finished and (newest := get_last_checkpoint(name)) is not None:
         return f"the folder has checkpoints, but no finished model. Pass the newest checkpoint: {newest}."
     lacks = {"configuration": "config.json", "tokenizer": "tokenizer_config.json"}.get(what)
-    if lacks and not (folder / lacks).exists() and (folder / "adapter_config.json").exists():
+    if lacks and not (folder / lacks).exists() and (folder / ADAPTER_CONFIG).exists():
         return f"it is an adapter. Merge it into its model first: arpo-trl merge {shlex.quote(name)} --output FOLDER"
     return f"{told}. Expected a folder that save_pretrained wrote, or a Hub id."

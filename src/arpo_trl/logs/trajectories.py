@@ -19,6 +19,7 @@ from typing import Any
 
 from arpo_trl.common.files import write_whole
 from arpo_trl.common.full_disk import full_disk_message, is_full_disk
+from arpo_trl.common.run_files import TRAJECTORIES
 from arpo_trl.common.user_files import expect, json_lines, user_path
 from arpo_trl.errors import DataError, EngineError
 from arpo_trl.rollout.rules.base import BranchRule
@@ -28,8 +29,6 @@ from arpo_trl.visible import get_logger
 
 logger = get_logger(__name__)
 
-FOLDER = "trajectories"
-"""The name of the log's folder in the output_dir of a run."""
 _FILE = re.compile(r"(?P<kind>step|eval)-(?P<step>\d+)(\.(?P<part>\d+))?-rank(?P<rank>\d+)\.jsonl")
 
 
@@ -75,7 +74,7 @@ def log_files(run: Path) -> list[LogFile]:
     """
     if not run.is_dir():
         raise DataError(f"{run} is not a folder. Pass the output_dir of a run.")
-    folder = run / FOLDER if (run / FOLDER).is_dir() else run
+    folder = run / TRAJECTORIES if (run / TRAJECTORIES).is_dir() else run
     return sorted(file for path in folder.glob("*.jsonl") if (file := LogFile.of(path)) is not None)
 
 

@@ -13,13 +13,14 @@ from transformers import AutoModelForCausalLM
 
 from arpo_trl.common.adapters import base_revision, merged, tokenizer_of
 from arpo_trl.common.files import whole_folder
+from arpo_trl.common.run_files import ADAPTER_CONFIG, EVALUATION, TRAINER_STATE, TRAINING_CONFIG
 from arpo_trl.common.user_files import model_name
 from arpo_trl.errors import ConfigError, DataError
-from arpo_trl.publishing.model_card import ADAPTER_CONFIG_NAME, CONFIG_NAME, EVALUATION_NAME, Card
+from arpo_trl.publishing.model_card import Card
 from arpo_trl.rollout.protocols.generation_ends import eos_ids_of
 from arpo_trl.visible import without_secrets
 
-_CARRIED = (CONFIG_NAME, EVALUATION_NAME, "trainer_state.json")
+_CARRIED = (TRAINING_CONFIG, EVALUATION, TRAINER_STATE)
 
 
 def merge_adapter(
@@ -57,7 +58,7 @@ def merge_adapter(
             folder = Path(snapshot_download(adapter, allow_patterns=list(_CARRIED)))
     except Exception as error:  # peft, transformers and safetensors raise many kinds of errors for broken files
         raise DataError(
-            f"{adapter} is not an adapter: it has no readable {ADAPTER_CONFIG_NAME}. Pass the output_dir of a run "
+            f"{adapter} is not an adapter: it has no readable {ADAPTER_CONFIG}. Pass the output_dir of a run "
             f"with use_peft, or one of its checkpoints."
         ) from error
     name = base or config.base_model_name_or_path

@@ -23,20 +23,18 @@ from pathlib import Path
 from typing import Any
 
 from arpo_trl.common.files import write_whole
+from arpo_trl.common.run_files import ADAPTER_CONFIG, CURVES, EVALUATION, TRAINER_STATE, TRAINING_CONFIG
 from arpo_trl.common.settings import default_of
 from arpo_trl.common.user_files import expect, has_form_of_path, read_json, read_text, read_yaml
 from arpo_trl.common.yaml_values import as_yaml
 from arpo_trl.data.fields import SUFFIXES
 from arpo_trl.logs.curves import PANELS, Panel, curves
 from arpo_trl.logs.picture import picture, save
-from arpo_trl.publishing.trained_settings import CONFIG_NAME, SAME_NAME, EvaluationSettings
+from arpo_trl.publishing.trained_settings import SAME_NAME, EvaluationSettings
 from arpo_trl.visible import get_logger, with_texts, without_credentials
 
 logger = get_logger(__name__)
 
-EVALUATION_NAME = "evaluation.md"
-CURVES_FOLDER = "curves"
-ADAPTER_CONFIG_NAME = "adapter_config.json"
 TAGS = ("arpo-trl", "arpo", "trl", "reinforcement-learning")
 TOOL_TAGS = ("agent", "tool-use")
 VERSIONS = ("arpo-trl", "trl", "transformers", "peft", "torch", "datasets", "tokenizers")
@@ -95,10 +93,10 @@ class Card:
         Raises:
             DataError: A file in the folder does not have the format that a run writes.
         """
-        config, state = folder / CONFIG_NAME, folder / "trainer_state.json"
+        config, state = folder / TRAINING_CONFIG, folder / TRAINER_STATE
         if not config.is_file():
             return None
-        adapter, evaluation = folder / ADAPTER_CONFIG_NAME, folder / EVALUATION_NAME
+        adapter, evaluation = folder / ADAPTER_CONFIG, folder / EVALUATION
         settings = read_yaml(config) or {}
         expect(settings, dict, str(config))
         base = settings.get("model_name_or_path")
@@ -125,10 +123,10 @@ class Card:
     def write(self, folder: Path) -> None:
         """Writes card, curves and settings to `folder`, each file atomically."""
         folder.mkdir(parents=True, exist_ok=True)
-        drawn = draw_curves(self.history, folder / CURVES_FOLDER)
+        drawn = draw_curves(self.history, folder / CURVES)
         write_settings(folder, self.settings)
         if self.evaluation is not None:
-            write_whole(folder / EVALUATION_NAME, self.evaluation.strip() + "\n")
+            write_whole(folder / EVALUATION, self.evaluation.strip() + "\n")
         write_whole(folder / "README.md", self.text(drawn))
 
     def text(self, drawn: Iterable[Panel]) -> str:
@@ -163,7 +161,7 @@ class Card:
             settings={label: _cell(value) for label, value in self._shown()},
             command=self._evaluation(base),
             curves={panel.name: panel.title for panel in drawn},
-            folder=CURVES_FOLDER,
+            folder=CURVES,
             evaluation=self.evaluation,
             versions={name: version(name) for name in VERSIONS},
             config=as_yaml(dict(self.settings)),
@@ -188,7 +186,7 @@ class Card:
 
 def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Writes `training_config.yaml` with `settings` to `folder`."""
-    write_whole(folder / CONFIG_NAME, as_yaml(dict(settings)))
+    write_whole(folder / TRAINING_CONFIG, as_yaml(dict(settings)))
 
 
 def _fence(content: str) -> str:
@@ -226,7 +224,7 @@ def describe(*groups: Any) -> dict[str, Any]:
 @functools.cache  # once, not at each save
 def _say_omitted(name: str) -> None:
     logger.warning(
-        f"{name} contains a possible secret, such as an address with a query, so {CONFIG_NAME} does not contain "
+        f"{name} contains a possible secret, such as an address with a query, so {TRAINING_CONFIG} does not contain "
         f"{name}. Set it yourself when you evaluate the model or repeat the run."
     )
 

@@ -29,10 +29,11 @@ from huggingface_hub.utils import _http as hub_client
 
 from arpo_trl.common.files import write_whole
 from arpo_trl.common.retries import retry
+from arpo_trl.common.run_files import ADAPTER_CONFIG, CURVES, EVALUATION, PICKLED_ARGUMENTS, TRAJECTORIES
 from arpo_trl.errors import ArpoError, ConfigError, DataError, HubError
-from arpo_trl.logs.trajectories import FOLDER, log_files
+from arpo_trl.logs.trajectories import log_files
 from arpo_trl.net.http_client import without
-from arpo_trl.publishing.model_card import ADAPTER_CONFIG_NAME, CURVES_FOLDER, EVALUATION_NAME, Card, drop_paths
+from arpo_trl.publishing.model_card import Card, drop_paths
 from arpo_trl.publishing.trajectory_dataset import dataset_card, export_rows
 from arpo_trl.visible import SHORTEST_SECRET, forms_of, get_logger, secrets_of_environment, without_secrets
 
@@ -46,10 +47,9 @@ ANSWER_TIMEOUT_S = 180.0
 ATTEMPTS = 3
 _WAIT_S = 2.0
 _KEPT_SUFFIXES = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".tiktoken", ".md", ".yaml", ".py"}
-_KEPT_FOLDERS = (CURVES_FOLDER, "additional_chat_templates", "runs")  # the last is TensorBoard's
-_PICKLE = "training_args.bin"  # training_config.yaml has the same settings as text
+_KEPT_FOLDERS = (CURVES, "additional_chat_templates", "runs")  # the last is TensorBoard's
 _STATE_OF_TRAINING = re.compile(
-    rf"{re.escape(_PICKLE)}|arpo_state\.json|zero_to_(fp32|torch)\.py|(optimizer|pytorch_model_fsdp).*\.bin"
+    rf"{re.escape(PICKLED_ARGUMENTS)}|arpo_state\.json|zero_to_(fp32|torch)\.py|(optimizer|pytorch_model_fsdp).*\.bin"
 )
 """The files of a checkpoint that have a kept suffix and are not part of the model. FSDP saves the last two kinds."""
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
@@ -223,7 +223,7 @@ def _has_weights(folder: Path) -> bool:
 
 def _take_tree(source: Path, target: Path) -> None:
     for path in sorted(source.rglob("*")):
-        if path.is_file() and path.name != _PICKLE:
+        if path.is_file() and path.name != PICKLED_ARGUMENTS:
             _take(path, target / path.relative_to(source))
 
 
@@ -301,7 +301,7 @@ def push_trajectories(repo_id: str, run: Path, token: str | None = None) -> Any:
     Raises:
         HubError: The push failed. The message gives the command to push later.
     """
-    folder = run / FOLDER
+    folder = run / TRAJECTORIES
     logs = log_files(run)
     if not logs:
         return None
@@ -350,15 +350,15 @@ def push_run(
             "--evaluation is given without --repo, but its table belongs to the card of a model repository. Pass "
             "--repo, or omit --evaluation."
         )
-    configured = any((run / name).is_file() for name in ("config.json", ADAPTER_CONFIG_NAME))
+    configured = any((run / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
     if repo is not None and not (configured and _has_weights(run)):
         raise DataError(
-            f"{run} contains no model and no adapter; expected config.json or {ADAPTER_CONFIG_NAME}, and weights "
+            f"{run} contains no model and no adapter; expected config.json or {ADAPTER_CONFIG}, and weights "
             "(.safetensors or .bin). Pass the output_dir of a run that has been saved."
         )
     if trajectories is not None and not log_files(run):
         raise DataError(
-            f"{run / FOLDER} contains no logged trees. Set trajectory_log_rate above 0 to log trajectories."
+            f"{run / TRAJECTORIES} contains no logged trees. Set trajectory_log_rate above 0 to log trajectories."
         )
     if evaluation is not None and repo is not None and Card.of(run, repo) is None:
         raise DataError(f"{run} has no training_config.yaml, which the card needs. Omit --evaluation.")
@@ -368,7 +368,7 @@ def push_run(
         card = Card.of(run, repo_id)
         if evaluation is not None and card is not None:
             card = dataclasses.replace(card, evaluation=evaluation)
-            write_whole(run / EVALUATION_NAME, evaluation.strip() + "\n")  # for later pushes
+            write_whole(run / EVALUATION, evaluation.strip() + "\n")  # for later pushes
         snapshot = Snapshot(run=run, model=run, card=card)
         urls.append(str(push_snapshot(repo_id, snapshot, message="Upload a run").commit_url))
     if trajectories is not None:

@@ -20,12 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from arpo_trl.common.run_files import TRAINING_CONFIG
 from arpo_trl.common.settings import ToolLimits, default_of
 from arpo_trl.common.user_files import expect, read_yaml, user_path
 from arpo_trl.tools.builtin import BUILT_IN, ToolArguments
 from arpo_trl.visible import visible
-
-CONFIG_NAME = "training_config.yaml"
 
 SAME_NAME = ("max_completion_length", "system_prompt", "chat_template_kwargs")
 """Settings of training, apart from the tools', that an evaluation has under the same name."""
@@ -80,7 +79,7 @@ class EvaluationSettings:
         Raises:
             DataError: The file does not have the format that a run writes.
         """
-        file = user_path(folder, "model or adapter") / CONFIG_NAME
+        file = user_path(folder, "model or adapter") / TRAINING_CONFIG
         if not file.is_file():
             return None
         settings = read_yaml(file) or {}

@@ -24,6 +24,7 @@ from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from arpo_trl.common.run_files import TRAJECTORIES
 from arpo_trl.common.shipped import CONFIGS, shipped_file
 from arpo_trl.logs.render import render_tree
 from arpo_trl.logs.trajectories import LoggedTree, read_trees
@@ -221,7 +222,7 @@ def ended_by_sigterm() -> Iterator[None]:
 def _show(console: Console, output: Path, rl: Path, summary: Mapping[str, Any]) -> None:
     """Print a tree that branched, and the table of the main numbers."""
     console.rule("[bold]One tree")
-    if (tree := _tree_to_show(rl / "trajectories")) is not None:
+    if (tree := _tree_to_show(rl / TRAJECTORIES)) is not None:
         console.print(render_tree(tree))
     console.rule("[bold]Result")
     console.print(summary_table(summary))

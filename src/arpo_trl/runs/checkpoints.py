@@ -22,6 +22,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from arpo_trl.common.run_files import PICKLED_ARGUMENTS, UNFINISHED
 from arpo_trl.common.user_files import expect, read_json
 from arpo_trl.errors import CheckpointError, ConfigError, DataError
 from arpo_trl.runs.identity import RunIdentity, differences_between
@@ -31,11 +32,8 @@ from arpo_trl.visible import get_rank_logger
 logger = get_rank_logger(__name__)
 
 STATE_FILE = "arpo_state.json"
-UNFINISHED = ".unfinished"
 VERSIONS = ("arpo-trl", "trl", "transformers", "torch")
 
-_MAY_BE_MISSING = "training_args.bin"
-"""A pickle that resuming does not read. Pushes to the Hub omit it."""
 _BATCH_SETTINGS = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation"})
 """The settings that must change with the number of processes to keep the global batches the same."""
 _STATE = {
@@ -91,7 +89,7 @@ class SavedState:
     def check_files(self) -> None:
         """Raises CheckpointError if a file is missing that resuming reads, or its size is not the recorded one."""
         for name, size in self.files.items():
-            if Path(name).name == _MAY_BE_MISSING:
+            if Path(name).name == PICKLED_ARGUMENTS:  # resuming does not read it, and pushes omit it
                 continue
             try:
                 found = (self.folder / name).stat().st_size

@@ -12,13 +12,12 @@ from io import FileIO
 from os import PathLike
 from pathlib import Path
 
+from arpo_trl.common.run_files import FILES, FOLDERS, TRAJECTORIES
 from arpo_trl.common.user_files import user_path
 from arpo_trl.common.waiting import is_first_rank
 from arpo_trl.errors import ConfigError
 
 _WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
-_FOLDERS = (".unfinished", "trajectories", "curves")
-_FILES = ("trainer_state.json", "training_config.yaml", "training_args.bin", "adapter_config.json", "evaluation.md")
 
 LOCK = "_lock"
 """The name begins with _ so that transformers does not push the file to the Hub."""
@@ -168,10 +167,10 @@ def check_names(output: Path) -> None:
     Raises:
         ConfigError: One does. The run would fail when it first writes there, perhaps at its end.
     """
-    for path in (*checkpoints_of(output).values(), *(output / name for name in _FOLDERS)):
+    for path in (*checkpoints_of(output).values(), *(output / name for name in FOLDERS)):
         if os.path.lexists(path) and not path.is_dir():
             raise _is_taken(path, "file", "folder")
-    for name in (*_FILES, "README.md", "model.safetensors", "adapter_model.safetensors"):
+    for name in (*FILES, "README.md", "model.safetensors", "adapter_model.safetensors"):
         if (output / name).is_dir():
             raise _is_taken(output / name, "folder", "file")
 
@@ -203,8 +202,8 @@ def _earlier_run(output: Path, resume: str | bool) -> str | None:
         return None
     if weights:
         return f"a finished model ({weights[0].name})"
-    if any((output / "trajectories").glob("*.jsonl")):
-        return "trajectories"
+    if any((output / TRAJECTORIES).glob("*.jsonl")):
+        return TRAJECTORIES
     return None if newest is None else newest.name
 
 
@@ -247,7 +246,7 @@ def remove_earlier_run(folder: str) -> None:
 
 def _written_by_a_run(output: Path) -> Iterator[Path]:
     yield from (*_weights(output), *checkpoints_of(output).values())
-    yield from (path for name in (*_FOLDERS, *_FILES) if os.path.lexists(path := output / name))
+    yield from (path for name in (*FOLDERS, *FILES) if os.path.lexists(path := output / name))
 
 
 def _weights(output: Path) -> list[Path]:

@@ -20,6 +20,7 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl import GRPOTrainer
 
 from arpo_trl.common.full_disk import as_free_space, is_full_disk
+from arpo_trl.common.run_files import ADAPTER_CONFIG, TRAINER_STATE
 from arpo_trl.common.user_files import read_json
 from arpo_trl.common.working_folder import return_to, working_folder
 from arpo_trl.config import ARPOConfig
@@ -256,7 +257,7 @@ class Resumable(GRPOTrainer):
             )
 
     def _warn_of_another_base(self, folder: Path) -> None:
-        config = folder / "adapter_config.json"
+        config = folder / ADAPTER_CONFIG
         if not is_peft_model(self.model) or not config.exists():
             return
         then = read_json(config).get("base_model_name_or_path")
@@ -469,9 +470,7 @@ class Resumable(GRPOTrainer):
             if self.state.best_global_step == step:  # transformers recorded the temporary path
                 self.state.best_model_checkpoint = str(self._checkpoints.place(step))
             if self.args.should_save:
-                self.state.save_to_json(
-                    str(self._checkpoints.unfinished / f"checkpoint-{step}" / "trainer_state.json")
-                )
+                self.state.save_to_json(str(self._checkpoints.unfinished / f"checkpoint-{step}" / TRAINER_STATE))
                 ended = self.control.should_epoch_stop
                 self._checkpoints.finish(
                     step,

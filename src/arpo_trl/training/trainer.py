@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from trl import GRPOTrainer
 
 from arpo_trl.common.adapters import check_head, of_revision
+from arpo_trl.common.run_files import TRAJECTORIES
 from arpo_trl.common.spans import Spans
 from arpo_trl.common.working_folder import kept_working_folder
 from arpo_trl.config import ARPOConfig
@@ -266,7 +267,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         self.rollout_func = self._rollout  # set after TRL's __init__, which warns about the argument
         check_prompts(datasets, args, self._kits.protocols, self.tree_sampler.settings.max_length, self.toolbox.names)
         self._trajectories = TrajectoryLog(
-            Path(args.output_dir) / "trajectories", args.trajectory_log_rate, args.seed, self.accelerator.process_index
+            Path(args.output_dir) / TRAJECTORIES, args.trajectory_log_rate, args.seed, self.accelerator.process_index
         )
         self._last: LastRollout | None = None
         self._last_rewards: torch.Tensor | None = None

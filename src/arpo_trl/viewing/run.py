@@ -10,10 +10,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from arpo_trl.common.run_files import TRAINER_STATE, TRAJECTORIES
 from arpo_trl.common.user_files import expect, read_json
 from arpo_trl.errors import DataError
 from arpo_trl.logs.metrics import Tally
-from arpo_trl.logs.trajectories import FOLDER, LogFile, LoggedTree, log_files, read_trees
+from arpo_trl.logs.trajectories import LogFile, LoggedTree, log_files, read_trees
 from arpo_trl.runs.output_folder import checkpoints_of
 from arpo_trl.viewing.history import last_step, tally_logged
 from arpo_trl.viewing.page_tree import PageTree
@@ -25,7 +26,6 @@ KINDS = {"step": "training", "eval": "evaluation"}
 """Start of a log file's name → the kind of its rollouts."""
 MAX_LEAVES = 20_000
 """The default maximum number of leaves on a page. The newest steps come first."""
-_STATE = "trainer_state.json"
 _T = TypeVar("_T")
 
 
@@ -48,9 +48,11 @@ def listed(numbers: Sequence[int]) -> str:
 def state_file(run: Path) -> Path | None:
     """The file with the run's log history: that of its newest checkpoint or, if it has ended after that step, of its
     end; None if there is none."""
-    run = run.parent if run.name == FOLDER else run
-    checkpoints = {step: path for step, folder in checkpoints_of(run).items() if (path := folder / _STATE).exists()}
-    ended, newest = run / _STATE, max(checkpoints, default=0)
+    run = run.parent if run.name == TRAJECTORIES else run
+    checkpoints = {
+        step: path for step, folder in checkpoints_of(run).items() if (path := folder / TRAINER_STATE).exists()
+    }
+    ended, newest = run / TRAINER_STATE, max(checkpoints, default=0)
     mark = _mark(ended) if ended.is_file() else None
     if mark is None or _step_of(ended, mark) < newest:  # a finished run may have been continued
         return checkpoints.get(newest)

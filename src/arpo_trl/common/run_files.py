@@ -1,0 +1,20 @@
+"""The names of the files and folders that a run writes to its output_dir. Pure."""
+
+TRAJECTORIES = "trajectories"
+"""The folder of the logged trees."""
+CURVES = "curves"
+"""The folder of the pictures of the model card."""
+UNFINISHED = ".unfinished"
+"""The folder of checkpoints that are being written."""
+TRAINER_STATE = "trainer_state.json"
+"""Also in each checkpoint. It has the logged metrics."""
+TRAINING_CONFIG = "training_config.yaml"
+"""The settings of the run."""
+PICKLED_ARGUMENTS = "training_args.bin"
+"""The same settings as a pickle, which transformers writes and nothing here reads. Pushes to the Hub omit it."""
+ADAPTER_CONFIG = "adapter_config.json"
+EVALUATION = "evaluation.md"
+"""The table of an evaluation, for the model card."""
+FOLDERS = (UNFINISHED, TRAJECTORIES, CURVES)
+FILES = (TRAINER_STATE, TRAINING_CONFIG, PICKLED_ARGUMENTS, ADAPTER_CONFIG, EVALUATION)
+"""Without the weights and the model card."""
