@@ -207,6 +207,25 @@ def test_a_worker_that_cannot_start_is_an_error(monkeypatch: pytest.MonkeyPatch)
         MathWorker().equal("1", "2")
 
 
+def test_a_worker_answers_without_a_stderr() -> None:
+    code = "from arpo_trl.rewards.math_worker import MathWorker; print(MathWorker().equal('1/2', '0.5'))"
+    done = subprocess.run(["sh", "-c", 'exec "$0" -c "$1" 2>&-', sys.executable, code], capture_output=True, text=True)
+    assert done.stdout == "True\n"
+
+
+def test_a_worker_that_starts_but_never_answers_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, file = MathWorker(), tmp_path / "worker.py"
+    monkeypatch.setattr(math_worker_module, "__file__", str(file))
+    file.write_text("print('ready', flush=True); input()")
+    with pytest.raises(RewardError, match="started, but exited with 0 instead of answering, twice"):
+        worker.equal("1", "2")
+    file.write_text("import os; print('ready', flush=True); input(); os.kill(os.getpid(), 9)")
+    with pytest.raises(RewardError, match="was killed by signal 9"):
+        worker.equal("1", "2")
+    file.write_text("import os, signal; print('ready', flush=True); input(); os.kill(os.getpid(), signal.SIGPROF)")
+    assert not worker.equal("1", "2")
+
+
 def test_a_worker_has_no_environment_no_capability_and_few_system_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ARPO_TEST_CANARY", "canary")
     worker = MathWorker()

@@ -18,6 +18,7 @@ import atexit
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -35,9 +36,13 @@ MEMORY_LIMIT_BYTES = 2 << 30
 """Address space of the worker in bytes. sympy needs a tenth of it."""
 OPEN_FILES = 64
 """The maximum number of open file descriptors of the worker."""
+LIMIT_SIGNALS = frozenset((signal.SIGPROF, signal.SIGSEGV, signal.SIGABRT))
+"""What ends a worker whose answer exceeds the limits: CPU time, the stack, or the memory of GMP."""
 START_PATIENCE_S = 30.0
 """Seconds for which the start of a worker is retried on a machine without a free process."""
 _START_WAIT_S = 0.5
+_EXIT_S = 5.0
+"""Seconds for the exit of a worker that has closed its pipe."""
 
 
 class MathWorker:
@@ -58,7 +63,7 @@ class MathWorker:
         """Whether `prediction` is mathematically equal to `gold`; False if the comparison exceeds a limit.
 
         Raises:
-            RewardError: The worker cannot start.
+            RewardError: The worker cannot start, or ends without a limit being exceeded.
         """
         return self._answer([prediction, gold]) == "1"
 
@@ -67,20 +72,30 @@ class MathWorker:
         limits.
 
         Raises:
-            RewardError: The worker cannot start.
+            RewardError: As `equal`.
         """
         return self._answer([answer]) != "0"
 
     def _answer(self, question: list[str]) -> str:
         with self._lock:
             try:
-                reply = _ask(self._running(), json.dumps(question))
+                for _ in range(2):
+                    process = self._running()
+                    if reply := _ask(process, json.dumps(question)):
+                        return reply
+                    if (fault := _fault(process)) is None:
+                        self._stop()
+                        return ""
+                    self._stop()  # a new one can answer if only this one was killed, or had used up its memory
             except BaseException:  # an interrupt may leave a line in the pipe, which the next question would read
                 self._stop()
                 raise
-            if not reply:
-                self._stop()
-            return reply
+            from arpo_trl.errors import RewardError  # imported late, because the worker does not need it
+
+            raise RewardError(
+                f"The worker that compares mathematical answers started, but {fault} instead of answering, twice. "
+                "Expected a reply, or the signal of a limit. Check what ends processes here, such as a limit on memory."
+            )
 
     def close(self) -> None:
         """Stop the worker. The next question starts a new one."""
@@ -155,6 +170,17 @@ def _ask(process: subprocess.Popen[str], question: str) -> str:
     return process.stdout.readline().strip()
 
 
+def _fault(process: subprocess.Popen[str]) -> str | None:
+    """How a worker ended without a reply; None if its question exceeded a limit."""
+    try:
+        status = process.wait(_EXIT_S)
+    except subprocess.TimeoutExpired:
+        return "closed its pipe"
+    if -status in LIMIT_SIGNALS:
+        return None
+    return f"exited with {status}" if status >= 0 else f"was killed by signal {-status}"
+
+
 @one_per_process
 def math_worker() -> MathWorker:
     """The worker of this process."""
@@ -163,15 +189,16 @@ def math_worker() -> MathWorker:
 
 def _serve(cpu_limit_s: float) -> None:
     """Answer the questions on stdin until it closes. Runs in the worker's main thread."""
+    import fcntl
     import logging
-    import signal
 
     from arpo_trl.rewards.mathematics.equality import equal, is_text
 
     logging.disable(logging.CRITICAL)
     equal(r"\frac{1}{2}", "0.5")  # fills caches before the CPU time of questions is measured
 
-    replies = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    # Not 2, which is free if the parent has no stderr: it is replaced below.
+    replies = os.fdopen(fcntl.fcntl(1, fcntl.F_DUPFD_CLOEXEC, 3), "w", encoding="utf-8", buffering=1)
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)  # output that the parser prints must not be read as a reply
     _confine()
