@@ -1,12 +1,18 @@
 """The commands of `arpo-trl` that start, prepare or inspect a run."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from importlib import metadata
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -22,6 +28,7 @@ from arpo_trl.common.shipped import ACCELERATE_CONFIGS, CONFIGS, file_or_shipped
 from arpo_trl.errors import ConfigError
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.tools.python import sandbox
+from forked import Fork
 from support import can_isolate, save_tiny_model, script
 
 ROOT = Path(__file__).parents[1]
@@ -81,6 +88,56 @@ def test_several_processes_need_a_configuration_that_starts_them(tmp_path, flag)
     for configuration in (["--accelerate", "single"], ["--config_file", str(own)]):
         with pytest.raises(ConfigError, match=rf"{flag} is 4, but .* starts one process .* --accelerate ddp"):
             launch("arpo_trl.scripts.train", [*configuration, flag, "4"])
+
+
+SAVES = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), pathlib.Path("saved").touch(), sys.exit(143)))
+pathlib.Path("there").touch()
+signal.pause()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["single"], ["ddp", "--num_processes", "1"]])
+def test_a_sigterm_to_the_command_alone_reaches_the_program_which_the_command_waits_for(tmp_path, words) -> None:
+    (tmp_path / "program.py").write_text(SAVES, "utf-8")
+    command = ["-m", "arpo_trl.commands.launch", "program.py", "--accelerate", *words]
+    process = Fork(command, cwd=tmp_path, env=os.environ, log=tmp_path / "log")
+    try:
+        end = time.monotonic() + 120.0
+        while not (tmp_path / "there").exists() and time.monotonic() < end:
+            assert process.poll() is None, (tmp_path / "log").read_text("utf-8")
+            time.sleep(0.02)
+        process.terminate()
+        assert process.wait(60.0) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+    assert (tmp_path / "saved").exists() and "Traceback" not in (tmp_path / "log").read_text("utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs namespaces")
+def test_a_sigterm_ends_the_first_process_of_a_container(tmp_path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import pathlib, time\nfrom arpo_trl.command_line import report_errors\n"
+        "report_errors(lambda: (pathlib.Path('there').touch(), time.sleep(600)))()\n"
+    )
+    isolated = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child"]
+    if subprocess.run([*isolated, "true"], capture_output=True).returncode:
+        pytest.skip("needs namespaces")
+    process = psutil.Popen([*isolated, sys.executable, str(program)], cwd=tmp_path)
+    try:
+        end = time.monotonic() + 60.0
+        while not (tmp_path / "there").exists() and time.monotonic() < end:
+            time.sleep(0.02)
+        (first,) = process.children()
+        first.terminate()
+        assert process.wait(60.0) == 128 + signal.SIGTERM
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 @pytest.mark.parametrize(

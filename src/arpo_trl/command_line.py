@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from arpo_trl.common.flags import NEAR, nearest
 from arpo_trl.common.full_disk import full_disk_message, is_full_disk
@@ -36,13 +36,16 @@ def report_errors(main: Callable[[], T]) -> Callable[[], T]:
 
     Ctrl-C, and an interrupted training run, also print one line, and exit with 128 plus the signal's number. If the
     output goes to a program that has ended, such as `head`, nothing is printed, and the status is 1. On a terminal
-    whose encoding lacks a character, a question mark is printed in its place.
+    whose encoding lacks a character, a question mark is printed in its place. SIGTERM also ends the first process of a
+    container, for which the system would ignore it.
     """
 
     @functools.wraps(main)
     def wrapped() -> T:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")
+        if os.getpid() == 1:
+            signal.signal(signal.SIGTERM, _end)
         try:
             value = main()
             if sys.stdout is not None:
@@ -74,6 +77,10 @@ def report_errors(main: Callable[[], T]) -> Callable[[], T]:
                 discard(sys.stdout)
 
     return wrapped
+
+
+def _end(number: int, _: object) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def parse_settings(

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import NoReturn
 
@@ -97,6 +98,7 @@ def launch(program: str, words: Sequence[str]) -> int:
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file
     from accelerate.commands.launch import launch_command, launch_command_parser
     from accelerate.utils import DistributedType
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     if "--config_file" not in for_accelerate and not os.path.isfile(default_config_file):
@@ -123,13 +125,15 @@ def launch(program: str, words: Sequence[str]) -> int:
                 f"--{name} is {number}, but the configuration {file} starts one process (distributed_type: NO). "
                 "Choose one for several processes, such as --accelerate ddp."
             )
-    _leave_interrupts_to_the_program()
+    _leave_signals_to_the_program()
     try:
         launch_command(arguments)
     except subprocess.CalledProcessError as ended:
         return _status(ended.returncode)
     except ChildFailedError as failed:  # raised by torchrun
         return _status(failed.get_first_failure()[1].exitcode)
+    except SignalException as stopped:  # also by torchrun, once the program has ended on the signal
+        return 128 + stopped.sigval
     return 0
 
 
@@ -138,9 +142,21 @@ def _refuse(message: str) -> NoReturn:
     raise ConfigError(re.sub(r"^argument (--\w+)[^:]*", r"\1", in_words(message)) + ".")
 
 
-def _leave_interrupts_to_the_program() -> None:
-    """The terminal also sends Ctrl-C to the program, which then writes a checkpoint. This process waits for it."""
+def _leave_signals_to_the_program() -> None:
+    """The program writes a checkpoint on Ctrl-C, which the terminal also sends to it, and on SIGTERM, which may be
+    sent to this process alone. This process waits for it. torchrun replaces the handler of SIGTERM with its own."""
+    import psutil
+
+    def hand_on(number: int, _: object) -> None:
+        children = psutil.Process().children()
+        for child in children:
+            with suppress(psutil.Error):  # it has just ended
+                child.send_signal(number)
+        if not children:
+            raise SystemExit(128 + number)
+
     signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(signal.SIGTERM, hand_on)
 
 
 def _status(code: int) -> int:
