@@ -1,5 +1,6 @@
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import resource
@@ -393,6 +394,27 @@ def test_the_best_checkpoint_is_known_by_its_own_place(model, tmp_path):
     said = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text("utf-8"))
     assert said["best_model_checkpoint"] == str(tmp_path / "checkpoint-1")
     assert trainer.loads == 2  # an engine with a copy of the weights copies them again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["moved", "run"])
+def test_the_best_checkpoint_is_kept_and_loaded_if_the_run_has_moved_or_is_named_otherwise(
+    model, tmp_path, monkeypatch, first
+):
+    calls = itertools.count()
+
+    def falling(completions, **_):  # the first evaluation is the best
+        return [-float(next(calls)) for _ in completions]
+
+    evaluated = {**RUNS["evaluated"], "eval_steps": 1, "load_best_model_at_end": True, "save_total_limit": 2}
+    evaluated |= {"metric_for_best_model": "eval_reward", "reward_funcs": [falling]}
+    monkeypatch.chdir(tmp_path)
+    train(model, Path(first), **evaluated, max_steps=2)
+    os.rename(first, "run")
+    again = train(model, tmp_path / "run", **evaluated, max_steps=4, resume=True)
+    assert again.state.best_model_checkpoint == str(tmp_path / "run" / "checkpoint-1")
+    assert [path.name for path in Checkpoints(tmp_path / "run").all()] == ["checkpoint-1", "checkpoint-4"]
+    assert again.loads == 2  # a second time by the best checkpoint
 
 
 def test_a_checkpoint_is_written_where_the_run_began(model, tmp_path, monkeypatch):

@@ -314,6 +314,7 @@ class Resumable(GRPOTrainer):
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
         if self._resumed is not None and not self._is_restored:  # no epoch, or no step, was left
             self._load_rng_state(str(self._resumed.folder))
+        self._place_best()
         return super()._finalize_training(*args, **kwargs)
 
     def _in_pass(self, loop: dict[str, Any]) -> dict[str, Any]:
@@ -467,8 +468,7 @@ class Resumable(GRPOTrainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             self._writing = False
-            if self.state.best_global_step == step:  # transformers recorded the temporary path
-                self.state.best_model_checkpoint = str(self._checkpoints.place(step))
+            self._place_best(step)
             if self.args.should_save:
                 self.state.save_to_json(str(self._checkpoints.unfinished / f"checkpoint-{step}" / TRAINER_STATE))
                 ended = self.control.should_epoch_stop
@@ -498,6 +498,16 @@ class Resumable(GRPOTrainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+
+    def _place_best(self, saved: int | None = None) -> None:
+        """Names the best checkpoint by its place in this run's folder, if it is there or has just been `saved`.
+
+        transformers records a temporary path, or keeps that of a folder which has since been moved, or is now given
+        relative to another one. Then it would remove the best checkpoint, or not load it.
+        """
+        step = self.state.best_global_step
+        if step and (step == saved or self._checkpoints.place(step).is_dir()):
+            self.state.best_model_checkpoint = str(self._checkpoints.place(step))
 
     def _could_not_save(self, step: int, error: Exception) -> CheckpointError:
         shutil.rmtree(self._checkpoints.unfinished, ignore_errors=True)
