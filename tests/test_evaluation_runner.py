@@ -499,7 +499,7 @@ def test_the_lock_of_a_run_that_was_killed_at_its_start_is_no_other_file(tmp_pat
 
 def test_a_half_written_description_of_a_killed_run_is_ignored(tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/run.json.partial").write_text('{"mod')
+    (tmp_path / "run/run.json.partial-0a1b2c3d").write_text('{"mod')
     RunFolder(tmp_path / "run", IDENTITY, resume=True).log.close()
     assert json.loads((tmp_path / "run/run.json").read_text()) == IDENTITY
 

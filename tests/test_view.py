@@ -168,7 +168,7 @@ def test_files_sort_by_step_with_an_evaluation_before_the_training_rollout_of_it
         "step-000010-rank0.jsonl",
     ]
     assert [each.path.name for each in sorted(map(file, reversed(names)))] == names
-    assert LogFile.of(Path("step-000001-rank0.jsonl.partial")) is None
+    assert LogFile.of(Path("step-000001-rank0.jsonl.partial-0a1b2c3d")) is None
     assert file("step-000004.1-rank0.jsonl").rollout == "step-000004.1"
 
 

@@ -213,7 +213,7 @@ def send(made: ARPOTrainer, folder: Path) -> DiskTransfer:
 def fail_to_send(made: ARPOTrainer, transfer: DiskTransfer, folder: Path) -> str | None:
     """This rank's error for a folder that the first rank cannot create."""
     if made.accelerator.is_main_process:
-        (folder / "arpo-unsent.partial").touch()
+        (folder / "arpo-unsent").touch()
     return error_of(lambda: transfer.prepare("arpo-unsent"))
 
 

@@ -3,48 +3,91 @@
     with whole_file(Path("report.md")) as partial:
         partial.write_text("…")
 
-The content is written to a file with the final name plus `.partial`. It gets its final name when the block ends
-without an error. After an error it is removed. After a crash it remains, and the next write replaces it. An error of a
-full disk names the file.
+The content is written to a file with the final name plus `.partial-` and an id, so that two writers of one file or
+folder do not share it. It gets its final name when the block ends without an error. After an error it is removed.
+After a crash it remains. An error of a full disk names the file.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 from arpo_trl.common.full_disk import naming
 
 
+PARTIAL = ".partial"
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yields the file to write. At the end it becomes `path` and replaces an existing file. The folder must exist."""
-    partial = _partial(path)
+    """Yields the file to write. At the end it becomes `path` and replaces an existing file. The folder must exist.
+
+    A link stays, and the file that it names is replaced. What is no file, such as a device or a pipe, gets the content.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with tempfile.TemporaryDirectory() as folder:
+            whole = Path(folder) / path.name
+            yield whole
+            with naming(path), whole.open("rb") as source, path.open("wb") as target:
+                shutil.copyfileobj(source, target)
+        return
+    final = Path(os.path.realpath(path)) if path.is_symlink() else path
+    partial = _partial(final)
     try:
         with naming(path):
             yield partial
-            partial.replace(path)
-    except BaseException:
+            partial.replace(final)
+    except BaseException as error:
         with suppress(OSError):  # not the error to report
             partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (partial, str(partial)):
+            error.filename = str(path)  # the name that the user knows
         raise
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yields a new, empty folder. At the end it becomes `path`, which must not exist. Creates missing parents."""
+    """Yields a new, empty folder. At the end it becomes `path`, which must not exist. Creates missing parents.
+
+    Raises:
+        FileExistsError: Another process has written `path` meanwhile.
+    """
     partial = _partial(path)
-    shutil.rmtree(partial, ignore_errors=True)
     try:
         with naming(path):
             partial.mkdir(parents=True)
             yield partial
-            partial.replace(path)
+            share_weights(partial)
+            try:
+                partial.replace(path)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                raise FileExistsError(errno.EEXIST, "Another process has written it meanwhile", str(path)) from None
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def final_name(path: Path) -> str:
+    """The name that a file or folder has when it is whole; its own if it is no partial one."""
+    return path.name.partition(PARTIAL)[0] or path.name
+
+
+def share_weights(folder: Path) -> None:
+    """Gives the weights in `folder` the permissions to read and write of the folder. safetensors creates files that
+    only their owner can read, whatever the umask."""
+    with suppress(OSError):  # a file of another user, or a file system without permissions
+        mode = folder.stat().st_mode & 0o666
+        for file in folder.glob("*.safetensors"):
+            file.chmod(mode)
 
 
 @contextmanager
@@ -76,4 +119,4 @@ def write_whole(path: Path, text: str, *, errors: str = "strict") -> None:
 
 
 def _partial(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
+    return path.with_name(f"{path.name}{PARTIAL}-{uuid4().hex[:8]}")

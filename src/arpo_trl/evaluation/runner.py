@@ -19,7 +19,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from arpo_trl.common.files import write_whole
+from arpo_trl.common.files import PARTIAL, write_whole
 from arpo_trl.common.full_disk import is_full_disk
 from arpo_trl.common.tags import CODE_PARAMETER
 from arpo_trl.common.user_files import expect, read_json, user_path
@@ -232,7 +232,7 @@ class RunFolder:
         if description.exists():
             self._check_same(description, identity, resume)
         elif path.exists() and (
-            not path.is_dir() or any(file.suffix != ".partial" and file.name != LOCK for file in path.iterdir())
+            not path.is_dir() or any(PARTIAL not in file.name and file.name != LOCK for file in path.iterdir())
         ):
             raise ConfigError(f"{path} is not empty and contains no evaluation. Choose another output folder.")
         else:

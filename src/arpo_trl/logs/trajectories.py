@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from arpo_trl.common.files import write_whole
+from arpo_trl.common.files import final_name, write_whole
 from arpo_trl.common.full_disk import full_disk_message, is_full_disk
 from arpo_trl.common.run_files import TRAJECTORIES
 from arpo_trl.common.user_files import expect, json_lines, user_path
@@ -203,7 +203,7 @@ class TrajectoryLog:
         these files anyway, but not the files of ranks or steps that it no longer has.
         """
         for path in self.folder.glob("*-rank*"):
-            file = LogFile.of(path.with_name(path.name.removesuffix(".partial")))
+            file = LogFile.of(path.with_name(final_name(path)))
             if file is None or file.step < step or (file.kind == "eval" and evaluated and file.step == step):
                 continue
             path.unlink(missing_ok=True)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch.distributed.fsdp import StateDictType
 from transformers import Trainer
+
+from arpo_trl.common.files import share_weights
 
 
 class WholeModels(Trainer):
@@ -11,7 +15,7 @@ class WholeModels(Trainer):
 
     With accelerate's defaults a run would end without a model: under FSDP with sharded state dicts `Trainer` saves
     only the shards of checkpoints, and under ZeRO-3 without `zero3_save_16bit_model` only DeepSpeed's own files. The
-    shards from which a run resumes are saved as configured.
+    shards from which a run resumes are saved as configured. Saved weights are as readable as their folder.
     """
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -24,9 +28,11 @@ class WholeModels(Trainer):
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is None:
             super().save_model(output_dir, _internal_call)
-            return
-        configured, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
-        try:
-            super().save_model(output_dir, _internal_call)
-        finally:
-            plugin.state_dict_type = configured
+        else:
+            configured, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
+            try:
+                super().save_model(output_dir, _internal_call)
+            finally:
+                plugin.state_dict_type = configured
+        if self.args.should_save:
+            share_weights(Path(output_dir or self.args.output_dir))
