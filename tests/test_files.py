@@ -55,11 +55,11 @@ def test_a_folder_has_its_name_when_complete(tmp_path):
 
 
 def test_two_writers_of_a_folder_or_file_do_not_mix(tmp_path):
-    with pytest.raises(FileExistsError, match="Another process has written it meanwhile: '.*model'"):
-        with whole_folder(tmp_path / "model") as second:
-            (second / "second").touch()
-            with whole_folder(tmp_path / "model") as first:
-                (first / "first").touch()
+    said = r"Another process has written it meanwhile: '.*model'"
+    with pytest.raises(FileExistsError, match=said), whole_folder(tmp_path / "model") as second:
+        (second / "second").touch()
+        with whole_folder(tmp_path / "model") as first:
+            (first / "first").touch()
     assert names(tmp_path) == ["model"] and names(tmp_path / "model") == ["first"]
     with whole_file(tmp_path / "log") as last, whole_file(tmp_path / "log") as first:
         last.write_text("last")

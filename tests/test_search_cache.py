@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import multiprocessing
+import os
 import sqlite3
 import time
 from pathlib import Path
@@ -103,6 +104,47 @@ def test_requests_are_spaced_evenly_over_all_who_ask(cache: SearchCache) -> None
     assert gaps == pytest.approx([0.0, 100.0, 200.0, 300.0, 400.0])
     assert cache.reserve("serper", 0.01, start + 100) is None  # the next place is after that
     assert cache.reserve("brave", 0.01, start + 1000) is not None  # each provider has its own
+
+
+def test_a_clock_that_was_set_back_blocks_no_requests(cache: SearchCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time()
+    with monkeypatch.context() as ahead:
+        ahead.setattr(search_cache.time, "time", lambda: now + 7200)
+        assert cache.reserve("serper", 5, now + 7220) == now + 7200
+        cache.lease(key(), 20).__enter__()  # by a process that is killed
+        cache.put_error(key("failed"), "answered 503")
+    monkeypatch.setattr(search_cache.time, "time", lambda: now)
+    assert [cache.reserve("serper", 5, now + 20) for _ in range(2)] == [now, pytest.approx(now + 0.2)]
+    with cache.lease(key(), 20) as granted:
+        assert granted
+    assert cache.get(key("failed")) is None
+
+
+@pytest.mark.parametrize("folder_mode", [0o555, 0o755])
+def test_a_cache_that_can_only_be_read_is_read(
+    cache: SearchCache, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder_mode: int
+) -> None:
+    cache.put(key(), HITS)
+    cache.close()
+    cache.path.chmod(0o444)
+    cache.path.parent.chmod(folder_mode)
+    try:
+        if os.geteuid() == 0:  # who may write everything; the files stay as they are nevertheless
+            monkeypatch.setattr(
+                search_cache, "_can_write", lambda *paths: all(p.stat().st_mode & 0o200 for p in paths)
+            )
+        reader = SearchCache(cache.path, writes=False)
+        assert reader.get(key()) == Entry(hits=HITS, error=None)
+        with pytest.raises(sqlite3.OperationalError, match="readonly"):
+            reader.put(key("other"), HITS)
+        monkeypatch.setattr("sys.argv", ["arpo-trl", "cache", "stats", str(cache.path)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code and '"found": 1' in capsys.readouterr().out
+    finally:
+        cache.path.parent.chmod(0o755)
+    if folder_mode == 0o555:
+        assert [path.name for path in cache.path.parent.iterdir()] == [cache.path.name]
 
 
 def test_spending_is_counted_by_run_up_to_the_cap(cache: SearchCache) -> None:

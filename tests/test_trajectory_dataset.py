@@ -95,6 +95,11 @@ def test_a_broken_log_is_named(tmp_path):
 
 
 def test_a_file_with_another_name_is_not_a_log(tmp_path):
-    for name in ("step-000001-rankx.jsonl", "foo-rank0.jsonl", "notes.jsonl", "step-000001-rank0.jsonl.partial-0a1b2c3d"):
+    for name in (
+        "step-000001-rankx.jsonl",
+        "foo-rank0.jsonl",
+        "notes.jsonl",
+        "step-000001-rank0.jsonl.partial-0a1b2c3d",
+    ):
         (tmp_path / name).write_text("")
     assert log_files(tmp_path) == []

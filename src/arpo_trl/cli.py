@@ -215,7 +215,7 @@ def _cache(arguments: argparse.Namespace) -> None:
         raise DataError(f"There is no search cache {arguments.cache}. Check the path.")
     if arguments.action == "import" and arguments.top_k < 1:
         raise ConfigError(f"--top-k is {arguments.top_k}; expected an integer of at least 1.")
-    cache = SearchCache(arguments.cache)
+    cache = SearchCache(arguments.cache, writes=arguments.action == "import")
     try:
         _on_cache(cache, arguments)
     except sqlite3.Error as error:

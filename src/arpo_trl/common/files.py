@@ -21,7 +21,6 @@ from uuid import uuid4
 
 from arpo_trl.common.full_disk import naming
 
-
 PARTIAL = ".partial"
 
 
@@ -29,7 +28,7 @@ PARTIAL = ".partial"
 def whole_file(path: Path) -> Iterator[Path]:
     """Yields the file to write. At the end it becomes `path` and replaces an existing file. The folder must exist.
 
-    A link stays, and the file that it names is replaced. What is no file, such as a device or a pipe, gets the content.
+    A link stays, and the file that it names is replaced. A device or a pipe stays, and gets the content.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
         with tempfile.TemporaryDirectory() as folder:

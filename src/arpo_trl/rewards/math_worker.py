@@ -94,7 +94,7 @@ class MathWorker:
 
             raise RewardError(
                 f"The worker that compares mathematical answers started, but {fault} instead of answering, twice. "
-                "Expected a reply, or the signal of a limit. Check what ends processes here, such as a limit on memory."
+                "Expected a reply, or the signal of a limit. Check what ends processes here, such as a memory limit."
             )
 
     def close(self) -> None:

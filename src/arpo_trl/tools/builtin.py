@@ -209,10 +209,11 @@ def _search_source(arguments: ToolArguments, run: str) -> Searchable:
             "your own is known after its module has been imported: name a function of that module in tools, such as "
             "my_tools:lookup."
         )
+    mode = CacheMode(arguments.search_cache_mode)
     return WebSearch(
         make_provider(provider, url=arguments.search_url, zone=arguments.search_zone),
-        SearchCache(arguments.search_cache),
-        CacheMode(arguments.search_cache_mode),
+        SearchCache(arguments.search_cache, writes=mode.asks),
+        mode,
         fields=arguments.search_fields,
         timeout_s=arguments.search_timeout_s,
         per_second=arguments.search_rate,

@@ -38,6 +38,10 @@ EMPTY_TTL_S = 600.0
 ERROR_TTL_S = 30.0
 """Seconds after which a failed query may be sent again."""
 
+AHEAD_S = 600.0
+"""A time in the file that is further ahead than a search waits, and this long, was written before the clock was set
+back."""
+
 _BUSY_TIMEOUT_S = 30.0
 _BESIDE = ("-wal", "-shm", "-journal")
 """Ends of the names of the files that sqlite creates beside a database."""
@@ -107,6 +111,10 @@ class Entry:
     error: str | None
 
 
+def _can_write(*paths: Path) -> bool:
+    return all(os.access(path, os.W_OK) for path in paths)
+
+
 def _is_locked(error: Exception) -> bool:
     return isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
 
@@ -114,14 +122,18 @@ def _is_locked(error: Exception) -> bool:
 class SearchCache:
     """The cache file at `path`, created if it is missing.
 
+    Args:
+        writes: Whether methods that write will be called. If not, a file that can only be read is enough.
+
     All methods raise `sqlite3.Error` if the file is damaged or locked for too long, or if the disk is full.
 
     Raises:
         DataError: The file is not a search cache, or has another version.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, writes: bool = True) -> None:
         self.path = user_path(path, "search_cache")
+        self._is_protected = not writes and self.path.is_file() and not _can_write(self.path, self.path.parent)
         self._lock = threading.Lock()
         self._pid = -1
         self._owner = uuid.uuid4().hex
@@ -139,8 +151,14 @@ class SearchCache:
     @retry(on=_is_locked, attempts=None, timeout=_BUSY_TIMEOUT_S, wait_initial=0.02, wait_max=0.5, wait_jitter=0.1)
     def _connect(self) -> None:
         # Many processes may create the file at once, and switching to the write-ahead log does not wait for the lock.
+        file = self._address() if self._is_protected else self.path
         connection = sqlite3.connect(
-            self.path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False, cached_statements=32
+            file,
+            timeout=_BUSY_TIMEOUT_S,
+            isolation_level=None,
+            check_same_thread=False,
+            cached_statements=32,
+            uri=self._is_protected,
         )
         try:
             # One statement, so that another process cannot create the tables between two. Before the first change.
@@ -156,14 +174,22 @@ class SearchCache:
                     f"{self.path} is a search cache of version {version}, expected {FILE_VERSION}. Export it with the "
                     f"release that wrote it (arpo-trl cache export), and import the export into a new file."
                 )
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=NORMAL")  # a power failure may lose only the last answers
+            if not self._is_protected:
+                connection.execute("PRAGMA journal_mode=WAL")
+                connection.execute("PRAGMA synchronous=NORMAL")  # a power failure may lose only the last answers
             if version == 0:
                 connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version={FILE_VERSION}; COMMIT;")
         except BaseException:
             connection.close()
             raise
         self._connection, self._pid = connection, os.getpid()
+
+    def _address(self) -> str:
+        """The file as a URI that sqlite opens only to read."""
+        path = self.path.absolute()
+        # Without its files beside the database sqlite cannot lock. Nobody writes who could not create them.
+        alone = not _can_write(path.parent) and not Path(f"{path}-wal").exists()
+        return f"{path.as_uri()}?mode=ro" + ("&immutable=1" if alone else "")
 
     def _run(self, statement: str, *values: Any) -> list[Any]:
         with self._connected() as connection:
@@ -185,9 +211,9 @@ class SearchCache:
         """Return the entry for `key`, or None. With `expired`, return also expired hits, but never an error."""
         rows = self._run(
             "SELECT hits, error FROM results WHERE provider=? AND query=? AND parameters=? AND "
-            + ("hits IS NOT NULL" if expired else "(expires IS NULL OR expires > ?)"),
+            + ("hits IS NOT NULL" if expired else "(expires IS NULL OR expires > ? AND expires <= ?)"),
             *(key.provider, key.query, key.parameters),
-            *(() if expired else (time.time(),)),
+            *(() if expired else (now := time.time(), now + EMPTY_TTL_S)),
         )
         return Entry(hits=_hits(rows[0][0]) if rows[0][0] else [], error=rows[0][1]) if rows else None
 
@@ -219,8 +245,8 @@ class SearchCache:
         granted = bool(
             self._run(
                 "INSERT INTO leases VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET owner=excluded.owner, "
-                "until=excluded.until WHERE until < ? RETURNING 1",
-                *(name, owner, now + seconds, now),
+                "until=excluded.until WHERE until < ? OR until > ? RETURNING 1",
+                *(name, owner, now + seconds, now, now + seconds + AHEAD_S),
             )
         )
         try:
@@ -234,9 +260,10 @@ class SearchCache:
         spaced."""
         gap, now = 1 / per_second, time.time()
         rows = self._run(
-            "INSERT INTO slots VALUES (?1, ?2 + ?3) ON CONFLICT DO UPDATE SET next = max(next, ?2) + ?3 "
-            "WHERE max(next, ?2) <= ?4 RETURNING next - ?3",
-            *(provider, now, gap, latest),
+            "INSERT INTO slots VALUES (?1, ?2 + ?3) ON CONFLICT DO UPDATE SET "
+            "next = iif(next > ?5, ?2, max(next, ?2)) + ?3 "
+            "WHERE max(next, ?2) <= ?4 OR next > ?5 RETURNING next - ?3",
+            *(provider, now, gap, latest, max(now, latest) + gap + AHEAD_S),
         )
         return float(rows[0][0]) if rows else None
 

@@ -96,6 +96,7 @@ class WebSearch:
             except sqlite3.Error as error:
                 raise cache.unusable(error) from error
         self._capped = False
+        self._limited = False
         self._queries_refused = 0
 
     def search(self, query: str, top_k: int) -> list[str]:
@@ -193,6 +194,13 @@ class WebSearch:
         if self._per_second is not None:
             start = self._cache.reserve(self._provider.source, self._per_second, deadline)
             if start is None:
+                if not self._limited:
+                    self._limited = True
+                    logger.warning(
+                        "Search is degraded: the next request that search_rate %g allows to %s is later than "
+                        "search_timeout_s, %g s. The model gets a notice instead of results.",
+                        *(self._per_second, self._provider.name, self._timeout_s),
+                    )
                 raise ToolUnavailable(_UNAVAILABLE)
             time.sleep(max(0.0, start - time.time()))
         if not self._cache.spend(self._run, self._max_requests):
