@@ -137,10 +137,8 @@ def test_a_cache_that_can_only_be_read_is_read(
         assert reader.get(key()) == Entry(hits=HITS, error=None)
         with pytest.raises(sqlite3.OperationalError, match="readonly"):
             reader.put(key("other"), HITS)
-        monkeypatch.setattr("sys.argv", ["arpo-trl", "cache", "stats", str(cache.path)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert not ended.value.code and '"found": 1' in capsys.readouterr().out
+        assert run_command(monkeypatch, "cache", "stats", cache.path) == 0
+        assert '"found": 1' in capsys.readouterr().out
     finally:
         cache.path.parent.chmod(0o755)
     if folder_mode == 0o555:

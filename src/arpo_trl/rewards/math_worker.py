@@ -63,7 +63,7 @@ class MathWorker:
         """Whether `prediction` is mathematically equal to `gold`; False if the comparison exceeds a limit.
 
         Raises:
-            RewardError: The worker cannot start, or ends without a limit being exceeded.
+            RewardError: The worker cannot start, or ends by itself without an answer.
         """
         return self._answer([prediction, gold]) == "1"
 
@@ -77,24 +77,34 @@ class MathWorker:
         return self._answer([answer]) != "0"
 
     def _answer(self, question: list[str]) -> str:
+        from arpo_trl.errors import RewardError  # imported late, because the worker does not need them
+        from arpo_trl.visible import get_logger
+
         with self._lock:
-            try:
-                for _ in range(2):
+            for _ in range(2):
+                try:
                     process = self._running()
                     if reply := _ask(process, json.dumps(question)):
                         return reply
-                    if (fault := _fault(process)) is None:
-                        self._stop()
-                        return ""
-                    self._stop()  # a new one can answer if only this one was killed, or had used up its memory
-            except BaseException:  # an interrupt may leave a line in the pipe, which the next question would read
-                self._stop()
-                raise
-            from arpo_trl.errors import RewardError  # imported late, because the worker does not need it
-
+                    status = _exit_status(process)
+                except BaseException:  # an interrupt may leave a line in the pipe, which the next question would read
+                    self._stop()
+                    raise
+                self._stop()  # a new one can answer if only this one was killed, or had used up its memory
+                if status is not None and -status in LIMIT_SIGNALS:
+                    return ""
+            if status is not None and status < 0:
+                get_logger(__name__).warning(
+                    "The worker that compares mathematical answers was killed by signal %d, twice, so an answer "
+                    "counts as not equal. Check what ends processes here, such as a memory limit.",
+                    -status,
+                )
+                return ""
             raise RewardError(
-                f"The worker that compares mathematical answers started, but {fault} instead of answering, twice. "
-                "Expected a reply, or the signal of a limit. Check what ends processes here, such as a memory limit."
+                "The worker that compares mathematical answers started, but "
+                + ("closed its pipe" if status is None else f"exited with status {status}")
+                + " instead of answering, twice; expected a reply. Check that this Python can run "
+                "arpo_trl/rewards/math_worker.py."
             )
 
     def close(self) -> None:
@@ -170,15 +180,12 @@ def _ask(process: subprocess.Popen[str], question: str) -> str:
     return process.stdout.readline().strip()
 
 
-def _fault(process: subprocess.Popen[str]) -> str | None:
-    """How a worker ended without a reply; None if its question exceeded a limit."""
+def _exit_status(process: subprocess.Popen[str]) -> int | None:
+    """The exit status of a worker without a reply, negative after a signal; None if it has only closed its pipe."""
     try:
-        status = process.wait(_EXIT_S)
+        return process.wait(_EXIT_S)
     except subprocess.TimeoutExpired:
-        return "closed its pipe"
-    if -status in LIMIT_SIGNALS:
         return None
-    return f"exited with {status}" if status >= 0 else f"was killed by signal {-status}"
 
 
 @one_per_process
