@@ -341,6 +341,45 @@ def test_an_answer_on_a_too_long_line_fails_and_the_server_is_restarted() -> Non
         assert results(box, ("echo", {"text": "b"}))[0].text == "b"
 
 
+ODD_SERVER = r"""
+import json, sys
+for line in sys.stdin:
+    asked = json.loads(line)
+    if asked.get("method") == "initialize":
+        version = asked["params"]["protocolVersion"]
+        result = {"protocolVersion": version, "capabilities": {}, "serverInfo": {"name": "odd", "version": "1"}}
+    elif asked.get("method") == "tools/list":
+        schema = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
+        result = {"tools": [{"name": "echo", "inputSchema": schema}]}
+    elif asked.get("method") == "tools/call":
+        text = asked["params"]["arguments"]["text"]
+        result = None if text == "null" else {"content": [{"type": "text", "text": text}]}
+    elif "id" in asked:
+        error = {"code": -32601, "message": "no"}
+        print(json.dumps({"jsonrpc": "2.0", "id": asked["id"], "error": error}), flush=True)
+        continue
+    else:
+        continue
+    sys.stdout.buffer.write(b"\xff\xfe no JSON\n")
+    sys.stdout.buffer.flush()
+    answer = json.dumps({"jsonrpc": "2.0", "id": asked["id"], "result": result}).replace("?", r"\ud83d")
+    print(f"[{answer}]" if "list" in answer else answer, flush=True)
+"""
+
+
+def test_an_answer_that_the_library_cannot_read_does_not_leave_its_call_waiting() -> None:
+    """The server also writes bytes that are not UTF-8 before each answer."""
+    command = {"command": sys.executable, "args": ["-c", ODD_SERVER]}
+    with ToolBox(mcp_tools([command], timeout_s=60.0), timeout_s=60.0) as box:
+        surrogate, pair, asked, null, listed, plain = results(
+            box, *(("echo", {"text": text}) for text in ("a?b", "\U0001f600", "a\ud83db", "null", "list", "a"))
+        )
+    assert [each.text for each in (surrogate, pair, asked)] == ["a\ufffdb", "\U0001f600", "a\ufffdb"]
+    assert [listed.text, plain.text] == ["list", "a"]
+    assert null.text == "Error: the answer of this tool's server cannot be read"
+    assert null.failure is ToolFailure.ERROR
+
+
 def test_a_server_that_begins_with_a_line_without_end_is_named_before_its_memory_matters() -> None:
     before = psutil.Process().memory_info().rss
     with pytest.raises(ConfigError, match="it sent a line of more than 8,388,608 bytes"):
@@ -510,6 +549,13 @@ def test_per_path_does_not_offer_reserved_names_of_environments() -> None:
         mcp_tools([COMMAND | {"per_path": True}])
     with pytest.raises(ConfigError, match=r"mcp_servers\[0\]: per_path must be true or false, got 1"):
         mcp_tools([COMMAND | {"per_path": 1}])
+
+
+def test_per_path_refuses_a_parameter_named_self() -> None:
+    server = McpServer.of(COMMAND | {"per_path": True}, "mcp_servers[0]")
+    tool = Tool(name="t", input_schema={"type": "object", "properties": {"self": {"type": "string"}}})
+    with pytest.raises(ToolSpecError, match=r"tool 't' .* a parameter 'self', a name that per_path cannot .*Exclude"):
+        _tools_per_path(server, 5.0, "mcp_servers[0]", [tool])
 
 
 def test_per_path_refuses_two_tools_whose_names_for_the_model_are_equal() -> None:

@@ -33,7 +33,7 @@ from arpo_trl.net import background
 from arpo_trl.net.addresses import check_server_url, server_key
 from arpo_trl.tools.environments.kind import NOT_TOOLS, environment_kind
 from arpo_trl.tools.environments.state import Environments
-from arpo_trl.visible import with_marks, without_credentials
+from arpo_trl.visible import with_marks, with_texts, without_credentials
 
 START_TIMEOUT_S = 60.0
 MAX_ANSWER_BYTES = 8 << 20
@@ -47,6 +47,8 @@ _TOO_LONG = f"a line of more than {MAX_ANSWER_BYTES:,} bytes"
 _BOUNDED_UTF_8 = "arpo_trl_bounded_utf_8"
 _OVERLONG: ContextVar[Callable[[], None]] = ContextVar("overlong")
 """The callback for a line that is too long from the connection's process."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 _PARTS = ("$ref", "allOf", "anyOf", "oneOf", "$defs", "definitions")
 """The parts of a schema, besides its properties, that the model reads."""
@@ -147,7 +149,12 @@ def mcp_tools(servers: Sequence[Mapping[str, Any]], *, timeout_s: float = 15.0) 
         from mcp import Client, MCPError, StdioServerParameters  # noqa: F401
         from mcp.client.stdio import stdio_client  # noqa: F401
         from mcp.client.streamable_http import streamable_http_client  # noqa: F401
-        from mcp.types import CONNECTION_CLOSED, INVALID_REQUEST  # noqa: F401
+        from mcp.types import (  # noqa: F401
+            CONNECTION_CLOSED,
+            INVALID_REQUEST,
+            PARSE_ERROR,
+            jsonrpc_message_adapter,
+        )
     except ImportError as error:
         raise ConfigError(
             f"mcp_servers needs the mcp library, version 2.3 or newer ({error}): pip install 'arpo-trl[tools]'."
@@ -246,7 +253,9 @@ class McpSession:
             ToolOverdue: It does not answer in time.
             ToolUnavailable: The server stopped and does not restart.
         """
-        future = background.start(self._call(name, arguments))
+        # The library cannot encode lone surrogates, and closes the connection.
+        whole = with_texts(lambda text: _SURROGATE.sub("\ufffd", text), arguments)
+        future = background.start(self._call(name, whole))
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
@@ -344,6 +353,7 @@ class McpSession:
                 args=list(server.args),
                 env={name: os.environ[name] for name in server.env},
                 encoding=_BOUNDED_UTF_8,
+                encoding_error_handler="replace",  # an error would end the library's reader, but not the connection
             )
             _OVERLONG.set(self._give_up)
             return Client(stdio_client(command, errlog=self._stderr))  # type: ignore[arg-type]
@@ -395,21 +405,67 @@ async def _accept(name: str, result: Any) -> None:
 
 # mypy does not support a base class that a call returns.
 class _BoundedLines(codecs.getincrementaldecoder("utf-8")):  # type: ignore[misc]
-    """Decodes UTF-8. Fails at a line of more than `MAX_ANSWER_BYTES`, which the library would keep in memory."""
+    """Decodes UTF-8 line by line, so that the library can read each line that contains JSON.
+
+    Fails at a line of more than `MAX_ANSWER_BYTES`, which would otherwise be kept in memory.
+    """
 
     def __init__(self, errors: str = "strict") -> None:
         super().__init__(errors)
+        self._line: list[bytes] = []  # the parts of the line that is not complete
         self._bytes_of_line = 0
 
     def decode(self, data: Any, final: bool = False) -> str:
-        _, newline, after = bytes(data).rpartition(b"\n")
+        whole, newline, after = bytes(data).rpartition(b"\n")
         self._bytes_of_line = len(after) if newline else self._bytes_of_line + len(after)
         if self._bytes_of_line > MAX_ANSWER_BYTES:
             from anyio import BrokenResourceError
 
             _OVERLONG.get()()
             raise BrokenResourceError  # then the library discards the rest
-        return str(super().decode(data, final))
+        if not newline:
+            self._line.append(after)
+            return ""
+        lines = b"".join([*self._line, whole]).decode("utf-8", self.errors).split("\n")
+        self._line = [after]
+        return "".join(f"{_readable(line)}\n" for line in lines)
+
+
+def _readable(line: str) -> str:
+    """Return a line of a server in a form that the library accepts, because the call of a rejected answer would wait
+    for its deadline.
+
+    Lone surrogates become U+FFFD. An answer that the library would still reject becomes an error with the same id. A
+    line that is not JSON stays, and the library ignores it.
+    """
+    if _can_be_read(line):
+        return line
+    try:
+        message = json.loads(line)  # Python reads lone surrogates, NaN and deeper nesting
+        answers = message if isinstance(message, list) else [message]  # older servers send several in a list
+        return "\n".join(map(_readable_answer, answers)) or line
+    except (ValueError, RecursionError):
+        return line
+
+
+def _readable_answer(answer: Any) -> str:
+    line = _SURROGATE.sub("\ufffd", json.dumps(answer, ensure_ascii=False))
+    if _can_be_read(line) or not isinstance(answer, dict) or "id" not in answer or "method" in answer:
+        return line
+    from mcp.types import PARSE_ERROR
+
+    error = {"code": PARSE_ERROR, "message": "the answer of this tool's server cannot be read"}
+    return json.dumps({"jsonrpc": "2.0", "id": answer["id"], "error": error})
+
+
+def _can_be_read(line: str) -> bool:
+    from mcp.types import jsonrpc_message_adapter
+
+    try:
+        jsonrpc_message_adapter.validate_json(line, by_name=False)
+    except ValueError:
+        return False
+    return True
 
 
 def _bounded_utf_8(name: str) -> codecs.CodecInfo | None:
@@ -475,7 +531,10 @@ def _like(tool: Any, call: Callable[..., Any], parameters: list[inspect.Paramete
     required = [name for name in dict.fromkeys(described["required"]) if name in properties]
     is_open = described.get(_OPEN, False) is not False
     kept = (*_PARTS, _OPEN) if is_open else _PARTS
+    taken = {parameter.name for parameter in parameters}
     for name in sorted(properties, key=lambda name: name not in required):  # parameters without a default first
+        if name in taken:
+            raise _excluded(tool, f"a parameter {name!r}, a name that per_path cannot offer")
         default = inspect.Parameter.empty if name in required else None
         try:
             parameters.append(inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default))
