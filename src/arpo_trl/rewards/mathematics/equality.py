@@ -92,7 +92,7 @@ def _same(p: Value, g: Value) -> bool:
     if isinstance(p, Residue) and isinstance(g, Relation):
         return _same(g, p)
     if isinstance(p, Residue) and isinstance(g, Quantity):
-        return _same(g, p)
+        return _same(Quantity(p.value), g)  # not modulo its own modulus: 0 mod 1 would equal every integer
     if isinstance(p, Quantity) and isinstance(g, Residue):
         return _congruent(Residue(p.value, g.modulus), g)
     if is_set(p) or is_set(g):
@@ -321,6 +321,8 @@ def _roughly(one: Value, other: Value) -> bool:
         isinstance(one, Quantity) and isinstance(other, Quantity) and one.value.is_number and other.value.is_number
     ):
         return False
+    if not (one.value.is_finite and other.value.is_finite) or (one.value.is_Integer and other.value.is_Integer):
+        return False  # 1001 is no approximation of 1000
     return abs(complex(one.value) - complex(other.value)) <= 0.01 * abs(complex(other.value))
 
 

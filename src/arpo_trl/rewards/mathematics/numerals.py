@@ -63,9 +63,11 @@ class Numerals(Cursor):
 
     def _repetend(self) -> str:
         r"""Read the repeating digits of 0.\overline{27}, 0.\dot{1}4\dot{2} or 0.(3); "" if there are none."""
-        if self.peek() in (r"\overline", r"\bar") and self.peek(1) == "{" and self.peek(2).isdecimal():
-            self.pos += 1
-            return self.raw_group()
+        if self.peek() in (r"\overline", r"\bar"):
+            braced = self.peek(1) == "{" and self.peek(2).isdecimal()
+            if braced or (self.peek(1).isdecimal() and len(self.peek(1)) == 1):
+                self.pos += 1
+                return self.raw_group()
         if self.peek() == "(" and not self.spaced() and self.kind(1) == "number" and self.peek(2) == ")":
             digits = self.peek(1)
             if digits.isdecimal():

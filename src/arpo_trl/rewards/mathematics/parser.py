@@ -189,11 +189,13 @@ class Parser(Numerals, Units):
             token = self.next().text
             op = SET_OPS.get(token, "∖" if token == "-" else "∪")
             left = SetOperation(op, left, self._ratio())
+        is_operator = self.peek() not in ("(", r"\pmod")  # 13 \bmod 5 is 3; 13 \pmod 5 is one number congruent to it
         modulus = self._modulus()
         if modulus is not None:
             if not isinstance(left, Quantity):
                 raise Unreadable("a modulus of no number")
-            return Residue(left.value, modulus)
+            whole = left.value.is_Integer and modulus.is_Integer and modulus.is_positive
+            return Residue(left.value % modulus if is_operator and whole else left.value, modulus)
         return left
 
     def _modulus(self) -> Expr | None:

@@ -21,16 +21,22 @@ _ROMAN = re.compile("[IVX]{2}")
 _DATE = re.compile(r"\d{4}-\d{1,2}-\d{1,2}|\d{1,2}([/-])\d{1,2}\1\d{4}")  # not a difference and not a quotient
 _POINT_OR_COUNT = re.compile(r"(?<![A-Za-z])P\(\d+,\s*\d+\)")  # P(5, 2) is a point or 20 permutations
 
+_LABEL = re.compile(r"\(?([A-J])\s*(?:\)|[.:](?=\s|$))\s*(.*)", re.DOTALL)
+"""The label of a multiple-choice option, and its content."""
+
 
 def readings(text: str) -> list[Value]:
     """Return the possible values of an answer: at least one, and several only if its notation is ambiguous."""
     cleaned = clean(text)
-    if label := re.fullmatch(r"\(?([A-J])\s*(?:\)|[.:](?=\s|$))\s*(.*)", cleaned, re.DOTALL):
+    if label := _LABEL.fullmatch(cleaned):
         letter = Quantity(symbol_of(label[1]))
         if not label[2]:
             return [letter]
         if not re.match(r"[=_^,;&]|(?:and|or)\b", label[2]):
-            return [Choice(label[1], value) for value in readings(label[2])]
+            contents = readings(label[2])
+            if _LABEL.fullmatch(clean(label[2])) or any(map(_is_option, contents)):  # "A) B) C)" would equal each of its letters
+                return [Text(canonical(cleaned))]
+            return [Choice(label[1], value) for value in contents]
     if _DATE.fullmatch(cleaned):
         return [Text(cleaned)]
     if words := _words(cleaned):
@@ -46,6 +52,13 @@ def readings(text: str) -> list[Value]:
         except (Unreadable, RecursionError, ArithmeticError, TypeError, ValueError, NotImplementedError):
             continue
     return found or [_listed(cleaned) or Text(canonical(cleaned))]
+
+
+def _is_option(value: Value) -> bool:
+    """Whether a value is the letter of an option, an option with its content, or several of them."""
+    if isinstance(value, Group):
+        return any(map(_is_option, value.items))
+    return isinstance(value, Choice) or (isinstance(value, Quantity) and str(value.value) in tuple("ABCDEFGHIJ"))
 
 
 def _words(cleaned: str) -> Value | None:

@@ -60,7 +60,7 @@ _REWRITES = tuple(
             r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|bf|rm|it|normalsize|small|large|Large)(?![A-Za-z])",
             " ",
         ),
-        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\(?:[dtcs]|nice)frac(?![A-Za-z])", r"\\frac"),
         (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
         (r"\\(?:hspace|vspace|phantom)\*?\{[^{}]*\}", " "),
         (r"(?<=\d)\{,\}(?=\d)(?:(?!\d{3}(?!\d))|(?<=(?<!\d)0\{,\}))", "."),  # 3{,}14  0{,}125

@@ -39,7 +39,7 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True)
 class Residue:
-    """A number modulo `modulus`."""
+    """A number modulo `modulus`: 3 for 13 mod 5, but 13 for 13 (mod 5)."""
 
     value: sympy.Expr
     modulus: sympy.Expr
