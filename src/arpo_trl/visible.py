@@ -31,8 +31,11 @@ _BLANK_RANGES = (range(0x180B, 0x1810), range(0xFE00, 0xFE0E), range(0xFFF0, 0xF
 """Variation selectors (except those for text and emoji), tags, and the ranges reserved for more of them."""
 
 
-WITHOUT_MEANING = dict.fromkeys(map(ord, "\u200b\u2060\ufeff"))
-"""For `str.translate`: removes characters without width or meaning, which come from web pages and joined files."""
+WITHOUT_MEANING = dict.fromkeys(
+    (0x00AD, 0x061C, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), 0x2060, *range(0x2066, 0x206A), 0xFEFF)
+)
+"""For `str.translate`: removes characters without width or meaning, which come from web pages and joined files: soft
+hyphens, marks of direction, empty spaces and byte order marks. Joiners stay, because they change words."""
 
 
 def encodable(text: str) -> str:

@@ -20,6 +20,7 @@ _UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U0
 _ONE_SPELLING = WITHOUT_MEANING | str.maketrans(
     {**dict.fromkeys("‐‑‒–—―−﹣", "-"), "⁄": "/", "∕": "/", "≦": "≤", "≧": "≥", "⩽": "≤", "⩾": "≥"}
 )
+_OTHER_DIGIT = re.compile(r"(?![0-9])\d")
 # While the punctuation is deleted, the kept marks are replaced by private-use characters.
 _KEPT = {mark: chr(0xE000 + at) for at, mark in enumerate(".-+*/^=<>:!#%‰'\"[]|")}
 _BACK = str.maketrans({kept: mark for mark, kept in _KEPT.items()})
@@ -124,10 +125,10 @@ _ARTICLES = frozenset(("a", "an", "the"))
 
 
 def normalized_tokens(text: str) -> list[str]:
-    r"""Return the tokens of `text` by SQuAD's rules: lower case, no punctuation, no articles, split at spaces.
+    r"""Return the tokens of `text` by SQuAD's rules: without case, no punctuation, no articles, split at spaces.
 
-    SQuAD's rules are for English in ASCII. In addition, compatibility forms are unified (NFKC), all Unicode
-    punctuation is deleted, and every Chinese or Japanese character is a token. A text that consists only of articles
+    SQuAD's rules are for English in ASCII. In addition, compatibility forms are unified (NFKC), the digits of all
+    scripts become ASCII, all Unicode punctuation is deleted, and every Chinese or Japanese character is a token. A text that consists only of articles
     or punctuation ("A", "The The", "!!!") keeps them, because otherwise it would equal every other such text. Signs,
     decimal points, relations and operators in numbers and formulas stay, with or without spaces around them: "-9" is
     not "9", "3!" is not "3", and "2n + 1" is "2n+1" but not "2n-1". A percent sign is a word: "5%" is "5 percent"
@@ -136,6 +137,7 @@ def normalized_tokens(text: str) -> list[str]:
     """
     text = _SUPERSCRIPT.sub(lambda match: f"^{match[0]}", text.translate(_ONE_SPELLING))
     text = unicodedata.normalize("NFKC", text).translate(_ONE_SPELLING)
+    text = _OTHER_DIGIT.sub(lambda match: str(unicodedata.decimal(match[0])), text)
     text = _SPACE.sub(" ", _THIN_SPACE.sub("", unwrapped(text, TEXT_COMMANDS)))
     text = " ".join(text.split()).replace("+/-", "±").replace(" °", "°")
     marked = text
@@ -143,7 +145,7 @@ def normalized_tokens(text: str) -> list[str]:
         marked = mark(marked)
     if "\\" in marked:  # LaTeX: braces separate tokens
         marked = re.sub(r"[{}]", " ", marked)
-    marked, text = marked.lower(), text.lower()
+    marked, text = marked.casefold(), text.casefold()
     words = _without_punctuation(marked).split()
     if words and not _ARTICLES.issuperset(words):
         marked = _without_articles(marked)
