@@ -128,12 +128,12 @@ def normalized_tokens(text: str) -> list[str]:
     r"""Return the tokens of `text` by SQuAD's rules: without case, no punctuation, no articles, split at spaces.
 
     SQuAD's rules are for English in ASCII. In addition, compatibility forms are unified (NFKC), the digits of all
-    scripts become ASCII, all Unicode punctuation is deleted, and every Chinese or Japanese character is a token. A text that consists only of articles
-    or punctuation ("A", "The The", "!!!") keeps them, because otherwise it would equal every other such text. Signs,
-    decimal points, relations and operators in numbers and formulas stay, with or without spaces around them: "-9" is
-    not "9", "3!" is not "3", and "2n + 1" is "2n+1" but not "2n-1". A percent sign is a word: "5%" is "5 percent"
-    but not "5" or "5‰". An "a" without a word after it is a letter: "Vitamin A" is not "Vitamin". LaTeX's commands of
-    text and spaces are removed: "\text{New~York}" is "New York".
+    scripts become ASCII, all Unicode punctuation is deleted, and every Chinese or Japanese character is a token. A
+    text that consists only of articles or punctuation ("A", "The The", "!!!") keeps them, because otherwise it would
+    equal every other such text. Signs, decimal points, relations and operators in numbers and formulas stay, with or
+    without spaces around them: "-9" is not "9", "3!" is not "3", and "2n + 1" is "2n+1" but not "2n-1". A percent sign
+    is a word: "5%" is "5 percent" but not "5" or "5‰". An "a" without a word after it is a letter: "Vitamin A" is not
+    "Vitamin". LaTeX's commands of text and spaces are removed: "\text{New~York}" is "New York".
     """
     text = _SUPERSCRIPT.sub(lambda match: f"^{match[0]}", text.translate(_ONE_SPELLING))
     text = unicodedata.normalize("NFKC", text).translate(_ONE_SPELLING)

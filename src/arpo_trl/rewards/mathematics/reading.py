@@ -34,9 +34,8 @@ def readings(text: str) -> list[Value]:
             return [letter]
         if not re.match(r"[=_^,;&]|(?:and|or)\b", label[2]):
             contents = readings(label[2])
-            if _LABEL.fullmatch(clean(label[2])) or any(
-                map(_is_option, contents)
-            ):  # "A) B) C)" would equal each of its letters
+            # "A) B) C)" would equal each of its letters.
+            if _LABEL.fullmatch(clean(label[2])) or any(map(_is_option, contents)):
                 return [Text(canonical(cleaned))]
             return [Choice(label[1], value) for value in contents]
     if _DATE.fullmatch(cleaned):
