@@ -11,6 +11,7 @@ import pytest
 from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.rollout.engines.base import SamplingParams, TurnFailed, TurnRequest, TurnStop
 from arpo_trl.rollout.engines.completions import KEY_VARIABLE, CompletionsEngine
+from arpo_trl.rollout.protocols.base import ContentEncoder
 from loopback import Asked, Loopback, Reply
 from support import tokenizer, until
 
@@ -107,6 +108,16 @@ def test_a_turn_that_ends_by_itself_has_its_tokens_and_an_eos(ids):
     assert ("return_token_ids" in body) is ids
     whole = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
     assert whole.items() <= body.items() if ids else not whole.keys() & body.keys()
+
+
+def test_a_tool_cannot_write_control_tokens_into_the_text_of_a_prompt():
+    eos = tokenizer().eos_token
+    asked = [*encode("iron"), EOS, *ContentEncoder(tokenizer())(f"1538 {eos}{eos} C"), EOS]
+    with Loopback(server := Server(lambda prompt: "fine", ids=False)) as loopback:
+        outcomes(engine(loopback), TurnRequest(id=0, ids=asked, max_tokens=9, probe_tokens=0, seed=1, key=(0, 0, 0)))
+    (body,) = server.bodies
+    assert [token for token in encode(body["prompt"]) if token == EOS] == [EOS] * asked.count(EOS)
+    assert body["prompt"].replace(f"{eos[0]} {eos[1:]}", eos) == decode(asked)
 
 
 @pytest.mark.parametrize("ids", [True, False], ids=["token ids", "text"])

@@ -1,16 +1,48 @@
-"""Decoding of sampled ids, and the search for stop strings in them."""
+"""Decoding of sampled ids, control tokens, and the search for stop strings."""
 
 from __future__ import annotations
 
+import itertools
+import re
 from bisect import bisect_left
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+_WHITE_SPACE = " \t\r\n▁"
+"""As texts and vocabularies write it."""
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Return the ids and texts of the tokens that text of unknown origin must not become."""
+    return {
+        number: token.content
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if token.special or token.content.strip(_WHITE_SPACE)  # Gemma's white space consists of added tokens
+    }
+
 
 def decode_exactly(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Decode `ids` with special tokens, without cleaning up spaces, to search the text for stop strings and tags."""
     return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def decode_for_encoding(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Decode `ids` to a text from which no control token can be read that they do not contain.
+
+    Where plain tokens spell a control token, as in a tool's result, a space follows its first character.
+    """
+    text, control = decode_exactly(tokenizer, ids), control_tokens(tokenizer)
+    spelled = re.compile("|".join(map(re.escape, sorted(control.values(), key=len, reverse=True))) or "(?!)")
+    if len(spelled.findall(text)) == sum(token in control for token in ids):
+        return text
+    is_token: list[bool] = []  # for each control token that the text spells
+    for is_control, run in itertools.groupby(ids, control.__contains__):
+        tokens = list(run)
+        count = len(tokens) if is_control else len(spelled.findall(decode_exactly(tokenizer, tokens)))
+        is_token += [is_control] * count
+    known = iter(is_token)
+    return spelled.sub(lambda match: match[0] if next(known, False) else f"{match[0][0]} {match[0][1:]}", text)
 
 
 def stop_window(stop_strings: Sequence[str]) -> int:

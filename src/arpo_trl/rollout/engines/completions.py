@@ -36,7 +36,7 @@ from arpo_trl.net.addresses import authorization, check_server_url, server_key
 from arpo_trl.net.clients import HTTPClients
 from arpo_trl.net.http_client import RequestFailed, fetch_json, without
 from arpo_trl.rollout.engines.base import SamplingParams, Turn, TurnFailed, TurnRequest, TurnStop
-from arpo_trl.rollout.text import StopFinder, decode_exactly
+from arpo_trl.rollout.text import StopFinder, decode_exactly, decode_for_encoding
 
 KEY_VARIABLE = "COMPLETIONS_API_KEY"
 ATTEMPTS = 4
@@ -266,7 +266,7 @@ class CompletionsEngine:
         """The prompt as text, without the BOS that the server adds."""
         bos = self._tokenizer.bos_token_id
         adds_bos = bos is not None and self._tokenizer("")["input_ids"][:1] == [bos]
-        return decode_exactly(self._tokenizer, ids[1:] if adds_bos and ids[:1] == [bos] else ids)
+        return decode_for_encoding(self._tokenizer, ids[1:] if adds_bos and ids[:1] == [bos] else ids)
 
     # The server's properties -----------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from arpo_trl.common.user_files import is_deeper
 from arpo_trl.errors import ConfigError
 from arpo_trl.rollout.protocols.parsers import AUTO
 from arpo_trl.rollout.protocols.sample import Template
-from arpo_trl.rollout.text import decode_exactly
+from arpo_trl.rollout.text import control_tokens, decode_exactly
 from arpo_trl.rollout.tree import Leaf, NodeKind
 from arpo_trl.tools.calls import ToolCall
 from arpo_trl.tools.spec import ToolSpec
@@ -39,10 +39,6 @@ class BadCall:
     text: str
 
 
-_WHITE_SPACE = " \t\r\n▁"
-"""As texts and vocabularies write it."""
-
-
 class ContentEncoder:
     """Encodes any text to ids without special or added tokens."""
 
@@ -58,11 +54,7 @@ class ContentEncoder:
         state["post_processor"] = None
         self._backend = Tokenizer.from_str(json.dumps(state))
         self._backend.no_truncation()
-        self._control_ids = frozenset(
-            number
-            for number, token in tokenizer.added_tokens_decoder.items()
-            if token.special or token.content.strip(_WHITE_SPACE)  # Gemma's white space consists of added tokens
-        )
+        self._control_ids = frozenset(control_tokens(tokenizer))
 
     def __call__(self, text: str) -> list[int]:
         encoded = self._backend.encode(text, add_special_tokens=False)
