@@ -362,6 +362,8 @@ def test_a_parameter_of_a_type_that_json_lacks_is_refused_by_its_name(hint: Any,
         (Literal["red", 1], [], False),
         (Literal["red", 1], 1, True),
         (Literal["red", True], True, True),
+        (Literal[1, 2], 2.0, True),
+        (Literal[1, 2], 3.0, False),
         (Literal["red"] | None, None, True),
         (Literal["red"] | Literal["green"], "green", True),
         (Literal["red"] | Literal["green"], "blue", False),
@@ -370,6 +372,25 @@ def test_a_parameter_of_a_type_that_json_lacks_is_refused_by_its_name(hint: Any,
 def test_only_the_values_of_a_literal_reach_the_tool(hint: Any, value: Any, accepted: bool) -> None:
     result = call_once(annotated(hint), {"value": value})
     assert result.failure == (None if accepted else "bad_call")
+
+
+def optional(number: int = None) -> str:  # type: ignore[assignment]  # noqa: RUF013
+    """A tool whose annotation leaves out None.
+
+    Args:
+        number: A number.
+    """
+    return repr(number)
+
+
+@pytest.mark.parametrize(("value", "shown"), [(None, "None"), (5, "5"), (5.0, "5"), (-0.0, "0")])
+def test_an_integer_may_be_written_with_a_point_and_a_default_of_none_as_null(value: Any, shown: str) -> None:
+    assert call_once(optional, {"number": value}).text == shown
+
+
+@pytest.mark.parametrize("value", [5.5, float("inf"), True, "5"])
+def test_what_json_does_not_count_as_an_integer_is_refused(value: Any) -> None:
+    assert call_once(optional, {"number": value}).failure == "bad_call"
 
 
 def test_a_value_that_is_no_choice_is_text_with_the_choices() -> None:

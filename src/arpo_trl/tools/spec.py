@@ -235,7 +235,9 @@ def _schema_of(tool: Callable[..., Any], signature: inspect.Signature) -> dict[s
     schema: dict[str, Any] = get_json_schema(same)
     function = schema["function"]
     for name, described in function["parameters"]["properties"].items():
-        function["parameters"]["properties"][name] = types[name] | described
+        # As in annotations of `x: int = None`, whose default the model may also write.
+        nullable = {"nullable": True} if types[name] and signature.parameters[name].default is None else {}
+        function["parameters"]["properties"][name] = types[name] | nullable | described
     if "return" in types:
         function["return"] = types["return"] | function["return"]
     return schema
@@ -335,6 +337,12 @@ def _takes_one(function: Callable[..., Any]) -> bool:
     return True
 
 
+def _received(value: Any, schema: dict[str, Any]) -> Any:
+    """Return an argument as its function gets it: 5 for 5.0 if it is an integer, as JSON Schema counts."""
+    is_integral = schema.get("type") == "integer" and isinstance(value, float) and value.is_integer()
+    return int(value) if is_integral else value
+
+
 class ToolSet:
     """Tools that are offered together.
 
@@ -374,8 +382,9 @@ class ToolSet:
         except TypeError as error:
             return f"Error: {call.name}: {error}."
         properties = spec.schema["function"]["parameters"]["properties"]
-        for name, value in call.arguments.items():
+        for name, written in call.arguments.items():
             schema = properties.get(name, {})  # none of its own: additionalProperties
+            value = _received(written, schema)
             expected = schema.get("type")
             types = _JSON_TYPES.get(expected) if isinstance(expected, str) else None
             if value is None and schema.get("nullable"):
@@ -389,3 +398,9 @@ class ToolSet:
             ):
                 return f"Error: {call.name}: {name} must be one of {str(choices)[1:-1]}, got {value!r}."
         return None
+
+    def received(self, call: ToolCall) -> ToolCall:
+        """Return a valid call with its arguments as the function gets them."""
+        properties = self.specs[call.name].schema["function"]["parameters"]["properties"]
+        arguments = {name: _received(value, properties.get(name, {})) for name, value in call.arguments.items()}
+        return ToolCall(name=call.name, arguments=arguments)

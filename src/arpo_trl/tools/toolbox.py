@@ -217,6 +217,7 @@ class ToolBox:
         offered = offered or self._offered
         refusal = offered.refusal(call)
         if refusal is None:
+            call = offered.received(call)
             run = offered.functions[call.name]
             tool = BoundTool(run=run, key=(), turn=None) if states is None else states.bind(call.name)
             key = _key(call, tool)
