@@ -34,10 +34,12 @@ AUTO = "auto"
 OWN = "tokenizer"
 """The tokenizer's own response template."""
 _GPT_OSS_HEADER = (
-    r"(?:<\|channel\|>(?:commentary|analysis)\s+)?to=functions\.(?P<name>[^\s<]+)"
+    r"(?:<\|channel\|>(?:commentary|analysis)\s+)?to=functions\.(?P<name>[^\s<]{1,128}+)"
     r"(?:<\|channel\|>(?:commentary|analysis))?\s*(?:<\|constrain\|>\s*)?json<\|message\|>"
 )
-"""The start of a gpt-oss call. The chat template puts the recipient before the channel, the models also after it."""
+"""The start of a gpt-oss call. The chat template puts the recipient before the channel, the models also after it.
+
+The name is bounded and possessive: otherwise a turn that repeats its start would take quadratic time."""
 
 
 def _with_all_headers(template: dict[str, Any]) -> dict[str, Any]:
