@@ -137,6 +137,7 @@ def test_a_killed_rebuild_leaves_the_earlier_index(
 def test_an_index_is_refused_while_another_takes_its_place(
     index: LocalIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("arpo_trl.common.files.REPLACING_S", 0.0)  # this thread is the one that replaces it
     index.save(tmp_path)
     moved: list[Path] = []
     replace = Path.replace
@@ -150,6 +151,21 @@ def test_an_index_is_refused_while_another_takes_its_place(
     monkeypatch.setattr(Path, "replace", move)
     LocalIndex(["dog", "cat"]).save(tmp_path)
     assert len(moved) >= 4 and moved[-1].name == "search_index.json"
+
+
+def test_several_may_save_and_load_the_same_index_at_the_same_time(index: LocalIndex, tmp_path: Path) -> None:
+    """A thread opens the lock for itself, as a process does."""
+    other = LocalIndex([*(f"passage {number}" for number in range(50)), "density of gold"])
+    expected = {tuple(of.search("density of gold", 2)) for of in (index, other)}
+
+    def save_and_load(number: int) -> tuple[str, ...]:
+        (index if number % 2 else other).save(tmp_path)
+        return tuple(LocalIndex.load(tmp_path).search("density of gold", 2))
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(save_and_load, range(24)))
+    assert set(found) <= expected
+    assert not (tmp_path / ".partial").exists()
 
 
 def test_a_replaced_index_still_answers_where_it_is_open(index: LocalIndex, tmp_path: Path) -> None:

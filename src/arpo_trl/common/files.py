@@ -14,14 +14,19 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 from uuid import uuid4
 
 from arpo_trl.common.full_disk import naming
 
+T = TypeVar("T")
 PARTIAL = ".partial"
+REPLACING_S = 10.0
+"""The most time that replacing files may take: they are only renamed."""
 
 
 @contextmanager
@@ -95,19 +100,71 @@ def files_with_mark(folder: Path, mark: str) -> Iterator[Path]:
 
     At the end the files replace those of the same names in `folder`, which must exist; its other files are kept. Until
     the last file is in place, there is no `mark`. Files that another process has open or mapped stay as they are for
-    it, which would not be so if they were written in place.
+    it, which would not be so if they were written in place. Processes that write to the same folder take turns.
     """
-    partial = folder / ".partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with naming(folder):
-            partial.mkdir()
-            yield partial
-            (folder / mark).unlink(missing_ok=True)
-            for path in sorted(partial.iterdir(), key=lambda path: path.name == mark):
-                path.replace(folder / path.name)
-    finally:
+    partial = folder / PARTIAL
+    with _alone_in(folder):
         shutil.rmtree(partial, ignore_errors=True)
+        try:
+            with naming(folder):
+                partial.mkdir()
+                yield partial
+                (folder / mark).unlink(missing_ok=True)
+                for path in sorted(partial.iterdir(), key=lambda path: path.name == mark):
+                    path.replace(folder / path.name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_with_mark(folder: Path, mark: str, read: Callable[[], T]) -> T:
+    """Return the result of `read`, which reads files of `files_with_mark` in `folder`.
+
+    If they are being replaced meanwhile, this repeats it for up to `REPLACING_S`, so that all files belong together.
+    """
+    deadline = time.monotonic() + REPLACING_S
+    while True:
+        before = _version(folder / mark)
+        try:
+            result = read()
+        except Exception:
+            if _is_settled(folder, mark, before) or time.monotonic() > deadline:
+                raise
+        else:
+            if before is not None and before == _version(folder / mark):
+                return result
+        time.sleep(0.02)
+
+
+def _is_settled(folder: Path, mark: str, version: tuple[int, int] | None) -> bool:
+    """Whether the files are still those of `version`, and no other process is replacing them."""
+    return version == _version(folder / mark) and (version is not None or not (folder / PARTIAL).exists())
+
+
+def _version(mark: Path) -> tuple[int, int] | None:
+    """What differs between the marks of two versions; None without a mark."""
+    try:
+        status = mark.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """A context that waits for other processes and threads in such a context for `folder`, if the system can lock."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with (folder / ".lock").open("a") as file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)  # a forked process may have the file, too
 
 
 def write_whole(path: Path, text: str, *, errors: str = "strict") -> None:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from arpo_trl.common import waiting
-from arpo_trl.common.files import files_with_mark
+from arpo_trl.common.files import files_with_mark, read_with_mark
 from arpo_trl.common.imports import hidden_package
 from arpo_trl.common.user_files import json_lines, read_json, user_path
 from arpo_trl.errors import ConfigError, DataError
@@ -184,6 +184,10 @@ class LocalIndex:
     def load(cls, folder: str | Path) -> LocalIndex:
         """Return the memory-mapped index in `folder`, which `save` wrote. Passages are read from disk on demand."""
         folder = user_path(folder, "folder")
+        return read_with_mark(folder, cls._HEADER, lambda: cls._load(folder))
+
+    @classmethod
+    def _load(cls, folder: Path) -> LocalIndex:
         again = "Build it again: LocalIndex.open(PASSAGES).save(FOLDER), or arpo-trl index PASSAGES FOLDER."
         try:
             header = read_json(folder / cls._HEADER)
@@ -203,7 +207,8 @@ class LocalIndex:
         """Write the index and its passages to `folder`, which is created if it is missing.
 
         An index in `folder` is replaced when the new one is written completely. Processes that have loaded it go on
-        with it. Returns its number of passages; None if there was none.
+        with it. Several processes may save to the same folder: they take turns. Returns its number of passages; None
+        if there was none.
 
         Raises:
             ConfigError: The index was loaded from `folder`, whose files it still reads; or `folder` has .jsonl files,
