@@ -177,6 +177,18 @@ def test_a_class_that_cannot_fork_trains_without_branches_with_a_warning(model_p
     assert [leaf.address for leaf in made._last.rollout.leaves] == [(0,), (1,), (2,), (3,)] * 2
 
 
+def test_a_class_that_cannot_fork_leaves_the_settings_for_the_next_trainer(model_path, tmp_path):
+    class Final(Shop):
+        replayable = False
+
+    args = trainer(model_path, tmp_path).args
+    for kind, paths_from_root in ((Final, 4), (Shop, 2)):
+        eos = tokenizer().eos_token_id
+        engine = ScriptedEngine(tokenizer(), SamplingParams(eos_ids=(eos,), stop_strings=("</put>",)), buys)
+        made = ARPOTrainer(model_path, None, args, ROWS, environment_factory=kind, engine=engine, tools=[search])
+        assert made.tree_sampler.settings.initial_rollouts == made.args.initial_rollouts == paths_from_root
+
+
 def test_a_completion_without_an_environment_has_no_reward_of_it(model_path, tmp_path):
     resets = itertools.count()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -32,8 +33,6 @@ def environments_for(
     args: ARPOConfig, factory: Any, reward_funcs: Collection[Any], datasets: Sequence[Any]
 ) -> Environments | None:
     """Return the environments that `factory` creates, after all possible checks; None without a factory.
-
-    If a class cannot be forked, this function sets N = M in `args` and warns.
 
     Args:
         factory: A class or function. Or, as in TRL, a dict of several; each row names one of them in its column
@@ -83,7 +82,6 @@ def environments_for(
     classes = list(kinds.by_name.values())
     keeps = any(kind.offers("get_reward") for kind in classes) or any(map(_may_read_environments, reward_funcs))
     _check_concurrency(args, keeps=keeps, evaluates=any(dataset is not None for dataset in datasets[1:]))
-    _without_branches(args, [kind.name for kind in classes if kind.forking is Forking.NONE])
     return Environments(made, timeout_s=args.tool_timeout_s, limit=args.environment_concurrency, keeps=keeps)
 
 
@@ -99,15 +97,20 @@ def all_environments(
     return made
 
 
-def _without_branches(args: ARPOConfig, names: Sequence[str]) -> None:
-    """Set N = M if there are classes, with these names, that cannot be forked."""
-    if names and args.initial_rollouts != args.num_generations:
-        logger.warning(
-            f"The environment {names[0]} has no fork(), is not copyable and not replayable, so no branch can get its "
-            f"state. All {args.num_generations} paths of a group start at the prompt (initial_rollouts = "
-            "num_generations)."
-        )
-        args.initial_rollouts = args.num_generations
+def without_impossible_branches(args: ARPOConfig, environments: Environments | None) -> ARPOConfig:
+    """Return `args`, or if there are classes that cannot be forked, a copy with N = M, after a warning."""
+    kinds = () if environments is None else environments.kinds.by_name.values()
+    names = [kind.name for kind in kinds if kind.forking is Forking.NONE]
+    if not names or args.initial_rollouts == args.num_generations:
+        return args
+    logger.warning(
+        f"The environment {names[0]} has no fork(), is not copyable and not replayable, so no branch can get its "
+        f"state. All {args.num_generations} paths of a group start at the prompt (initial_rollouts = "
+        "num_generations)."
+    )
+    copied = copy.copy(args)  # another trainer may get the same settings
+    copied.initial_rollouts = args.num_generations
+    return copied
 
 
 def _may_read_environments(function: Any) -> bool:

@@ -50,6 +50,7 @@ from arpo_trl.training.environments import (
     weighted,
     with_owned,
     with_prompts,
+    without_impossible_branches,
     without_rows,
 )
 from arpo_trl.training.kits import Kits, all_tools, tool_sets
@@ -189,6 +190,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
         datasets = [train_dataset, *evaluated]
         self._environments = environments_for(args, environment_factory, functions, datasets)
+        args = without_impossible_branches(args, self._environments)
         if self._environments is not None:
             datasets = with_prompts(datasets)
             train_dataset = without_rows(args) if train_dataset is None else train_dataset
