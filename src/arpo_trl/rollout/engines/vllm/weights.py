@@ -390,15 +390,20 @@ class DiskTransfer:
         """Write the version atomically and remove older ones, on the main rank. Returns the error as text, or None."""
         if not self._accelerator.is_main_process:
             return None
+        self._remove(r"arpo-[0-9a-f]+-\d+\.partial")  # of killed runs, which would take the space
         try:
             with whole_folder(self._folder / version) as partial:
                 write(partial)
         except (OSError, SafetensorError) as error:  # sent to all ranks, which would otherwise wait for this one
             return f"{type(error).__name__}: {error}"
-        for old in self._folder.glob("arpo-*"):
-            if old.name != version and re.fullmatch(r"arpo-[0-9a-f]+-\d+", old.name):
-                shutil.rmtree(old, ignore_errors=True)
+        self._remove(rf"(?!{re.escape(version)}$)arpo-[0-9a-f]+-\d+")
         return None
+
+    def _remove(self, names: str) -> None:
+        """Remove the folders whose names match `names`, a regular expression."""
+        for old in self._folder.glob("arpo-*"):
+            if re.fullmatch(names, old.name):
+                shutil.rmtree(old, ignore_errors=True)
 
     def deliver(self, client: ServerClient, version: str) -> None:
         folder = str(self._folder / version)
