@@ -24,7 +24,7 @@ def test_weights_for_servers_replace_older_ones_and_those_that_killed_runs_began
         replicas=1,
         weight_version=FRESH,
     )
-    for name in ("arpo-ab12-3", "arpo-ab12-4.partial", "arpo-notes", "mine.partial"):
+    for name in ("arpo-ab12-3", "arpo-ab12-4.partial-0f", "arpo-notes", "mine.partial"):
         (tmp_path / name).mkdir()
     DiskTransfer(tiny_model(), Accelerator(cpu=True), tokenizer(), tmp_path, [facts]).prepare("arpo-cd34-0")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["arpo-cd34-0", "arpo-notes", "mine.partial"]

@@ -390,7 +390,7 @@ class DiskTransfer:
         """Write the version atomically and remove older ones, on the main rank. Returns the error as text, or None."""
         if not self._accelerator.is_main_process:
             return None
-        self._remove(r"arpo-[0-9a-f]+-\d+\.partial")  # of killed runs, which would take the space
+        self._remove(r"arpo-[0-9a-f]+-\d+\.partial-[0-9a-f]+")  # of killed runs, which would take the space
         try:
             with whole_folder(self._folder / version) as partial:
                 write(partial)
