@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from trl import GRPOTrainer
 
 from arpo_trl import ARPOConfig
 from arpo_trl.errors import ConfigError
@@ -131,6 +132,28 @@ def test_a_kept_gradient_reaches_the_weights_and_is_counted(model_path, tmp_path
     assert share == pytest.approx(float(above.sum() / mask.sum()))
 
 
+@pytest.mark.parametrize("keeps", [False, True])
+def test_the_mask_of_off_policy_rows_reads_the_drift_of_the_policy(model_path, tmp_path, monkeypatch, keeps):
+    settings = {"clip_keeps_gradient": keeps, "off_policy_mask_threshold": 0.005, "loss_type": "bnpo", **EXACT}
+    made = trainer(model_path, tmp_path, scripted(), **settings)
+    made.model.train()
+    made.current_gradient_accumulation_steps = 1
+    logprobs = torch.full((1, 2), -1.0, requires_grad=True)
+    monkeypatch.setattr(
+        GRPOTrainer, "_get_per_token_logps_and_entropies", lambda *_, **__: (logprobs, torch.ones(1, 2), None)
+    )
+    one, two = torch.ones(1, 1, dtype=torch.long), torch.ones(1, 2, dtype=torch.long)
+    made._compute_loss(
+        made.model,
+        {"prompt_ids": one, "prompt_mask": one, "completion_ids": two, "completion_mask": two, "tool_mask": two}
+        | {"old_per_token_logps": torch.tensor([[-2.1, -0.8]]), "advantages": torch.tensor([[1.0, -1.0]])},
+    ).backward()
+    assert logprobs.grad is not None
+    # Log-ratios 1.1 and −.2: mean KL (−1.1 + .2) / 2 < .005, so that no token is dropped. With log 1.2 in place of the
+    # 1.1 it would be (−.182 + .2) / 2 > .005, and the second token would be dropped.
+    assert logprobs.grad[0].tolist() == pytest.approx([-0.6 * keeps, math.exp(-0.2) / 2], abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -139,6 +162,10 @@ def test_a_kept_gradient_reaches_the_weights_and_is_counted(model_path, tmp_path
         (
             {"clip_keeps_gradient": True, "importance_sampling_level": "sequence"},
             "importance_sampling_level 'sequence'",
+        ),
+        (
+            {"clip_keeps_gradient": True, "beta": 0.1},
+            "beta is 0.1, but use_bias_correction_kl .* Set .*: false, or beta",
         ),
         ({"importance_sampling_level": "turn", "loss_type": "vespo"}, "'turn', but loss_type 'vespo' weights whole"),
     ],

@@ -564,6 +564,12 @@ class ARPOConfig(ToolLimits, GRPOConfig):
                 f"{level!r}; expected a loss that clips the ratio of tokens or turns: one of {list(clipped)}, with "
                 "'token' or 'turn'."
             )
+        if self.clip_keeps_gradient and self.beta and self.use_bias_correction_kl:
+            raise ConfigError(
+                f"clip_keeps_gradient is set and beta is {self.beta}, but use_bias_correction_kl multiplies the KL of a "
+                "token by its ratio, which clip_keeps_gradient replaces by 1 + ε_high. Set use_bias_correction_kl: "
+                "false, or beta: 0."
+            )
         if level == ImportanceSamplingLevel.TURN and self.loss_type == "vespo":
             raise ConfigError(
                 "importance_sampling_level is 'turn', but loss_type 'vespo' weights whole paths. Set "

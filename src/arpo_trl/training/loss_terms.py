@@ -47,7 +47,7 @@ class LossTerms:
         return self.per_turn or self.keeps_above is not None
 
     def apply(self, batch: dict[str, Any], logprobs: torch.Tensor) -> torch.Tensor | None:
-        """Replaces the old logprobs in `batch`, a micro-batch. Returns which tokens keep their gradient.
+        """Replaces the old logprobs in `batch`, a copy of a micro-batch. Returns which tokens keep their gradient.
 
         Args:
             logprobs: (B, T), of the policy.
@@ -70,6 +70,8 @@ class LossTerms:
             bound = math.log(self.keeps_above)
             kept = (log_ratios > bound) & positive & (mask != 0)
             log_ratios = log_ratios.masked_fill(kept, bound - INSIDE)
+        # `off_policy_mask_threshold` measures the drift of the policy. Without this TRL would read it from `old'`.
+        batch.setdefault("sampling_per_token_logps", old)
         changed = mask != 0 if self.per_turn else kept
         batch["old_per_token_logps"] = torch.where(changed, logprobs.detach() - log_ratios, old)
         return kept
