@@ -47,12 +47,12 @@ def test_a_group_is_equal_if_all_known_rewards_are():
 
 
 def test_new_trees_take_the_places_of_the_old_and_wait_for_them():
-    merged = with_new_trees(rolled(2, 5, 3), rolled(1, 4), [0, 2])
+    merged = with_new_trees(rolled(2, 5, 3), rolled(1, 4), [0, 2], waited=7)
     assert [len(tree.nodes[1].ids) for tree in merged.trees] == [1, 5, 4]
     assert merged.spans == [{1: (0.0, 1.0)}, {1: (0.0, 5.0)}, {1: (0.0, 4.0)}]  # also of the new trees
-    assert merged.turns_in_sequence == [5 + 1, 5, 5 + 4]  # the first round's longest chain has 5 turns
+    assert merged.turns_in_sequence == [7 + 1, 5, 7 + 4]  # the longest chain, on another rank, has 7 turns
     assert (merged.times.total_s, merged.times.own_s) == (8.0, 2.0)
-    assert with_new_trees(rolled(2), rolled(), []).turns_in_sequence == [2]  # a rank with nothing to roll out
+    assert with_new_trees(rolled(2), rolled(), [], waited=7).turns_in_sequence == [2]  # a rank without them
 
 
 def test_what_is_discarded_is_counted():

@@ -566,8 +566,8 @@ class ARPOConfig(ToolLimits, GRPOConfig):
             )
         if self.clip_keeps_gradient and self.beta and self.use_bias_correction_kl:
             raise ConfigError(
-                f"clip_keeps_gradient is set and beta is {self.beta}, but use_bias_correction_kl multiplies the KL of a "
-                "token by its ratio, which clip_keeps_gradient replaces by 1 + ε_high. Set use_bias_correction_kl: "
+                f"clip_keeps_gradient is set and beta is {self.beta}, but use_bias_correction_kl multiplies the KL of "
+                "a token by its ratio, which clip_keeps_gradient replaces by 1 + ε_high. Set use_bias_correction_kl: "
                 "false, or beta: 0."
             )
         if level == ImportanceSamplingLevel.TURN and self.loss_type == "vespo":

@@ -142,9 +142,10 @@ def equal_groups(rewards: torch.Tensor, size: int) -> torch.Tensor:
     return ~groups.isnan().all(dim=2).all(dim=0) & are_equal(groups).all(dim=0)
 
 
-def with_new_trees(before: RolloutBatch, new: RolloutBatch, groups: Sequence[int]) -> RolloutBatch:
-    """`before` with the trees at the positions `groups` replaced by those of `new`, which were sampled after it."""
-    replaced, waited = list(before.groups), max(before.turns_in_sequence, default=0)
+def with_new_trees(before: RolloutBatch, new: RolloutBatch, groups: Sequence[int], waited: int) -> RolloutBatch:
+    """`before` with the trees at the positions `groups` replaced by those of `new`, which were sampled after `waited`
+    turns: the longest chain of `before` on any rank, since a further round needs the rewards of all groups."""
+    replaced = list(before.groups)
     for i, group in zip(groups, new.groups, strict=True):
         replaced[i] = replace(group, turns_in_sequence=waited + group.turns_in_sequence)
     return RolloutBatch(groups=replaced, times=before.times + new.times)

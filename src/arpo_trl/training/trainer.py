@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import GRPOTrainer
@@ -366,8 +367,9 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
             assert self._last is not None
             name, before, again = self._last.name, self._last.rollout, self._again
             tally_discarded([before.trees[i] for i in again.groups], self._counted)
+            waited = max(gather_object(before.turns_in_sequence))
             new = self._sample([requests[i] for i in again.groups], f"{name} again {again.number}", settings)
-            rollout = with_new_trees(before, new, again.groups)
+            rollout = with_new_trees(before, new, again.groups, waited)
         leaves = rollout.leaves
         self._last = LastRollout(name=name, rollout=rollout, first_group=first_group)
         if self._environments is not None and not self.samples_ahead:
