@@ -7,20 +7,24 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 
-from arpo_trl.common.adapters import check_head
-from arpo_trl.errors import ConfigError
+from arpo_trl.common.adapters import check_adapter, check_saved
+from arpo_trl.errors import CheckpointError, ConfigError
 from arpo_trl.training.sharding import _parameter_groups, check_launch, local_forwards
 from support import tiny_model
 
 
-def launched(ranks: int = 2, *, zero: int | None = None, fsdp: int | None = None, parallel: int = 1) -> Any:
-    """What check_launch looks at of an accelerator."""
+def launched(
+    ranks: int = 2, *, zero: int | None = None, fsdp: int | None = None, checkpoints: bool = False, parallel: int = 1
+) -> Any:
+    """What check_launch and check_adapter look at of an accelerator."""
     return SimpleNamespace(
         num_processes=ranks,
         device=torch.device("cpu"),
         state=SimpleNamespace(
             deepspeed_plugin=None if zero is None else SimpleNamespace(zero_stage=zero),
-            fsdp_plugin=None if fsdp is None else SimpleNamespace(fsdp_version=fsdp),
+            fsdp_plugin=None
+            if fsdp is None
+            else SimpleNamespace(fsdp_version=fsdp, activation_checkpointing=checkpoints),
         ),
         parallelism_config=SimpleNamespace(non_data_parallel_size=parallel),
     )
@@ -57,11 +61,31 @@ def test_a_trained_head_whose_gradients_fsdp_would_not_sum_is_refused():
         return get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], modules_to_save=list(saved)))
 
     for model in (tiny_model(), adapter(), adapter("embed_tokens")):
-        check_head(model, launched(fsdp=2))
+        check_adapter(model, launched(fsdp=2))
     for accelerator in (launched(1, fsdp=2), launched(), launched(zero=3)):
-        check_head(adapter("lm_head"), accelerator)
+        check_adapter(adapter("lm_head"), accelerator)
     with pytest.raises(ConfigError, match=r"trains the language modeling head .* under FSDP, .*zero3\.yaml"):
-        check_head(adapter("lm_head"), launched(fsdp=2))
+        check_adapter(adapter("lm_head"), launched(fsdp=2))
+
+
+def test_an_adapter_whose_weights_fsdp_would_rename_is_refused():
+    adapted = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]))
+    check_adapter(tiny_model(), launched(fsdp=2, checkpoints=True))  # all weights are saved under their names
+    for ranks in (1, 2):
+        with pytest.raises(
+            ConfigError, match=r"Set fsdp_activation_checkpointing: false .* gradient_checkpointing: true"
+        ):
+            check_adapter(adapted, launched(ranks, fsdp=2, checkpoints=True))
+
+
+def test_an_adapter_is_not_saved_without_weights():
+    adapted = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]))
+    check_saved(tiny_model(), {})
+    check_saved(adapted, None)
+    check_saved(adapted, adapted.state_dict())
+    renamed = {name.replace(".self_attn.", "._wrapped.self_attn."): w for name, w in adapted.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"adapter 'default' would be saved without weights"):
+        check_saved(adapted, renamed)
 
 
 def test_single_tokens_of_tied_embeddings_are_refused():
@@ -71,7 +95,7 @@ def test_single_tokens_of_tied_embeddings_are_refused():
         model.tie_weights()
         adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3]))
         with pytest.raises(ConfigError, match=r"single tokens .* shares with its head") if tied else nullcontext():
-            check_head(adapted, launched(1))
+            check_adapter(adapted, launched(1))
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):

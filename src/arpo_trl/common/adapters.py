@@ -12,7 +12,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import AutoTokenizer
 
 from arpo_trl.common.pretrained import load_pretrained
-from arpo_trl.errors import ConfigError
+from arpo_trl.errors import CheckpointError, ConfigError
 from arpo_trl.visible import get_logger
 
 if TYPE_CHECKING:
@@ -74,33 +74,63 @@ def _is_on_hub(adapter: str) -> bool:
     return True
 
 
-def check_head(model: Any, accelerator: Accelerator) -> None:
-    """Checks that TRL's fused head can read the language modeling head that an adapter trains.
+def check_adapter(model: Any, accelerator: Accelerator) -> None:
+    """Checks that the run can train and save the adapter of `model`, if it has one.
 
-    TRL reads the weight and the bias, and does not call the module. Under FSDP, PEFT's wrap policy makes the trained
-    copy of the head a unit of its own: its weight would be gathered as a replicated tensor, and each rank would keep
-    its own gradient.
+    TRL's fused head reads the weight and the bias of the language modeling head, and does not call the module. Under
+    FSDP, PEFT's wrap policy makes the trained copy of the head a unit of its own: its weight would be gathered as a
+    replicated tensor, and each rank would keep its own gradient. FSDP's activation checkpointing renames the weights,
+    and PEFT would not find them when it saves and loads the adapter.
 
     Raises:
-        ConfigError: FSDP shards the trained copy of the head, or the adapter trains single tokens of tied embeddings.
+        ConfigError: FSDP shards the trained copy of the head or checkpoints activations, or the adapter trains single
+            tokens of tied embeddings.
     """
     from peft import PeftModel
     from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 
-    head = model.get_output_embeddings() if isinstance(model, PeftModel) else None
+    if not isinstance(model, PeftModel):
+        return
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.activation_checkpointing:
+        raise ConfigError(
+            "FSDP checkpoints activations (fsdp_activation_checkpointing: true), which renames the weights, so that "
+            "the adapter would be saved without them. Set fsdp_activation_checkpointing: false in the configuration "
+            "of accelerate, and gradient_checkpointing: true in that of the run."
+        )
+    head = model.get_output_embeddings()
     if isinstance(head, TrainableTokensWrapper):
         raise ConfigError(
             "The adapter trains single tokens (new ones of chat_template_path, or trainable_token_indices) of "
             "embeddings that the model shares with its head, which TRL cannot compute. Use a chat template without "
             "new tokens (a .jinja file), or train all weights (use_peft: false)."
         )
-    sharded = getattr(accelerator.state, "fsdp_plugin", None) is not None and accelerator.num_processes > 1
+    sharded = plugin is not None and accelerator.num_processes > 1
     if sharded and isinstance(head, AuxiliaryTrainingWrapper):
         raise ConfigError(
             "The adapter trains the language modeling head (lora_modules_to_save) under FSDP, which would not sum the "
             "gradients of the head over the ranks. Use accelerate_configs/zero3.yaml or ddp.yaml, or remove the head "
             "from lora_modules_to_save."
         )
+
+
+def check_saved(model: Any, weights: dict[str, Any] | None) -> None:
+    """Checks that the adapters of `model`, if it has any, are about to be saved with their weights.
+
+    Args:
+        weights: The weights by name; None: those of `model`.
+
+    Raises:
+        CheckpointError: PEFT finds no weight of an adapter.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    for name in model.peft_config if isinstance(model, PeftModel) else ():
+        if not get_peft_model_state_dict(model, weights, name, save_embedding_layers=False):
+            raise CheckpointError(
+                f"The adapter {name!r} would be saved without weights: PEFT finds none of them under their names in "
+                "the model. Train without what wraps its layers, such as FSDP's activation checkpointing."
+            )
 
 
 def merged(model: Any, adapter: str) -> Any:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch.distributed.fsdp import StateDictType
 from transformers import Trainer
 
+from arpo_trl.common.adapters import check_saved
 from arpo_trl.common.files import share_weights
 
 
@@ -15,7 +17,8 @@ class WholeModels(Trainer):
 
     With accelerate's defaults a run would end without a model: under FSDP with sharded state dicts `Trainer` saves
     only the shards of checkpoints, and under ZeRO-3 without `zero3_save_16bit_model` only DeepSpeed's own files. The
-    shards from which a run resumes are saved as configured. Saved weights are as readable as their folder.
+    shards from which a run resumes are saved as configured. Saved weights are as readable as their folder. An adapter
+    without weights is an error.
     """
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -36,3 +39,7 @@ class WholeModels(Trainer):
                 plugin.state_dict_type = configured
         if self.args.should_save:
             share_weights(Path(output_dir or self.args.output_dir))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        check_saved(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), state_dict)
+        super()._save(output_dir, state_dict)

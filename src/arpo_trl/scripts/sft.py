@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from arpo_trl.command_line import parse_settings, report_errors
-from arpo_trl.common.adapters import check_head, of_revision
+from arpo_trl.common.adapters import check_adapter, of_revision
 from arpo_trl.common.build_locks import remove_left_build_locks
 from arpo_trl.common.full_disk import naming
 from arpo_trl.common.pretrained import load_pretrained
@@ -272,7 +272,7 @@ def _train(arguments: ColdStartArguments, config: ColdStartConfig, model_config:
             quantization_config=quantization,
             peft_config=of_revision(adapter, model_config.model_revision),
         )
-    check_head(trainer.model, trainer.accelerator)
+    check_adapter(trainer.model, trainer.accelerator)
     if arguments.overwrite_output_dir:
         overwrite(config)
     show_compactly(trainer)

@@ -14,7 +14,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import GRPOTrainer
 
-from arpo_trl.common.adapters import check_head, of_revision
+from arpo_trl.common.adapters import check_adapter, of_revision
 from arpo_trl.common.run_files import TRAJECTORIES
 from arpo_trl.common.spans import Spans
 from arpo_trl.common.working_folder import kept_working_folder
@@ -241,7 +241,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         log_defaults(args)
         warn_of_unread(args)
         check_launch(self.accelerator, gathers=args.ds3_gather_for_generation)
-        check_head(self.model, self.accelerator)
+        check_adapter(self.model, self.accelerator)
         warn_of_emulation(self.model, self.accelerator)
         self._tokenizer = with_guarded_parser(self._tokenizer)
         self.use_vllm = args.use_vllm
