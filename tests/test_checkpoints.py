@@ -546,6 +546,24 @@ def of_this_run(**values: Any) -> RunIdentity:
     return dataclasses.replace(identity_with(), **values)
 
 
+def with_batches(processes: int, per_device: int, accumulated: int, generated: int = 16) -> RunIdentity:
+    settings = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulated}
+    steps = {"steps_per_generation": generated // (processes * per_device), "generation_batch_size": generated}
+    return of_this_run(processes=processes, settings=settings | steps)
+
+
+def test_another_number_of_processes_trains_the_same_rows_in_a_step():
+    state = saved_by(with_batches(2, 4, 2).as_dict())  # 16 rows
+    for processes, per_device, accumulated in ((1, 8, 2), (1, 4, 4), (1, 16, 1), (4, 2, 2), (4, 4, 1)):
+        state.check_same_run(with_batches(processes, per_device, accumulated))
+    expected = "per_device_train_batch_size × gradient_accumulation_steps × processes is 16 there and 8 here"
+    for processes, per_device, accumulated in ((1, 8, 1), (1, 4, 2), (4, 2, 1)):
+        with pytest.raises(ConfigError, match=rf"another run: {expected}\. To resume, restore the old value"):
+            state.check_same_run(with_batches(processes, per_device, accumulated))
+    with pytest.raises(ConfigError, match="generation_batch_size is 16 there and 32 here"):
+        state.check_same_run(with_batches(1, 8, 2, generated=32))
+
+
 def test_a_reward_with_other_settings_is_another_reward():
     (task, paper) = ({"hierarchical": {"accuracy": accuracy}} for accuracy in ("task", "paper_f1"))
     state = saved_by(of_this_run(reward_settings=task).as_dict())

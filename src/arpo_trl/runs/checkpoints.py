@@ -36,6 +36,7 @@ VERSIONS = ("arpo-trl", "trl", "transformers", "torch")
 
 _BATCH_SETTINGS = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation"})
 """The settings that must change with the number of processes to keep the global batches the same."""
+_ROWS_PER_STEP = "per_device_train_batch_size × gradient_accumulation_steps × processes"
 _STATE = {
     "step": int, "written": float, "between_generations": bool, "owes_evaluation": bool, "identity": dict,
     "versions": dict, "files": dict, "passes": int, "steps_in_pass": int,
@@ -106,9 +107,11 @@ class SavedState:
                 identity.pop("frozen_weights", None)
         if then["processes"] != here["processes"]:
             self._check_can_spread(then, here)
-            then["processes"] = here["processes"]
             for identity in (then, here):
-                identity["settings"] = {k: v for k, v in identity["settings"].items() if k not in _BATCH_SETTINGS}
+                settings, processes = identity["settings"], identity.pop("processes")
+                rows = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * processes
+                identity["settings"] = {k: v for k, v in settings.items() if k not in _BATCH_SETTINGS}
+                identity["settings"][_ROWS_PER_STEP] = rows
         differences = [difference.removeprefix("settings.") for difference in differences_between(then, here)]
         if differences:
             more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
