@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from importlib import metadata
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from accelerate.commands.config import config_args
 from accelerate.commands.launch import launch_command_parser
 
 from arpo_trl.commands import doctor, new
-from arpo_trl.commands.launch import LAUNCH_FLAGS, launch, split_words
+from arpo_trl.commands.launch import LAUNCH_FLAGS, _check_nodes, launch, split_words
 from arpo_trl.commands.project import my_rewards, my_tools
 from arpo_trl.commands.training_help import HELP_FILE, as_json, collect, print_help
 from arpo_trl.common.imports import is_import_path, load_callable
@@ -171,6 +172,33 @@ def test_a_flag_that_accelerate_rejects_is_one_line(capsys, words, message) -> N
     with pytest.raises(ConfigError, match=f"^{message}$"):
         launch("arpo_trl.scripts.train", words)
     assert "usage" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("ddp --gpu_ids 0", r"accelerate cannot run .*ddp\.yaml \(ValueError: Less than two GPU ids .*\)\. Correct"),
+        ("zero2 --num_processes 0", "num_processes is 0; expected at least 1"),
+        ("zero3 --num_machines 2", "num_machines is 2, .* program deepspeed .* --accelerate multi_node_zero3"),
+        ("ddp --num_machines 2", "num_machines is 2, but main_process_ip is not set"),
+        ("multi_node_zero3", "num_machines is 2, but main_process_ip is not set"),
+        ("multi_node_zero3 --main_process_ip a --machine_rank 2", "machine_rank is 2; expected .* from 0 to 1"),
+        ("multi_node_zero3 --main_process_ip a --num_machines 3", "num_processes is 16: .* on all nodes together"),
+    ],
+)
+def test_processes_that_cannot_form_a_run_are_an_error_before_they_start(monkeypatch, words, message) -> None:
+    monkeypatch.setattr("shutil.which", lambda program: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    with pytest.raises(ConfigError, match=message):
+        launch("no/program.py", ["--accelerate", *words.split()])
+
+
+def test_nodes_of_a_job_start_as_the_documentation_shows() -> None:
+    configuration = config_args.load_config_from_file(str(ROOT / "accelerate_configs/multi_node_zero3.yaml"))
+    flags = {"main_process_ip": "node1", "num_processes": None, "num_machines": None, "machine_rank": 1}
+    _check_nodes(Namespace(**flags), configuration)
+    _check_nodes(Namespace(**flags | {"num_processes": 32, "num_machines": 4, "machine_rank": 3}), configuration)
+    _check_nodes(Namespace(**flags | {"num_processes": 8, "num_machines": 1, "machine_rank": None}), configuration)
 
 
 def test_every_configuration_of_the_checkout_has_a_name(tmp_path, monkeypatch) -> None:

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from arpo_trl.command_line import CONFIG_TWICE, report_errors
 from arpo_trl.common.flags import NEAR, in_words, nearest
@@ -89,9 +91,9 @@ def launch(program: str, words: Sequence[str]) -> int:
     and the shipped "single" otherwise.
 
     Raises:
-        ConfigError: See `split_words`. Or accelerate rejects the value of a flag, or its configuration cannot be read.
-            Or the configuration starts one process, and --num_processes or --num_machines is more than 1, which
-            accelerate would ignore.
+        ConfigError: See `split_words`. Or accelerate rejects the value of a flag, its configuration cannot be read, or
+            it fails. Or the configuration starts one process, and --num_processes or --num_machines is more than 1,
+            which accelerate would ignore. Or the nodes cannot form one run.
     """
     for_accelerate, for_program = split_words(words)
     say_loading(f"arpo-trl {os.path.basename(program).removesuffix('.py').rpartition('.')[2]}")
@@ -125,6 +127,7 @@ def launch(program: str, words: Sequence[str]) -> int:
                 f"--{name} is {number}, but the configuration {file} starts one process (distributed_type: NO). "
                 "Choose one for several processes, such as --accelerate ddp."
             )
+    _check_nodes(arguments, configuration)
     _leave_signals_to_the_program()
     try:
         launch_command(arguments)
@@ -134,7 +137,56 @@ def launch(program: str, words: Sequence[str]) -> int:
         return _status(failed.get_first_failure()[1].exitcode)
     except SignalException as stopped:  # also by torchrun, once the program has ended on the signal
         return 128 + stopped.sigval
+    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:  # of accelerate and torchrun
+        raise ConfigError(
+            f"accelerate cannot run {program} with the configuration {file} ({type(error).__name__}: "
+            f"{' '.join(str(error).split())}). Correct the configuration or the flags."
+        ) from error
     return 0
+
+
+def _check_nodes(arguments: Namespace, configuration: Any) -> None:
+    """Checks the number of processes, and that the nodes can form one run, for the flags and a configuration.
+
+    Raises:
+        ConfigError: A node would start no or other processes than expected, or would not find the others.
+    """
+    from accelerate.utils import DistributedType
+
+    def value(name: str) -> Any:
+        flag = getattr(arguments, name)
+        return getattr(configuration, name, None) if flag is None else flag
+
+    processes, machines, rank = value("num_processes"), value("num_machines") or 1, value("machine_rank") or 0
+    if processes is not None and processes < 1:
+        raise ConfigError(f"num_processes is {processes}; expected at least 1. Set --num_processes.")
+    if machines <= 1:
+        return
+    told = f"num_machines is {machines}"
+    is_deepspeed = configuration.distributed_type == DistributedType.DEEPSPEED
+    if is_deepspeed and configuration.deepspeed_config.get("deepspeed_multinode_launcher") != "standard":
+        if shutil.which("deepspeed") is None:
+            raise ConfigError(
+                f"{told}, and DeepSpeed is to start the other nodes itself, but the program deepspeed is not on the "
+                "path. Start the command on each node, with --accelerate multi_node_zero3 (or "
+                "deepspeed_multinode_launcher: standard)."
+            )
+        return
+    if value("main_process_ip") is None:
+        raise ConfigError(
+            f"{told}, but main_process_ip is not set, so that the nodes would not find each other. Set "
+            "--main_process_ip to the address of node 0, on each node."
+        )
+    if not 0 <= rank < machines:
+        raise ConfigError(
+            f"{told} and machine_rank is {rank}; expected the number of this node, from 0 to {machines - 1}. Set "
+            "--machine_rank."
+        )
+    if processes is not None and processes % machines:
+        raise ConfigError(
+            f"{told}, but num_processes is {processes}: the number of processes on all nodes together, equally many "
+            "on each. Set --num_processes to a multiple of the number of nodes."
+        )
 
 
 def _refuse(message: str) -> NoReturn:
