@@ -26,6 +26,7 @@ from arpo_trl.commands.project import my_rewards, my_tools
 from arpo_trl.commands.training_help import HELP_FILE, as_json, collect, print_help
 from arpo_trl.common.imports import is_import_path, load_callable
 from arpo_trl.common.shipped import ACCELERATE_CONFIGS, CONFIGS, file_or_shipped, shipped_file, shipped_names
+from arpo_trl.data.prompts import tags_system_prompt
 from arpo_trl.errors import ConfigError
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.tools.python import sandbox
@@ -306,6 +307,20 @@ def test_the_project_is_consistent() -> None:
     assert my_tools.lookup("Atlantis") == "There is no country Atlantis."
     turns = [["<lookup>France</lookup>", "<answer>\\boxed{Paris}</answer>"], ["<answer>\\boxed{Rome}</answer>"], ["x"]]
     assert my_rewards.exact(turns=turns, answer=[["Paris"]] * 3) == [1.0, 0.1, 0.0]
+
+
+@pytest.mark.parametrize(
+    "form", ["{}", "It is {}, in Europe.", "\nIt is\n{}\n", tags_system_prompt([my_tools.lookup])]
+)
+@pytest.mark.parametrize("answer", ["Paris", "\\text{Paris}", "{1}, {2}"])
+def test_the_reward_of_the_project_finds_an_answer_in_the_form_of_the_system_prompt(form, answer) -> None:
+    asked = re.search(r"<answer>.*</answer>", form)  # in the system prompt: a short conclusion, \boxed{the answer}
+    box = f"\\boxed{{{answer}}}"
+    text = asked[0].replace(r"\boxed{the answer}", box) if asked else f"<answer>{form.replace('{}', box)}</answer>"
+    turns = [["<lookup>France</lookup>", f"<think>I know.</think>\n{text}"]]
+    assert box in text
+    assert my_rewards.exact(turns=turns, answer=[[answer]]) == [1.0]
+    assert my_rewards.exact(turns=turns, answer=[["Rome"]]) == [0.1]
 
 
 def test_many_demonstrations_are_wrong_and_most_are_right() -> None:

@@ -1,6 +1,6 @@
 """The rewards of this project. `config.yaml` names them as my_rewards:NAME."""
 
-import re
+from arpo_trl.rewards import extract_answer
 
 
 def exact(turns: list[list[str]], answer: list[list[str]], **_: object) -> list[float]:
@@ -11,6 +11,6 @@ def exact(turns: list[list[str]], answer: list[list[str]], **_: object) -> list[
     """
     rewards = []
     for written, accepted in zip(turns, answer, strict=True):
-        found = re.search(r"<answer>\\boxed\{(.*)\}</answer>", written[-1]) if written else None
-        rewards.append(0.0 if found is None else 1.0 if found[1] in accepted else 0.1)
+        found = extract_answer(written[-1]) if written else None  # of <answer>… \boxed{found} …</answer>
+        rewards.append(0.0 if found is None else 1.0 if found in accepted else 0.1)
     return rewards
