@@ -26,8 +26,10 @@ from arpo_trl.commands.project import my_rewards, my_tools
 from arpo_trl.commands.training_help import HELP_FILE, as_json, collect, print_help
 from arpo_trl.common.imports import is_import_path, load_callable
 from arpo_trl.common.shipped import ACCELERATE_CONFIGS, CONFIGS, file_or_shipped, shipped_file, shipped_names
+from arpo_trl.data.loading import load_arpo_dataset
 from arpo_trl.data.prompts import tags_system_prompt
 from arpo_trl.errors import ConfigError
+from arpo_trl.quickstart.task import write_lines
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.tools.python import sandbox
 from forked import Fork
@@ -307,6 +309,20 @@ def test_the_project_is_consistent() -> None:
     assert my_tools.lookup("Atlantis") == "There is no country Atlantis."
     turns = [["<lookup>France</lookup>", "<answer>\\boxed{Paris}</answer>"], ["<answer>\\boxed{Rome}</answer>"], ["x"]]
     assert my_rewards.exact(turns=turns, answer=[["Paris"]] * 3) == [1.0, 0.1, 0.0]
+
+
+def test_the_questions_of_the_project_get_a_system_prompt_once_its_line_is_removed(tmp_path) -> None:
+    settings = yaml.safe_load((new.TEMPLATE / "config.yaml").read_text("utf-8"))
+    file = tmp_path / settings["dataset"]
+    write_lines(file, new.make_questions())
+    described = tags_system_prompt([my_tools.lookup])
+    asked = {"role": "user", "content": "What is the capital of Albania?"}
+    for system, messages in (
+        (settings["system_prompt"], [asked]),
+        (None, [{"role": "system", "content": described}, asked]),
+    ):
+        rows = load_arpo_dataset(str(file), system_prompt=system, own_reward=True, default_system_prompt=described)
+        assert rows[0]["prompt"] == messages and rows[0]["answer"] == ["Tirana"]
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,8 @@ def _write_project(folder: Path) -> None:
 def make_questions() -> list[dict[str, Any]]:
     """Rows {prompt, answer, task}, one for each country."""
     return [
-        {"prompt": [_question(country)], "answer": [capital], "task": "qa"} for country, capital in CAPITALS.items()
+        {"prompt": _question(country)["content"], "answer": [capital], "task": "qa"}
+        for country, capital in CAPITALS.items()
     ]
 
 
