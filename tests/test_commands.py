@@ -85,6 +85,17 @@ def test_a_configuration_that_is_not_there_is_an_error_before_the_launch(words, 
         split_words(words)
 
 
+@pytest.mark.parametrize("given", ["quickstart_shop", str(shipped_file(CONFIGS, "quickstart_shop"))])
+@pytest.mark.parametrize("program", ["train", "sft"])
+def test_the_configuration_of_the_shop_is_refused_with_the_command_that_takes_it(program, given, capsys) -> None:
+    with pytest.raises(
+        ConfigError, match=r"accelerate launch -m arpo_trl\.quickstart\.shop\.train --config /.*\.yaml\."
+    ):
+        launch(f"arpo_trl.scripts.{program}", ["--config", given])
+    assert print_help(program, ["--help"])
+    assert "quickstart_shop" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("flag", ["--num_processes", "--num_machines"])
 def test_several_processes_need_a_configuration_that_starts_them(tmp_path, flag) -> None:
     own = tmp_path / "own.yaml"

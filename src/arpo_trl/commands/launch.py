@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -41,6 +42,9 @@ LAUNCH_FLAGS = {
 
 OWN_FLAGS = ("accelerate", "config", *LAUNCH_FLAGS)
 """The flags that are not settings. No setting's name is similar to one of these, or a prefix of it."""
+
+OF_SHOP = "quickstart_shop"
+"""The shipped configuration that is for neither `train` nor `sft`, but for a program of its own."""
 
 DEFAULT = "single"
 MOST_THREADS = 4
@@ -93,9 +97,12 @@ def launch(program: str, words: Sequence[str]) -> int:
     Raises:
         ConfigError: See `split_words`. Or accelerate rejects the value of a flag, its configuration cannot be read, or
             it fails. Or the configuration starts one process, and --num_processes or --num_machines is more than 1,
-            which accelerate would ignore. Or the nodes cannot form one run.
+            which accelerate would ignore. Or the nodes cannot form one run, or --config is the shop's, which has a
+            program of its own.
     """
     for_accelerate, for_program = split_words(words)
+    if program.startswith("arpo_trl.scripts.") and "--config" in for_program:
+        _refuse_of_shop(for_program[for_program.index("--config") + 1])
     say_loading(f"arpo-trl {os.path.basename(program).removesuffix('.py').rpartition('.')[2]}")
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file
     from accelerate.commands.launch import launch_command, launch_command_parser
@@ -186,6 +193,16 @@ def _check_nodes(arguments: Namespace, configuration: Any) -> None:
         raise ConfigError(
             f"{told}, but num_processes is {processes}: the number of processes on all nodes together, equally many "
             "on each. Set --num_processes to a multiple of the number of nodes."
+        )
+
+
+def _refuse_of_shop(config: str) -> None:
+    file = shipped_file(CONFIGS, OF_SHOP)
+    if file.samefile(config):
+        raise ConfigError(
+            f"The configuration {OF_SHOP} is for a program of its own, with an environment. Run arpo-trl quickstart "
+            "--task shop, which makes its data and its model, and then accelerate launch -m "
+            f"arpo_trl.quickstart.shop.train --config {shlex.quote(str(file))}."
         )
 
 

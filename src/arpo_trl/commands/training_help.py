@@ -16,7 +16,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from arpo_trl.commands.launch import LAUNCH_FLAGS
+from arpo_trl.commands.launch import LAUNCH_FLAGS, OF_SHOP
 from arpo_trl.common.flags import CommandParser
 from arpo_trl.common.settings import default_of, help_of
 from arpo_trl.common.shipped import ACCELERATE_CONFIGS, CONFIGS, shipped_names
@@ -120,12 +120,16 @@ def _parser(program: str) -> argparse.ArgumentParser:
         add_help=False,
     )
     start = parser.add_argument_group("start")
-    names = [name for name in shipped_names(CONFIGS) if name.endswith("_sft") == (program == "sft")]
+    shipped = [name for name in shipped_names(CONFIGS) if name != OF_SHOP]
+    names = [name for name in shipped if name.endswith("_sft") == (program == "sft")]
     start.add_argument(
         "--config", metavar="NAME_OR_FILE", help=f"YAML file of settings, or one of: {', '.join(names)}"
     )
-    shipped = ", ".join(shipped_names(ACCELERATE_CONFIGS))
-    start.add_argument("--accelerate", metavar="NAME", help=f"how to distribute: {shipped} (default: single)")
+    start.add_argument(
+        "--accelerate",
+        metavar="NAME",
+        help=f"how to distribute: {', '.join(shipped_names(ACCELERATE_CONFIGS))} (default: single)",
+    )
     for name, text in LAUNCH_FLAGS.items():
         start.add_argument(f"--{name}", metavar=name.split("_")[-1].upper(), help=text)
     groups: dict[str, list[Setting]] = json.loads(HELP_FILE.read_text("utf-8"))[program]
