@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from arpo_trl.common.shipped import CONFIGS, shipped_file
 from arpo_trl.errors import ConfigError
 from arpo_trl.quickstart import stages
 from arpo_trl.quickstart.__main__ import _arguments, main
@@ -304,6 +307,34 @@ def test_the_chat_template_renders_every_role_in_few_tokens(tokenizer: PreTraine
     prompt = [{"role": "user", "content": "height of Denali plus that of Hood in m?"}]
     # <|im_start|> user ⏎ height _of _Denali _plus _that _of _Hood _in _m ? <|im_end|> <|im_start|> assistant ⏎
     assert len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)) == 17
+
+
+# --- settings ---
+
+
+@pytest.mark.parametrize(
+    ("task", "config", "said"),
+    [
+        ("search", "quickstart_shop", "it is one of arpo-trl quickstart --task shop."),
+        ("shop", "quickstart", "it is one of arpo-trl quickstart --task search."),
+        ("search", "branch_treshold: 0.5", "There is no setting 'branch_treshold'; did you mean 'branch_threshold'?"),
+        ("search", "learning_rate: fast", "learning_rate is 'fast'; expected"),
+        ("search", "num_generations: 8\nenv: {ARPO_TEST: a}\ninitial_rollouts: 9", "initial_rollouts"),
+    ],
+)
+def test_settings_of_stage_2_that_it_would_refuse_are_found_before_stage_1(
+    tmp_path: Path, task: str, config: str, said: str
+) -> None:
+    file = tmp_path / "mine.yaml"
+    if ":" in config:
+        file.write_text(config, "utf-8")
+    else:
+        file = shipped_file(CONFIGS, config)
+    before = dict(os.environ)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        stages.run(task, tmp_path / "out", seed=0, config=file)
+    assert not (tmp_path / "out").exists()
+    assert os.environ == before
 
 
 # --- model ---

@@ -11,10 +11,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,6 +25,7 @@ from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from arpo_trl.command_line import parse_settings
 from arpo_trl.common.run_files import TRAJECTORIES
 from arpo_trl.common.shipped import CONFIGS, shipped_file
 from arpo_trl.logs.render import render_tree
@@ -46,6 +48,7 @@ from arpo_trl.quickstart.task import (
 )
 from arpo_trl.quickstart.tasks import make_tasks
 from arpo_trl.runs.interrupts import kill_children, leave
+from arpo_trl.scripts.start import start_errors
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.tools.search.index import LocalIndex, search_tool
 from arpo_trl.tools.toolbox import ToolBox
@@ -105,13 +108,37 @@ def launch(script: str, config: Path, *flags: str) -> float:
     # By default accelerate gives a process one thread. This model does not get faster with more than four.
     environment = {"OMP_NUM_THREADS": str(min(4, os.cpu_count() or 1)), **os.environ}
     start = time.perf_counter()
-    program = script if "." in script else f"arpo_trl.scripts.{script}"
-    command = [sys.executable, "-m", "arpo_trl.commands.launch", program, "--accelerate", "single"]
+    command = [sys.executable, "-m", "arpo_trl.commands.launch", _program(script), "--accelerate", "single"]
     command += ["--config", str(config), *flags]
     status = subprocess.run(command, env=environment, check=False).returncode
     if status:
         raise SystemExit(status)
     return time.perf_counter() - start
+
+
+def _program(script: str) -> str:
+    return script if "." in script else f"arpo_trl.scripts.{script}"
+
+
+def _check_settings(name: str, config: Path, flags: Sequence[str]) -> None:
+    """Reads the settings of stage 2 of the task `name` as its program will, since that begins minutes later.
+
+    Raises:
+        ConfigError: The program would refuse them.
+    """
+    kinds = {each: import_module(_program(task.script)).SETTINGS for each, task in TASKS.items()}
+    (other,) = kinds.keys() - {name}
+    before = dict(os.environ)  # which the settings change, and stage 1 inherits
+    try:
+        with start_errors():
+            parse_settings(
+                kinds[name],
+                ["--config", str(config), *flags],
+                elsewhere=lambda: (f"quickstart --task {other}", kinds[other]),
+            )
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def train_format(task: Task, data: Path, model: Path, seed: int) -> float:
@@ -151,14 +178,24 @@ def run(name: str, output: Path, seed: int, *, hard: bool = False, config: Path 
     Args:
         hard: The variant of the task "search" in which queries have many forms.
         config: The settings of stage 2. None: the task's.
+
+    Raises:
+        ConfigError: The program of stage 2 would refuse `config`.
     """
     task = TASKS[name]
     if hard:
         task = replace(task, prepare=partial(prepare, hard=True))
-    config = config or task.config
     transformers_logging.disable_progress_bar()
     console = Console()
     data, sft, rl = output / "data", output / "sft", output / "rl"
+    flags = (
+        *("--model_name_or_path", str(sft)),
+        *("--dataset", str(data / "train.jsonl"), "--eval_dataset", str(data / "watched.jsonl")),
+        *("--output_dir", str(rl), "--seed", str(seed)),
+        *task.flags(data),
+    )
+    if config is not None:
+        _check_settings(name, config, flags)
 
     def measured(model: Path, temperature: float) -> Measured:
         how = "sampled" if temperature else "greedy"
@@ -175,14 +212,7 @@ def run(name: str, output: Path, seed: int, *, hard: bool = False, config: Path 
     console.print(f"Held-out accuracy {before.accuracy:.2f}. Entropy of a token, in nats: {entropies}.")
 
     console.rule("[bold]Stage 2: reinforcement learning")
-    seconds_rl = launch(
-        task.script,
-        config,
-        *("--model_name_or_path", str(sft)),
-        *("--dataset", str(data / "train.jsonl"), "--eval_dataset", str(data / "watched.jsonl")),
-        *("--output_dir", str(rl), "--seed", str(seed)),
-        *task.flags(data),
-    )
+    seconds_rl = launch(task.script, config or task.config, *flags)
     after, greedy_after = measured(rl, 1.0), measured(rl, 0.0)
 
     history = log_history(rl)
@@ -197,7 +227,7 @@ def run(name: str, output: Path, seed: int, *, hard: bool = False, config: Path 
         "seconds_rl": seconds_rl,
         "seed": seed,
         "hard": hard,
-        "config": config.name,
+        "config": (config or task.config).name,
     }
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
     draw(history, summary, places, entropy_places(after.trees, task.tools), output / "quickstart.png", task.accuracy)
