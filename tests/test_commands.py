@@ -19,16 +19,20 @@ import torch
 import yaml
 from accelerate.commands.config import config_args
 from accelerate.commands.launch import launch_command_parser
+from trl import GRPOConfig, SFTConfig
 
 from arpo_trl.commands import doctor, new
 from arpo_trl.commands.launch import LAUNCH_FLAGS, _check_nodes, launch, split_words
 from arpo_trl.commands.project import my_rewards, my_tools
 from arpo_trl.commands.training_help import HELP_FILE, as_json, collect, print_help
 from arpo_trl.common.imports import is_import_path, load_callable
+from arpo_trl.common.parser import SettingsParser
 from arpo_trl.common.shipped import ACCELERATE_CONFIGS, CONFIGS, file_or_shipped, shipped_file, shipped_names
+from arpo_trl.common.trl_settings import MEANINGS
 from arpo_trl.data.loading import load_arpo_dataset
 from arpo_trl.data.prompts import tags_system_prompt
 from arpo_trl.errors import ConfigError
+from arpo_trl.evaluation.settings import EvalSettings
 from arpo_trl.quickstart.task import write_lines
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.tools.python import sandbox
@@ -249,6 +253,26 @@ def test_the_help_shows_our_settings_with_range_and_default(capsys) -> None:
     assert "At least 2. (default: 16)" in " ".join(shown.split())
     assert shown.index("--num_generations") < shown.index("--learning_rate")
     assert not print_help("train", ["--config", "quickstart"])
+
+
+@pytest.mark.parametrize("program", ["train", "sft"])
+def test_a_setting_of_trl_means_the_same_in_both_helps(program, capsys) -> None:
+    kinds = script(program).SETTINGS
+    whole = {action.dest: action.help for action in SettingsParser(kinds)._actions}
+    own = {"train": "vllm_server_timeout", "sft": "max_length"}[program]
+    for name in (own, "resume_from_checkpoint", "save_on_each_node"):
+        assert whole[name] == MEANINGS[name]
+    assert print_help(program, ["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert MEANINGS["resume_from_checkpoint"] in shown
+    assert (MEANINGS["max_length"] in shown) == (program == "sft")
+
+
+def test_every_meaning_is_of_a_setting_of_trl_or_transformers() -> None:
+    theirs = {field.name for kind in (SFTConfig, GRPOConfig) for field in dataclasses.fields(kind)}
+    ours = {name for kind in script("train").SETTINGS for name in vars(kind).get("__annotations__", ())}
+    assert theirs >= MEANINGS.keys()
+    assert not MEANINGS.keys() & (ours | {field.name for field in dataclasses.fields(EvalSettings)})
 
 
 # Import paths --------------------------------------------------------------------------------------------------------

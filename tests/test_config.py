@@ -219,6 +219,11 @@ def test_the_papers_symbols_stand_in_the_help(symbol):
         ({"top_entropy_quantile": -1}, r"top_entropy_quantile is -1; expected a number in \[0, 1\]"),
         ({"num_train_epochs": -1}, "num_train_epochs is -1; expected a number of more than 0"),
         ({"cache_implementation": "static"}, "cache_implementation is set, .* Unset it"),
+        ({"use_transformers_paged": True}, "use_transformers_paged is set, .* Unset it"),
+        (
+            {"transformers_continuous_batching_config": {"block_size": 16}},
+            "transformers_continuous_batching_config is set, .* Unset it",
+        ),
         (
             {"load_best_model_at_end": True, "save_strategy": "no"},
             "load_best_model_at_end is set, but eval_strategy is 'no', so no checkpoint is the best one. Set",

@@ -17,24 +17,10 @@ from trl import GRPOConfig, ModelConfig, SFTConfig
 from arpo_trl.common.settings import JudgeArguments, Range, ToolLimits, default_of, help_of
 from arpo_trl.config import ARPOConfig
 from arpo_trl.evaluation.settings import EvalSettings
-from arpo_trl.scripts.sft import OF_TRLS_ENCODING, ColdStartArguments
+from arpo_trl.scripts.sft import ColdStartArguments
 from arpo_trl.scripts.train import TrainArguments
 from arpo_trl.tools.builtin import ToolArguments
 
-INSTEAD = {
-    **dict.fromkeys(
-        ("cache_implementation", "use_transformers_continuous_batching", "vllm_structured_outputs_regex"),
-        "Not supported by `train.py`: an error.",
-    ),
-    **dict.fromkeys(OF_TRLS_ENCODING, "Not used by `sft.py`, which encodes the demonstrations itself: an error."),
-    "hub_token": "An error: set the environment variable `HF_TOKEN`, or log in with `hf auth login`.",
-    "ignore_data_skip": "An error when `train.py` resumes a run.",
-    "save_on_each_node": "Whether `sft.py` saves on each node. An error in `train.py`, where nodes share `output_dir`.",
-    "train_sampling_strategy": "Sampler for `sft.py`. Not read by `train.py`, where `shuffle_dataset` sets the order.",
-    "data_seed": "Random seed of the sampler of `sft.py`. Not read by `train.py`, which shuffles by `seed`.",
-}
-"""Settings of TRL and transformers that are errors here, or not read, and what the page says in place of their
-texts."""
 PAGE = Path(__file__).parents[1] / "settings.md"
 HEAD = """\
 # Every setting
@@ -96,7 +82,7 @@ def section(title: str, used_by: str, fields: Iterable[dataclasses.Field[Any]], 
     rows = []
     for field in fields:
         text = meaning(field)
-        shown = INSTEAD.get(field.name) or in_table(text if whole else first_sentences(text))
+        shown = in_table(text if whole else first_sentences(text))
         rows.append(f"| `{field.name}` | {default(field)} | {values(field)} | {shown} |")
     return "\n".join([*head, *rows, ""])
 

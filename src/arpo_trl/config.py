@@ -17,6 +17,7 @@ from arpo_trl.common.build_locks import remove_left_build_locks
 from arpo_trl.common.devices import has_accelerator
 from arpo_trl.common.imports import is_import_path
 from arpo_trl.common.settings import Range, ToolLimits, changed, check_fields, setting
+from arpo_trl.common.trl_settings import NOT_SAMPLED_WITH
 from arpo_trl.common.user_files import expect, read_json
 from arpo_trl.common.waiting import is_first_rank
 from arpo_trl.errors import ConfigError, DataError
@@ -406,6 +407,9 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     def __post_init__(self) -> None:
         self._check_rewards()
         check_fields(self, INHERITED)
+        for name in NOT_SAMPLED_WITH:  # before TRL, for which one of them sets another
+            if getattr(self, name):
+                raise ConfigError(f"{name} is set, but the tree sampler does not support it. Unset it.")
         self._check_paths()
         if self.generation_batch_size is None:  # otherwise the number of steps depends on the number of ranks
             self._check_groups_fit_rank(self.steps_per_generation or self.gradient_accumulation_steps)
@@ -635,13 +639,6 @@ class ARPOConfig(ToolLimits, GRPOConfig):
             )
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}; expected a number above 0 and at most 1.")
-        for name in (
-            "cache_implementation",
-            "use_transformers_continuous_batching",
-            "vllm_structured_outputs_regex",
-        ):
-            if getattr(self, name):
-                raise ConfigError(f"{name} is set, but the tree sampler does not support it. Unset it.")
         if self.save_on_each_node:
             raise ConfigError(
                 "save_on_each_node is set, but a checkpoint has files of every process, so output_dir must be one "

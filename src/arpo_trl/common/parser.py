@@ -1,4 +1,4 @@
-"""TRL's parser of settings, with errors of one line."""
+"""TRL's parser of settings, with errors of one line and the texts of `MEANINGS` in its help."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from trl import TrlParser
 
 from arpo_trl.common.flags import NUMBERS
+from arpo_trl.common.trl_settings import MEANINGS
 from arpo_trl.errors import ConfigError
 
 _NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|-inf(inity)?$", re.IGNORECASE)
@@ -21,6 +22,8 @@ class SettingsParser(TrlParser):
     def __init__(self, kinds: Sequence[type[Any]], **parser: Any):
         super().__init__(kinds, allow_abbrev=False, **parser)
         self._negative_number_matcher = _NEGATIVE_NUMBER
+        for action in self._actions:
+            action.help = MEANINGS.get(action.dest, action.help)
 
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError with `message`. If it is about a value, the message is reworded in this package's

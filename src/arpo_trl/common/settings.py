@@ -24,6 +24,7 @@ from os import PathLike, fspath
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from arpo_trl.common.trl_settings import MEANINGS
 from arpo_trl.errors import ConfigError
 from arpo_trl.options import ProtocolKind
 
@@ -117,7 +118,8 @@ def default_of(each: Field[Any]) -> Any:
 
 def help_of(each: Field[Any]) -> str:
     """The text of a setting for `--help`, on one line and without argparse's escapes; empty if it has none."""
-    return " ".join((each.metadata.get("help") or "").split()).replace("%%", "%")
+    text = MEANINGS.get(each.name) or each.metadata.get("help") or ""
+    return " ".join(text.split()).replace("%%", "%")
 
 
 def changed(settings: Any) -> list[str]:

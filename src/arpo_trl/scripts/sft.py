@@ -26,6 +26,7 @@ from arpo_trl.common.build_locks import remove_left_build_locks
 from arpo_trl.common.full_disk import naming
 from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.common.settings import changed, check_fields, setting, template_arguments
+from arpo_trl.common.trl_settings import OF_TRLS_ENCODING
 from arpo_trl.common.user_files import is_url, model_name, user_path
 from arpo_trl.config import (
     INHERITED,
@@ -82,13 +83,6 @@ class ColdStartArguments:
     def __post_init__(self) -> None:
         check_fields(self, {"chat_template_kwargs": {"options": True}})
         self.chat_template_kwargs = template_arguments(self.chat_template_kwargs)
-
-
-OF_TRLS_ENCODING = frozenset(
-    "packing packing_strategy eval_packing truncation_mode dataset_text_field dataset_kwargs dataset_num_proc "
-    "completion_only_loss assistant_only_loss".split()
-)
-"""Settings of TRL's encoding of a dataset. The cold start encodes the demonstrations itself."""
 
 
 @dataclass
