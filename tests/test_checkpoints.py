@@ -529,6 +529,19 @@ def test_a_tool_of_the_same_name_with_other_parameters_is_another_tool():
         state.check_same_run(identity_with(search_for_some))
 
 
+@pytest.mark.parametrize("kind", ["adapter", "model"])
+def test_a_new_run_from_a_checkpoint_of_another_run_begins_with_a_whole_model(tmp_path, kind):
+    folder = tmp_path / "my run"
+    (adapted() if kind == "adapter" else tiny_model()).save_pretrained(folder)
+    state = dataclasses.replace(saved_by(identity_with(search).as_dict()), folder=folder)
+    with pytest.raises(ConfigError) as raised:
+        state.check_same_run(identity_with(search_for_some))
+    way = f"set model_name_or_path to {folder}"
+    if kind == "adapter":
+        way = f"merge the adapter (arpo-trl merge '{folder}' --output FOLDER) and set model_name_or_path to FOLDER"
+    assert f"To start a new run from the weights, {way}. Choose another output_dir." in str(raised.value)
+
+
 def test_a_tool_may_be_described_otherwise():
     def described(query: str) -> str:
         """Look things up.

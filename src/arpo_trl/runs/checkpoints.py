@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -22,7 +23,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from arpo_trl.common.run_files import PICKLED_ARGUMENTS, UNFINISHED
+from arpo_trl.common.run_files import ADAPTER_CONFIG, PICKLED_ARGUMENTS, UNFINISHED
 from arpo_trl.common.user_files import expect, read_json
 from arpo_trl.errors import CheckpointError, ConfigError, DataError
 from arpo_trl.runs.identity import RunIdentity, differences_between
@@ -117,9 +118,16 @@ class SavedState:
             more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
             raise ConfigError(
                 f"{self.folder} was written by another run: {'; '.join(differences[:3])}{more}. To resume, restore "
-                f"the old value. To start a new run from its weights, set model_name_or_path to {self.folder} and "
-                "choose another output_dir."
+                f"the old value. {self.new_run} Choose another output_dir."
             )
+
+    @property
+    def new_run(self) -> str:
+        """How to start a new run from the weights, as a sentence for users."""
+        model, first = str(self.folder), ""
+        if (self.folder / ADAPTER_CONFIG).exists():
+            model, first = "FOLDER", f"merge the adapter (arpo-trl merge {shlex.quote(model)} --output FOLDER) and "
+        return f"To start a new run from the weights, {first}set model_name_or_path to {model}."
 
     def _check_can_spread(self, then: dict[str, Any], here: dict[str, Any]) -> None:
         told = f"{self.folder} was written by {then['processes']} processes, but this run has {here['processes']}"

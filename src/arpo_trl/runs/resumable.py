@@ -241,13 +241,13 @@ class Resumable(GRPOTrainer):
             )
         if self.args.sync_ref_model:
             raise ConfigError(
-                "sync_ref_model is set, but checkpoints do not contain the reference model that it updates. Start a "
-                f"new run from the weights instead: model_name_or_path {state.folder}."
+                "sync_ref_model is set, but checkpoints do not contain the reference model that it updates. "
+                + state.new_run
             )
         if self._memory_file(state.folder, 0).name not in state.files:
             raise CheckpointError(
-                f"{state.folder} contains only the model (save_only_model), so a run cannot resume from it. Start a "
-                f"new run from its weights: model_name_or_path {state.folder}."
+                f"{state.folder} contains only the model (save_only_model), so a run cannot resume from it. "
+                + state.new_run
             )
         if None in (state.identity.get("frozen_weights"), self._frozen_weights):
             self._warn_of_another_base(state.folder)
