@@ -196,6 +196,27 @@ def test_a_command_of_a_notebook_that_fails_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [
+        ("sft", "ConfigError: The tokenizer of 'runs/notebook/base' cannot be loaded"),
+        ("train", "DataError: The file or folder runs/notebook/questions.jsonl does not exist"),
+    ],
+)
+def test_a_stage_of_the_quickstart_notebook_that_fails_shows_the_end_of_its_log(
+    stage: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", child_environment([], os.environ)["PYTHONPATH"])
+    notebook = nbformat.read(ROOT / "notebooks/quickstart.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    code[0].source = code[0].source.partition("\n\n\ndef ")[0]  # without data and model
+    notebook.cells = [code[0], next(cell for cell in code if cell.source.startswith(f"!{{ARPO}} {stage}"))]
+    nbformat.write(notebook, tmp_path / "some.ipynb")
+    with pytest.raises(CellExecutionError, match=said):
+        run_notebooks.executed(tmp_path / "some.ipynb", tmp_path)
+
+
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning_and_asks_no_other_host(tmp_path: Path) -> None:
     """Links, anchors, the navigation and the docstrings' cross-references are checked by the build."""
     done = subprocess.run(
