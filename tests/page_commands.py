@@ -50,6 +50,7 @@ STANDS_FOR = {
 }  # fmt: skip
 """A word of a command → what the test has in its place."""
 OF_PAGE = {
+    "checkpoints.md": {"CHECKPOINT": "runs/adapter"},
     "hub.md": {"runs/mine": "runs/adapter"},
     "start.md": {"runs/eval/mine": "runs/eval/start"},
     "tools.md": {"FOLDER": "INDEX"},
