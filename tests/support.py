@@ -32,6 +32,7 @@ from arpo_trl.quickstart.model import build_model, build_tokenizer
 from arpo_trl.rollout.batch import GroupRequest, RolloutBatch, Score, TreeSettings
 from arpo_trl.rollout.engines.base import Engine, Event, Probe, SamplingParams
 from arpo_trl.rollout.engines.scripted import Script, ScriptedEngine, ScriptedTurn
+from arpo_trl.rollout.engines.vllm.client import FRESH, ServerFacts
 from arpo_trl.rollout.protocols import TagProtocol, ToolProtocol
 from arpo_trl.rollout.rules import BranchRule
 from arpo_trl.rollout.rules.threshold import Threshold
@@ -114,6 +115,19 @@ def line_tools(create_state: Callable[[int], PathState]) -> list[Callable[..., A
 
     write.create_state = read.create_state = create_state  # type: ignore[attr-defined]
     return [write, read]
+
+
+A_SERVER = ServerFacts(
+    model="tiny",
+    max_model_len=1024,
+    max_logprobs=-1,
+    logprobs_mode="processed_logprobs",
+    dtype="float32",
+    max_lora_rank=None,
+    replicas=1,
+    weight_version=FRESH,
+)
+"""A vLLM server with its initial weights, which takes whole models only."""
 
 
 def run_command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:

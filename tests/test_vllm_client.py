@@ -6,6 +6,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -20,7 +21,6 @@ from arpo_trl.rollout.engines.base import SamplingParams, Turn, TurnRequest
 from arpo_trl.rollout.engines.vllm.client import (
     CANARY_TEXT,
     ServerClient,
-    ServerFacts,
     ServerLost,
     check_server,
     headers,
@@ -34,7 +34,7 @@ from arpo_trl.rollout.engines.vllm.weights import (
     write_shards,
 )
 from loopback import Asked, Loopback, Reply
-from support import events_of, tiny_model, tokenizer, until
+from support import A_SERVER, events_of, tiny_model, tokenizer, until
 
 EOS = int(tokenizer().eos_token_id)
 MODELS = {"data": [{"id": "policy", "parent": None, "max_model_len": 100}]}
@@ -759,14 +759,4 @@ def test_a_key_that_no_header_can_have_is_named(monkeypatch):
 )
 def test_only_an_adapter_with_one_rank_and_one_scaling_is_sent_as_it_is(config, is_plain):
     config.target_modules, config.task_type = {"q_proj", "v_proj"}, "CAUSAL_LM"
-    facts = ServerFacts(
-        model="m",
-        max_model_len=100,
-        max_logprobs=20,
-        logprobs_mode="raw_logprobs",
-        dtype="float32",
-        max_lora_rank=16,
-        replicas=1,
-        weight_version="",
-    )
-    assert is_plain_adapter(get_peft_model(tiny_model(), config), [facts]) == is_plain
+    assert is_plain_adapter(get_peft_model(tiny_model(), config), [replace(A_SERVER, max_lora_rank=16)]) == is_plain

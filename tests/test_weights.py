@@ -2,10 +2,9 @@
 
 from accelerate import Accelerator
 
-from arpo_trl.rollout.engines.vllm.client import FRESH, ServerFacts
 from arpo_trl.rollout.engines.vllm.weights import DiskTransfer
 from arpo_trl.rollout.engines.weights import mean_difference
-from support import tiny_model, tokenizer
+from support import A_SERVER, tiny_model, tokenizer
 
 
 def test_mean_difference_is_per_token_and_in_deviations_where_logprobs_vary_by_more_than_a_nat():
@@ -14,17 +13,7 @@ def test_mean_difference_is_per_token_and_in_deviations_where_logprobs_vary_by_m
 
 
 def test_weights_for_servers_replace_older_ones_and_those_that_killed_runs_began(tmp_path):
-    facts = ServerFacts(
-        model="tiny",
-        max_model_len=1024,
-        max_logprobs=-1,
-        logprobs_mode="processed_logprobs",
-        dtype="float32",
-        max_lora_rank=None,
-        replicas=1,
-        weight_version=FRESH,
-    )
     for name in ("arpo-ab12-3", "arpo-ab12-4.partial-0f", "arpo-notes", "mine.partial"):
         (tmp_path / name).mkdir()
-    DiskTransfer(tiny_model(), Accelerator(cpu=True), tokenizer(), tmp_path, [facts]).prepare("arpo-cd34-0")
+    DiskTransfer(tiny_model(), Accelerator(cpu=True), tokenizer(), tmp_path, [A_SERVER]).prepare("arpo-cd34-0")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["arpo-cd34-0", "arpo-notes", "mine.partial"]

@@ -29,13 +29,12 @@ from arpo_trl.quickstart.corpus import passages
 from arpo_trl.quickstart.demonstrations import make_demonstrations
 from arpo_trl.quickstart.model import save_cold_start_base
 from arpo_trl.quickstart.tasks import make_tasks
-from arpo_trl.rollout.engines.vllm.client import FRESH, ServerFacts
 from arpo_trl.rollout.engines.vllm.weights import DiskTransfer
 from arpo_trl.tools.search.index import LocalIndex, search_tool
 from arpo_trl.training.sharding import check_launch
 from evaluating import questions
 from shipped import run as run_train
-from support import EXACT, ON_CPU, python, sampled_logprobs, search
+from support import A_SERVER, EXACT, ON_CPU, python, sampled_logprobs, search
 
 GROUPS, LEAVES = 4, 4
 SCHOOL_STEPS = 40
@@ -195,17 +194,7 @@ def evaluate(made: ARPOTrainer) -> list[dict[str, Any]]:
 
 def send(made: ARPOTrainer, folder: Path) -> DiskTransfer:
     """The weights, whole and merged, to a folder for vLLM servers."""
-    facts = ServerFacts(
-        model="tiny",
-        max_model_len=1024,
-        max_logprobs=-1,
-        logprobs_mode="processed_logprobs",
-        dtype="float32",
-        max_lora_rank=None,
-        replicas=1,
-        weight_version=FRESH,
-    )
-    transfer = DiskTransfer(made.model, made.accelerator, made.processing_class, folder, [facts])
+    transfer = DiskTransfer(made.model, made.accelerator, made.processing_class, folder, [A_SERVER])
     transfer.prepare("arpo-sent")
     return transfer
 
