@@ -1,5 +1,6 @@
 import copy
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -315,6 +316,14 @@ def save_texts(file: Path, *texts: str) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps({"prompt": "q", "text": text}) + "\n" for text in texts), "utf-8")
     return file
+
+
+@pytest.mark.parametrize("name", ["$HOME", "a::b"])
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_path_that_the_library_changes_is_an_error_that_names_it(tmp_path, load, name, folder):
+    file = save_texts(tmp_path / name / "train.jsonl", "a")
+    with pytest.raises(DataError, match=f"{re.escape(name)}.* contains '::' or the name of an environment variable"):
+        load(file.parent if folder else file)
 
 
 @pytest.mark.parametrize(

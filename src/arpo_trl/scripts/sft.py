@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import glob
+import os
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
@@ -133,7 +134,7 @@ def load_rows(name: str, split: str) -> Dataset:
     path = user_path(name, "dataset")
     loader = {".jsonl": "json", ".parquet": "parquet"}.get(path.suffix)
     missing = f"dataset {name} does not exist. Check the path."
-    _refuse_pattern(path)
+    _refuse_special_path(path)
     try:
         if loader is None:
             return load_dataset(name, split=split)
@@ -161,16 +162,25 @@ def load_rows(name: str, split: str) -> Dataset:
         ) from error
 
 
-def _refuse_pattern(path: Path) -> None:
-    """`load_dataset` searches for the files of a folder with a pattern that begins with the folder's unescaped path.
+def _refuse_special_path(path: Path) -> None:
+    """Check that `load_dataset` opens `path` itself. It expands environment variables in a path, splits it at "::",
+    and searches for the files of a folder with a pattern that begins with the folder's unescaped path.
 
     Raises:
-        DataError: The path of the folder has a character with which other folders match.
+        DataError: It would open another path.
     """
-    if path.is_dir() and (special := [character for character in "*?[" if character in str(path.resolve())]):
+    if not path.exists():
+        return
+    whole = str(path.resolve() if path.is_dir() else path.absolute())
+    if path.is_dir() and (special := [character for character in "*?[" if character in whole]):
         raise DataError(
             f"dataset {path} is a folder whose path contains {special[0]!r}, which can stand for the names of other "
             "folders. Rename the folder, or give the path of a file in it."
+        )
+    if "::" in whole or os.path.expandvars(whole) != whole:
+        raise DataError(
+            f"The path of dataset {path}, {whole}, contains '::' or the name of an environment variable after '$', "
+            "which the datasets library replaces. Rename the file or folder."
         )
 
 

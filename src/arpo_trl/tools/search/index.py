@@ -327,7 +327,7 @@ def as_text(pages: Sequence[str]) -> str:
     return "\n".join(lines) or NOTHING_FOUND
 
 
-def search_tool(source: Searchable, *, top_k: int = 5, max_chars: int = 1000) -> Callable[[str], str]:
+def search_tool(source: Searchable, *, top_k: int = 10, max_chars: int = 1000) -> Callable[[str], str]:
     """Return a function `search(query: str) -> str` that a model can call.
 
     Args:
