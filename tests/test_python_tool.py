@@ -939,7 +939,18 @@ def test_a_call_for_which_no_process_can_be_started_fails_with_a_warning(
         patch.setattr(tool, "_idle", {False: [], True: []})
         with (
             pytest.warns(UserWarning, match="A call of the python tool fails: .* Resource temporarily unavailable"),
-            pytest.raises(ToolStopped, match=r"^Error: the python process could not be started$"),
+            pytest.raises(ToolStopped, match=r"^Error: the python process could not be started, or was lost$"),
+        ):
+            tool("1")
+    assert tool("1") == "1"
+
+
+def test_a_full_disk_is_named_in_a_warning(tool: PythonTool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox_module.python_worker, "CELLS_FILE", "/dev/full")  # no write to it succeeds
+        with (
+            pytest.warns(UserWarning, match="A call of the python tool fails: .*No space left on device"),
+            pytest.raises(ToolStopped, match="was lost"),
         ):
             tool("1")
     assert tool("1") == "1"

@@ -89,13 +89,10 @@ class PythonTool:
                     return self._run_in(worker, code, earlier, preload)
             try:
                 worker = Worker(self._limits, tier=self.tier, preload=preload)
-            except (SandboxError, OSError) as error:  # the first worker started, so resources are now short
-                warnings.warn(f"A call of the python tool fails: {error}.", stacklevel=2)
-                raise ToolStopped("Error: the python process could not be started") from None
-            try:
                 return self._run_in(worker, code, earlier, preload)
-            except WorkerLost:
-                raise ToolStopped("Error: the python process exited") from None
+            except (SandboxError, WorkerLost, OSError) as error:  # the first worker worked, so resources are now short
+                warnings.warn(f"A call of the python tool fails: {error}.", stacklevel=2)
+                raise ToolStopped("Error: the python process could not be started, or was lost") from None
 
     def _run_in(self, worker: Worker, code: str, earlier: Sequence[str], preload: bool) -> Run:
         ran = worker.run(code, earlier)

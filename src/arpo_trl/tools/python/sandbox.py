@@ -265,7 +265,9 @@ class Worker:
                 python_folder.empty(self.folder)
         except OSError as error:
             self.close()
-            raise WorkerLost(str(error)) from error
+            # Without the name of the worker's folder, so that a warning about a full disk does not repeat.
+            reason = f"{error.strerror}: {self.folder.parent}" if error.filename else str(error)
+            raise WorkerLost(reason) from error
         except BaseException:  # such as KeyboardInterrupt; otherwise the next call would read this call's reply
             self.close()
             raise
