@@ -150,6 +150,20 @@ def test_an_evaluation_is_shared_out_also_where_it_leaves_a_rank_nothing(alone, 
         assert rank["evaluated"] == alone[1]["evaluated"]
 
 
+def test_an_evaluation_before_the_training_changes_no_weight_or_is_refused(together):
+    way, folder, ranks = together
+    refusal = {
+        "zero2": ["ConfigError: evaluate() was called before train(), which ZeRO-2 does not support."],
+        "fsdp2": ["ConfigError: evaluate() was called before train(), which FSDP does not support."],
+        "zero3": [None, "ConfigError: This trainer has already trained or evaluated, and its DeepSpeed engine"],
+    }
+    for rank in ranks:
+        for found, expected in zip(rank["evaluated_first"], refusal.get(way, [None, None]), strict=True):
+            assert found == expected or found.startswith(expected)
+    if way == "ddp":  # also: both ranks have trained one model
+        assert distance(saved(folder / "second" / "final"), saved(folder / "default" / "final")) == 0
+
+
 def served(folder: Path) -> dict[str, torch.Tensor]:
     (file,) = (folder / "served" / "arpo-sent").glob("*.safetensors")
     return load_file(file)

@@ -192,6 +192,18 @@ def evaluate(made: ARPOTrainer) -> list[dict[str, Any]]:
     return [{name: found[key][name] for name in SUMMARY} for key in ("five", "one")]
 
 
+def evaluate_first(made: ARPOTrainer, folder: Path) -> list[str | None]:
+    """Evaluates, trains and saves; the error of the evaluation, or else that of the training."""
+    rows = made.train_dataset.select(range(made.accelerator.num_processes))
+    errors = [error_of(lambda: made.evaluate(rows))]
+    if errors == [None]:
+        errors.append(error_of(made.train))
+    if errors == [None, None]:
+        made.save_model(str(folder))
+    made.toolbox.close()
+    return errors
+
+
 def send(made: ARPOTrainer, folder: Path) -> DiskTransfer:
     """The weights, whole and merged, to a folder for vLLM servers."""
     transfer = DiskTransfer(made.model, made.accelerator, made.processing_class, folder, [A_SERVER])
@@ -236,6 +248,8 @@ def main(way: str, folder: Path, flags: list[str]) -> None:
     said["default"] = sampled_against_trained(made)
     made.save_model(str(folder / "default" / "final"))
     made.toolbox.close()
+    made = trainer(str(folder / "model"), folder / "second", "default", ranks, per_device_eval_batch_size=LEAVES)
+    said["evaluated_first"] = evaluate_first(made, folder / "second" / "final")
     if way in WITH_ENVIRONMENTS:
         said["environments"] = environment_ranks.train(folder / "environments")
     said["uneven"] = uneven_ranks.train(folder / "uneven", UNEVEN_STEPS)

@@ -76,6 +76,7 @@ from arpo_trl.training.preflight import (
     warn_of_unread,
     without_trls_vllm_client,
 )
+from arpo_trl.training.preparation import check_evaluable, prepare_again
 from arpo_trl.training.reporting import Reporting
 from arpo_trl.training.resampling import Resampling, tally_discarded, with_new_trees
 from arpo_trl.training.reward_guard import checked_reward, kept_torch_modes, named_apart, total_rewards
@@ -292,7 +293,12 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         check_trainable(self.model)
+        prepare_again(self)
         return super().train(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        check_evaluable(self)
+        return super().evaluation_loop(*args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
         check_same_rows(self._datasets, self.accelerator)
