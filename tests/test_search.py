@@ -34,6 +34,11 @@ def test_words_are_folded_and_common_ones_left_out() -> None:
     assert tokenize("What is the density of Curaçao's VITAMIN C?") == ["density", "curacao", "vitamin", "c"]
 
 
+def test_letters_in_other_forms_of_unicode_are_the_same_letters() -> None:
+    assert tokenize("ℝ 𝐀𝐁 Foo™ ㎆ Euler'S") == tokenize("R AB FooTM MB Euler") == ["r", "ab", "footm", "mb", "euler"]
+    assert LocalIndex(["The norm on ℝ", "gold"]).search("R", 2) == ["The norm on ℝ"]
+
+
 def test_the_passage_that_shares_the_rarest_words_comes_first(index: LocalIndex) -> None:
     assert index.search("density of gold", 2) == [
         "Gold: Gold is a metal with a density of 19.3 grams per cubic centimetre.",
@@ -294,7 +299,7 @@ def test_an_index_of_another_version_is_refused_with_the_remedy(tmp_path: Path, 
     index.save(tmp_path)
     (tmp_path / "search_index.json").write_text('{"format": 99}')
     with pytest.raises(
-        DataError, match=r"another version: \{'format': 99\}, not 2\. Build it again: .*arpo-trl index"
+        DataError, match=r"another version: \{'format': 99\}, not 3\. Build it again: .*arpo-trl index"
     ):
         LocalIndex.open(tmp_path)
 

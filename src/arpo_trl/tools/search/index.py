@@ -135,7 +135,7 @@ class LocalIndex:
         DataError: There is no passage, no passage has a search word, or a passage has another format.
     """
 
-    FORMAT = 2
+    FORMAT = 3
     """The version of `save`'s folder format and of `tokenize`. Folders of other versions cannot be loaded."""
 
     _HEADER = "search_index.json"

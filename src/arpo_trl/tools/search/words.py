@@ -17,7 +17,7 @@ _MARKS = (
     "\u105e-\u1060\u1062-\u1064\u1067-\u106d\u1071-\u1074\u1082-\u108d\u108f\u109a-\u109d"
 )
 _WORD = re.compile(rf"[{_SINGLE}][{_MARKS}]*|[^\s{_SINGLE}]+")
-_POSSESSIVE = re.compile(r"['’]s\b")
+_POSSESSIVE = re.compile(r"['’]s\b", re.IGNORECASE)
 # The second part is the list of bm25s. The first part adds question words, or "who is …" would match all "who is …".
 STOP_WORDS = frozenset(
     """what which who whom whose when where why how do does did has have had were can could
@@ -33,8 +33,9 @@ def tokenize(text: str) -> list[str]:
     The marks of Indian and South-East Asian scripts are letters, not accents. The time grows with the square of the
     longest run of accents in `text`.
     """
-    decomposed = unicodedata.normalize("NFKD", _POSSESSIVE.sub("", text.casefold()))
-    return [word for word in _WORD.findall(decomposed.translate(_FOLDED)) if word not in STOP_WORDS]
+    # In this order, because ℝ, 𝐀 and ㎆ have a lower case only after the decomposition.
+    folded = unicodedata.normalize("NFKD", _POSSESSIVE.sub("", text)).casefold()
+    return [word for word in _WORD.findall(folded.translate(_FOLDED)) if word not in STOP_WORDS]
 
 
 class _Folded(dict[int, str]):
