@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import sqlite3
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from arpo_trl.errors import DataError, ToolUnavailable
+from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.tools.search import cache as search_cache
 from arpo_trl.tools.search.cache import Entry, Key, SearchCache
 from arpo_trl.tools.search.providers import Hit, make_provider
@@ -167,8 +169,42 @@ def test_the_released_codes_json_is_read_and_written(cache: SearchCache, tmp_pat
         "nowhere": "No search results found.",
     }
     assert cache.export_json(tmp_path / "some.json", "serper") == 1
-    with pytest.raises(DataError, match=r"has no results of 'serpr'; it has results of \['brightdata', 'serper'\]"):
+    has = re.escape("has no results of 'serpr'. Its queries with results, by source: {'brightdata': 1, 'serper': 1}.")
+    with pytest.raises(DataError, match=has):
         cache.export_json(tmp_path / "none.json", "serpr")
+
+
+@pytest.mark.parametrize("mode", ["offline", "replay"])
+def test_a_mode_that_sends_no_requests_needs_an_existing_file(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "runs" / "cache.sqlite"
+    with pytest.raises(DataError, match=rf"There is no search cache {path}\. Check the path, or fill a cache first"):
+        build_tools(
+            ToolArguments(["search"], search_provider="serper", search_cache=str(path), search_cache_mode=mode)
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("provider", "url", "source"), [("brave", None, "brave"), ("searxng", "http://new:1", "searxng http://new:1")]
+)
+def test_a_replay_without_results_of_its_source_names_those_of_the_file(
+    cache: SearchCache, provider: str, url: str | None, source: str
+) -> None:
+    cache.put(key("iron", "serper"), HITS)
+    cache.put(key("iron", "searxng http://old:1"), HITS)
+    cache.put(key("iron", "brave"), [])  # it was asked, but found nothing
+    of_file = {"brave": 0, "searxng http://old:1": 1, "serper": 1}
+    message = f"{cache.path} has no results of {source!r}. Its queries with results, by source: {of_file}. Set search_"
+    with pytest.raises(DataError, match=re.escape(message)):
+        build_tools(
+            ToolArguments(
+                ["search"],
+                search_provider=provider,
+                search_url=url,
+                search_cache=str(cache.path),
+                search_cache_mode="replay",
+            )
+        )
 
 
 @pytest.mark.parametrize("mode", [search_cache.CacheMode.OFFLINE, search_cache.CacheMode.REPLAY])
@@ -204,11 +240,11 @@ def test_answers_are_imported_for_the_address_of_a_server(tmp_path: Path, monkey
     path, url = tmp_path / "cache.sqlite", "http://127.0.0.1:1"
     arguments = ["cache", "import", str(path), str(tmp_path / "in.json"), "--provider", "retrieve", "--url", url + "/"]
     assert run_command(monkeypatch, *arguments) == 0
-    found = [
-        WebSearch(make_provider("retrieve", url=address), SearchCache(path), search_cache.CacheMode.REPLAY)
-        for address in (url, None)
-    ]
-    assert [web.search("iron", 10) for web in found] == [["1538 °C"], []]
+    replay = search_cache.CacheMode.REPLAY
+    web = WebSearch(make_provider("retrieve", url=url), SearchCache(path), replay)
+    assert web.search("iron", 10) == ["1538 °C"]
+    with pytest.raises(DataError, match=r"has no results of 'retrieve http://127\.0\.0\.1:8000'\."):
+        WebSearch(make_provider("retrieve"), SearchCache(path), replay)
 
 
 def test_of_imported_queries_that_are_the_same_the_first_counts(

@@ -15,7 +15,7 @@ from arpo_trl.common.flags import CommandParser, path_in_flag
 from arpo_trl.common.full_disk import is_full_disk
 from arpo_trl.common.noise import hide_noise
 from arpo_trl.common.waiting import say_loading
-from arpo_trl.errors import ConfigError, DataError
+from arpo_trl.errors import ConfigError
 from arpo_trl.viewing import command as viewing
 from arpo_trl.visible import say
 
@@ -211,8 +211,6 @@ def _cache(arguments: argparse.Namespace) -> None:
 
     from arpo_trl.tools.search.cache import SearchCache
 
-    if arguments.action != "import" and not arguments.cache.exists():
-        raise DataError(f"There is no search cache {arguments.cache}. Check the path.")
     if arguments.action == "import" and arguments.top_k < 1:
         raise ConfigError(f"--top-k is {arguments.top_k}; expected an integer of at least 1.")
     cache = SearchCache(arguments.cache, writes=arguments.action == "import")

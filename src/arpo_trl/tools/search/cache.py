@@ -120,19 +120,25 @@ def _is_locked(error: Exception) -> bool:
 
 
 class SearchCache:
-    """The cache file at `path`, created if it is missing.
+    """The cache file at `path`.
 
     Args:
-        writes: Whether methods that write will be called. If not, a file that can only be read is enough.
+        writes: Whether methods that write will be called. If so, a missing file is created. If not, a file that can
+            only be read is enough.
 
     All methods raise `sqlite3.Error` if the file is damaged or locked for too long, or if the disk is full.
 
     Raises:
-        DataError: The file is not a search cache, or has another version.
+        DataError: The file is not a search cache, has another version, or is missing and `writes` is False.
     """
 
     def __init__(self, path: str | Path, *, writes: bool = True) -> None:
         self.path = user_path(path, "search_cache")
+        if not writes and not self.path.exists():
+            raise DataError(
+                f"There is no search cache {self.path}. Check the path, or fill a cache first: with search_cache_mode "
+                "cache or record, or with arpo-trl cache import."
+            )
         self._is_protected = not writes and self.path.is_file() and not _can_write(self.path, self.path.parent)
         self._lock = threading.Lock()
         self._pid = -1
@@ -232,8 +238,18 @@ class SearchCache:
         )
 
     def nearest(self, provider: str, fields: Sequence[str]) -> NearestQuery:
-        """Return the current answers of one provider, for all parameters; `fields` as in `Hit.shown`."""
+        """Return the current answers of one provider, for all parameters; `fields` as in `Hit.shown`.
+
+        Raises:
+            DataError: None of the answers has a result.
+        """
         rows = self._run("SELECT asked, hits FROM results WHERE provider=? AND hits IS NOT NULL", provider)
+        if all(hits == "[]" for _, hits in rows):
+            raise self._without_results(
+                provider,
+                "Set search_cache, search_provider and search_url to those of the recording, or record first: "
+                "search_cache_mode cache.",
+            )
         return NearestQuery((query, [hit.shown(fields) for hit in _hits(hits)]) for query, hits in rows)
 
     @contextlib.contextmanager
@@ -315,18 +331,24 @@ class SearchCache:
                 f"{path} has the name of a file in which sqlite keeps changes of the search cache. Choose another "
                 "file to write the results to."
             )
-        names = list(self.stats()["results"])
-        if provider is not None and provider not in names:
-            raise DataError(f"The search cache {self.path} has no results of {provider!r}; it has results of {names}.")
         rows = self._run(
             "SELECT asked, hits FROM results WHERE hits IS NOT NULL AND (?1 IS NULL OR provider = ?1) "
             "ORDER BY query, provider, parameters",
             provider,
         )
+        if provider is not None and not rows:
+            raise self._without_results(provider, "Name one of these sources.")
         found = {query: as_text([hit.shown() for hit in _hits(hits)]) for query, hits in reversed(rows)}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(dict(reversed(found.items())), ensure_ascii=False, indent=1))
         return len(found)
+
+    def _without_results(self, provider: str, remedy: str) -> DataError:
+        found = {name: counts["found"] for name, counts in self.stats()["results"].items()}
+        return DataError(
+            f"The search cache {self.path} has no results of {provider!r}. Its queries with results, by source: "
+            f"{found or 'none'}. {remedy}"
+        )
 
     def stats(self) -> dict[str, Any]:
         """Return the numbers of answers, empty answers and errors per provider, and of requests per run."""

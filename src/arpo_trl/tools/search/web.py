@@ -52,7 +52,7 @@ class WebSearch:
 
     Raises:
         ConfigError: A setting is invalid, or the mode sends requests and the provider's key is not in the environment.
-        DataError: The mode is replay and the file is damaged.
+        DataError: The mode is replay, and the file is damaged or has no results of the provider.
     """
 
     def __init__(
