@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -285,13 +286,81 @@ class OlderServer:
         return Reply({"jsonrpc": "2.0", "id": question["id"], "result": result}, headers=headers)
 
 
-def test_an_older_server_without_the_session_gets_a_new_one() -> None:
+NOT_FOUND = {"jsonrpc": "2.0", "error": {"code": -32001, "message": "Session not found"}, "id": None}
+AS_JSON = {"Content-Type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    "unknown",
+    [
+        Reply("", 404),
+        Reply(NOT_FOUND, 404, AS_JSON),
+        Reply("Invalid session ID", 400, {"Content-Type": "text/plain"}),
+        Reply({"error": "no session"}, 400, AS_JSON),
+        Reply("<html>", 502, {"Content-Type": "text/html"}),
+        Reply({"message": "no healthy upstream"}, 503, AS_JSON),
+        Reply(b" " * (MAX_ANSWER_BYTES + 1), 503, AS_JSON),
+    ],
+    ids=lambda reply: f"{reply.status}-{str(reply.body)[:10]}",
+)
+def test_a_server_without_the_session_and_a_gateway_without_the_server_are_lost(unknown: Reply) -> None:
+    """The call counts as degraded, and the next one has a new session."""
     older = OlderServer()
-    with Loopback(older) as server, ToolBox(mcp_tools([{"url": server.url}], timeout_s=60.0), timeout_s=60.0) as box:
+
+    def answer(asked: Asked) -> Reply:
+        reply = older(asked)
+        return unknown if reply.status == 404 else reply
+
+    with Loopback(answer) as server, ToolBox(mcp_tools([{"url": server.url}], timeout_s=60.0), timeout_s=60.0) as box:
         assert results(box, ("echo", {"text": "a"}))[0].text == "a"
         older.restart()
         assert results(box, ("echo", {"text": "b"}))[0].failure is ToolFailure.DEGRADED
         assert results(box, ("echo", {"text": "c"}))[0].text == "c"
+
+
+def test_an_error_of_the_tool_with_the_status_of_a_bad_request_leaves_the_session() -> None:
+    older = OlderServer()
+
+    def answer(asked: Asked) -> Reply:
+        if b"refuse" in asked.body:
+            error = {"code": -32602, "message": "not this text"}
+            return Reply({"jsonrpc": "2.0", "error": error, "id": asked.json["id"]}, 400, AS_JSON)
+        return older(asked)
+
+    with Loopback(answer) as server, ToolBox(mcp_tools([{"url": server.url}], timeout_s=60.0), timeout_s=60.0) as box:
+        (refused,) = results(box, ("echo", {"text": "refuse"}))
+        assert (refused.text, refused.failure) == ("Error: not this text", ToolFailure.ERROR)
+        assert results(box, ("echo", {"text": "a"}))[0].text == "a"
+        assert sum(b"initialize" in asked.body and b"notifications" not in asked.body for asked in server.asked) == 1
+
+
+@pytest.mark.parametrize("fault", ["reset", "gateway", "cut"])
+def test_a_call_that_loses_its_connection_ends_no_other(fault: str) -> None:
+    older, lost = OlderServer(), threading.Event()
+
+    def cut(file: Any) -> None:
+        file.write(b": waits\n\n")
+
+    def answer(asked: Asked) -> Reply:
+        if b"tools/call" not in asked.body:
+            return older(asked)
+        if b"slow" in asked.body:
+            lost.wait(60)
+            return older(asked)
+        if fault == "gateway":
+            return Reply("<html>", 502, {"Content-Type": "text/html"})
+        if fault == "cut":
+            return Reply(None, 200, {"Content-Type": "text/event-stream"}, cut)
+        raise ConnectionAbortedError
+
+    with Loopback(answer) as server, ToolBox(mcp_tools([{"url": server.url}], timeout_s=60.0), timeout_s=60.0) as box:
+        server.server.handle_error = lambda *_: None  # type: ignore[method-assign]  # prints the error
+        slow = box.submit(ToolCall(name="echo", arguments={"text": "slow"}))
+        until(lambda: any(b"slow" in asked.body for asked in server.asked))
+        (failed,) = results(box, ("echo", {"text": "lost"}))
+        assert failed.failure is ToolFailure.DEGRADED
+        lost.set()
+        assert dict(box.poll(60))[slow].text == "slow"
 
 
 def test_a_pattern_of_a_server_that_takes_hours_is_not_searched_for() -> None:

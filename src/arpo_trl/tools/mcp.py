@@ -43,6 +43,9 @@ _SHOWN_STDERR_CHARS = 500
 _MAX_ERROR_CHARS = 10_000
 _MAX_STDERR_BYTES = 1 << 20
 
+_LOST = (400, 404, 502, 503, 504)
+"""The statuses of a server that does not know the session, and of a gateway that does not reach its server."""
+
 _TOO_LONG = f"a line of more than {MAX_ANSWER_BYTES:,} bytes"
 _BOUNDED_UTF_8 = "arpo_trl_bounded_utf_8"
 _OVERLONG: ContextVar[Callable[[], None]] = ContextVar("overlong")
@@ -289,6 +292,7 @@ class McpSession:
         from mcp import MCPError
         from mcp.types import CONNECTION_CLOSED, INVALID_REQUEST
 
+        session: asyncio.Future[Any] | None = None
         try:
             async with asyncio.timeout(self._timeout_s):
                 try:
@@ -305,8 +309,7 @@ class McpSession:
                 message = without_credentials(self._server.without_secrets(error.message)[: 2 * _MAX_ERROR_CHARS])
                 raise ToolError(f"Error: {message[:_MAX_ERROR_CHARS]}") from None
             overlong = self._overlong.is_set()
-            if session is self._ready:  # otherwise another call has already reconnected
-                await self._shut()
+            await self._lose(session)
             if overlong:
                 raise ToolUnavailable(f"Error: the server of this tool sent {_TOO_LONG}.") from None
             raise ToolUnavailable("Error: the server of this tool stopped during the call.") from None
@@ -332,7 +335,7 @@ class McpSession:
         try:
             async with contextlib.AsyncExitStack() as stack:
                 async with asyncio.timeout(START_TIMEOUT_S) as self._starting:
-                    client = await stack.enter_async_context(await self._client_for(stack))
+                    client = await stack.enter_async_context(await self._client_for(stack, ready))
                     client.session.validate_tool_result = _accept
                 ready.set_result(client)
                 await stop.wait()
@@ -340,8 +343,7 @@ class McpSession:
             if not ready.done():
                 ready.set_exception(error if isinstance(error, Exception) else ConnectionError("it was stopped"))
 
-    async def _client_for(self, stack: contextlib.AsyncExitStack) -> Any:
-        import httpx2
+    async def _client_for(self, stack: contextlib.AsyncExitStack, ready: asyncio.Future[Any]) -> Any:
         from mcp import Client, StdioServerParameters
         from mcp.client.stdio import stdio_client
         from mcp.client.streamable_http import streamable_http_client
@@ -360,11 +362,21 @@ class McpSession:
         headers = {"Accept-Encoding": "identity"}
         if server.token_env:
             headers["Authorization"] = f"Bearer {server_key(server.token_env)}"
-        hooks: dict[str, list[Callable[..., Any]]] = {"response": [_bound]}
-        http_client = await stack.enter_async_context(
-            httpx2.AsyncClient(headers=headers, timeout=None, event_hooks=hooks)
-        )
+        http_client = await stack.enter_async_context(_http_client(headers, ready))
         return Client(streamable_http_client(str(server.url), http_client=http_client))
+
+    async def _lose(self, session: asyncio.Future[Any] | None) -> None:
+        """Let the next call reconnect, unless another call has already done so.
+
+        A process is stopped. A session at an address stays until its running calls have ended: they may be answered.
+        """
+        if session is not self._ready:
+            return
+        if self._server.url is None:
+            await self._shut()
+        else:
+            asyncio.get_running_loop().call_later(self._timeout_s, self._stop.set)
+            self._task = self._ready = None
 
     async def _shut(self) -> None:
         task, ready, self._task, self._ready = self._task, self._ready, None, None
@@ -458,7 +470,7 @@ def _readable_answer(answer: Any) -> str:
     return json.dumps({"jsonrpc": "2.0", "id": answer["id"], "error": error})
 
 
-def _can_be_read(line: str) -> bool:
+def _can_be_read(line: str | bytes) -> bool:
     from mcp.types import jsonrpc_message_adapter
 
     try:
@@ -477,6 +489,49 @@ def _bounded_utf_8(name: str) -> codecs.CodecInfo | None:
 
 
 codecs.register(_bounded_utf_8)
+
+
+def _http_client(headers: Mapping[str, str], ready: asyncio.Future[Any]) -> Any:
+    """Return the HTTP client of a session. `ready` is done when the session has started.
+
+    After that, a call that finds its server or its session lost gets the error `CONNECTION_CLOSED`. The library would
+    pass on the error of a server that does not know the session, and of a gateway whose server is gone, as an error of
+    the tool. If a connection fails, it would end the session with all its calls.
+    """
+    import httpx2
+    from mcp.types import CONNECTION_CLOSED
+
+    class HttpClient(httpx2.AsyncClient):
+        async def send(self, request: Any, **options: Any) -> Any:
+            try:
+                response = await super().send(request, **options)
+                if not ready.done() or not await _is_lost(response):
+                    return response
+                await response.aclose()
+            except httpx2.TransportError:
+                if not ready.done():
+                    raise
+            error = {"code": CONNECTION_CLOSED, "message": "the server or its session is lost"}
+            return httpx2.Response(503, json={"jsonrpc": "2.0", "id": None, "error": error}, request=request)
+
+    return HttpClient(headers=headers, timeout=None, event_hooks={"response": [_bound]})
+
+
+async def _is_lost(response: Any) -> bool:
+    """Return whether a response states that the server, or its session, no longer exists.
+
+    A session that does not exist is a 404 with any content. Otherwise a JSON-RPC message is the server's answer.
+    """
+    import httpx2
+
+    if response.status_code not in _LOST:
+        return False
+    if response.status_code == 404 and "mcp-session-id" in response.request.headers:
+        return True
+    try:
+        return not _can_be_read(await response.aread())
+    except httpx2.StreamError:  # too long, or compressed
+        return True
 
 
 async def _bound(response: Any) -> None:
