@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import json
 import shlex
 import signal
 import socket
@@ -399,6 +400,24 @@ def test_an_endless_or_compressed_answer_is_an_error(caplog: pytest.LogCaptureFi
         assert results(box, ("echo", {"text": "a"}))[0].text == "a"
         assert {asked.headers.get("accept-encoding") for asked in server.asked} == {"identity"}
     assert not caplog.records
+
+
+def test_an_event_of_a_stream_may_be_as_long_as_another_answer() -> None:
+    """A picture has more than the library's default, 1 MiB."""
+    older = OlderServer()
+
+    def answer(asked: Asked) -> Reply:
+        reply = older(asked)
+        if b"tools/call" not in asked.body:
+            return reply
+        picture = {"type": "image", "data": "A" * (4 << 20), "mimeType": "image/png"}
+        reply.body["result"]["content"].append(picture)
+        event = f"event: message\ndata: {json.dumps(reply.body)}\n\n"
+        return Reply(event, headers={"Content-Type": "text/event-stream"})
+
+    with Loopback(answer) as server, ToolBox(mcp_tools([{"url": server.url}], timeout_s=60.0), timeout_s=60.0) as box:
+        (seen,) = results(box, ("echo", {"text": "seen"}))
+    assert seen.text == "seen\n[image omitted: only text can be shown]"
 
 
 def test_an_answer_on_a_too_long_line_fails_and_the_server_is_restarted() -> None:

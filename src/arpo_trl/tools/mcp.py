@@ -363,7 +363,10 @@ class McpSession:
         if server.token_env:
             headers["Authorization"] = f"Bearer {server_key(server.token_env)}"
         http_client = await stack.enter_async_context(_http_client(headers, ready))
-        return Client(streamable_http_client(str(server.url), http_client=http_client))
+        transport = streamable_http_client(
+            str(server.url), http_client=http_client, max_sse_event_size=MAX_ANSWER_BYTES
+        )
+        return Client(transport)
 
     async def _lose(self, session: asyncio.Future[Any] | None) -> None:
         """Let the next call reconnect, unless another call has already done so.
