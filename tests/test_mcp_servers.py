@@ -8,22 +8,25 @@ import json
 import shlex
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import httpcore2
 import psutil
 import pytest
 from datasets import Dataset
 from mcp.types import Tool
 
 from arpo_trl import ARPOConfig, ARPOTrainer
-from arpo_trl.errors import ConfigError, ToolSpecError
+from arpo_trl.errors import ConfigError, ToolOverdue, ToolSpecError
 from arpo_trl.net import background
 from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
@@ -287,6 +290,11 @@ class OlderServer:
         return Reply({"jsonrpc": "2.0", "id": question["id"], "result": result}, headers=headers)
 
 
+def starts(server: Loopback) -> int:
+    """The number of sessions that were started."""
+    return sum(b'"initialize"' in asked.body for asked in server.asked)
+
+
 NOT_FOUND = {"jsonrpc": "2.0", "error": {"code": -32001, "message": "Session not found"}, "id": None}
 AS_JSON = {"Content-Type": "application/json"}
 
@@ -332,7 +340,74 @@ def test_an_error_of_the_tool_with_the_status_of_a_bad_request_leaves_the_sessio
         (refused,) = results(box, ("echo", {"text": "refuse"}))
         assert (refused.text, refused.failure) == ("Error: not this text", ToolFailure.ERROR)
         assert results(box, ("echo", {"text": "a"}))[0].text == "a"
-        assert sum(b"initialize" in asked.body and b"notifications" not in asked.body for asked in server.asked) == 1
+        assert starts(server) == 1
+
+
+def test_more_calls_than_the_library_has_connections_run_at_the_same_time() -> None:
+    older, running, go = OlderServer(), threading.Semaphore(0), threading.Event()
+
+    def answer(asked: Asked) -> Reply:
+        if b"slow" in asked.body:
+            running.release()
+            go.wait(60)
+        return older(asked)
+
+    with Loopback(answer) as server:
+        session = McpSession(McpServer(url=server.url), 60.0)
+        session.open("here")
+        calls = [background.start(session._call("echo", {"text": f"slow {n}"})) for n in range(101)]
+        assert all(running.acquire(timeout=60) for _ in calls)
+        go.set()
+        assert [call.result(60) for call in calls] == [f"slow {n}" for n in range(101)]
+        session.close()
+
+
+def test_sessions_share_their_tls_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To read them takes 0.1 s, in which no other tool has the network."""
+    read: list[ssl.SSLContext] = []
+    default = httpcore2.default_ssl_context
+    monkeypatch.setattr(httpcore2, "default_ssl_context", lambda **how: read.append(default(**how)) or read[-1])
+    with Loopback(OlderServer()) as server:
+        for _ in range(3):
+            session = McpSession(McpServer(url=server.url), 60.0)
+            session.open("here")
+            session.close()
+    assert len(read) <= 1  # none if an earlier session has read them
+
+
+def test_overdue_calls_do_not_keep_their_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server never answers them. A call that runs when the session is replaced is answered."""
+    monkeypatch.setattr("arpo_trl.tools.mcp._MAX_OVERDUE", 2)
+    older, ended, go = OlderServer(), threading.Semaphore(0), threading.Event()
+
+    def hang(file: Any) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                file.write(b": waits\n\n")
+                time.sleep(0.01)
+        ended.release()
+
+    def answer(asked: Asked) -> Reply:
+        if b'"hang"' in asked.body:
+            return Reply(None, 200, {"Content-Type": "text/event-stream"}, hang)
+        if b'"slow"' in asked.body:
+            go.wait(60)
+        return older(asked)
+
+    with Loopback(answer) as server:
+        session = McpSession(McpServer(url=server.url), 60.0)
+        session.open("here")
+        slow = background.start(session._call("echo", {"text": "slow"}))
+        until(lambda: any(b'"slow"' in asked.body for asked in server.asked))
+        session._timeout_s = 2.0
+        hanging = [background.start(session._call("echo", {"text": "hang"})) for _ in range(2)]
+        assert [type(call.exception(60)) for call in hanging] == [ToolOverdue, ToolOverdue]
+        go.set()
+        assert background.start(session._call("echo", {"text": "new"})).result(60) == "new"
+        assert slow.result(60) == "slow"
+        assert starts(server) == 2
+        assert all(ended.acquire(timeout=60) for _ in hanging)
+        session.close()
 
 
 @pytest.mark.parametrize("fault", ["reset", "gateway", "cut"])

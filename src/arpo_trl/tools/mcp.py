@@ -15,6 +15,7 @@ import asyncio
 import atexit
 import codecs
 import contextlib
+import functools
 import inspect
 import json
 import logging
@@ -39,6 +40,9 @@ START_TIMEOUT_S = 60.0
 MAX_ANSWER_BYTES = 8 << 20
 _STOP_TIMEOUT_S = 10.0  # the library ends a process that ignores the end of its input after 2 s, and kills it after 4
 _MAX_TOOLS_PAGES = 100
+_MAX_OVERDUE = 32
+"""After this many calls without an answer in time a server at an address gets a new session: until the end of the old
+one, the library keeps a connection open for each of them."""
 _SHOWN_STDERR_CHARS = 500
 _MAX_ERROR_CHARS = 10_000
 _MAX_STDERR_BYTES = 1 << 20
@@ -224,6 +228,7 @@ class McpSession:
         self._ready: asyncio.Future[Any] | None = None  # of the connected client
         self._stop = asyncio.Event()
         self._starting: asyncio.Timeout | None = None
+        self._overdue = 0  # calls that the connected server has not answered in time
         self._overlong = asyncio.Event()  # whether the connected process has sent a line that is too long
         self._stderr: IO[bytes] = tempfile.TemporaryFile("a+b")  # noqa: SIM115 (closed in `close`)
         atexit.register(self.close)
@@ -302,6 +307,10 @@ class McpSession:
                 session = self._ready
                 result = await client.call_tool(name, arguments)
         except TimeoutError:
+            if session is not None and session is self._ready and self._server.url is not None:
+                self._overdue += 1
+                if self._overdue == _MAX_OVERDUE:
+                    await self._lose(session)
             raise ToolOverdue.of(name, self._timeout_s) from None
         except MCPError as error:
             if error.code not in (CONNECTION_CLOSED, INVALID_REQUEST):  # INVALID_REQUEST: the session is unknown
@@ -326,7 +335,7 @@ class McpSession:
             self._ready = asyncio.get_running_loop().create_future()
             # asyncio logs exceptions that are never retrieved.
             self._ready.add_done_callback(lambda ready: ready.cancelled() or ready.exception())
-            self._stop, self._overlong = asyncio.Event(), asyncio.Event()
+            self._stop, self._overlong, self._overdue = asyncio.Event(), asyncio.Event(), 0
             self._task = asyncio.create_task(self._hold(self._ready, self._stop))
         return await asyncio.shield(self._ready)
 
@@ -517,7 +526,21 @@ def _http_client(headers: Mapping[str, str], ready: asyncio.Future[Any]) -> Any:
             error = {"code": CONNECTION_CLOSED, "message": "the server or its session is lost"}
             return httpx2.Response(503, json={"jsonrpc": "2.0", "id": None, "error": error}, request=request)
 
-    return HttpClient(headers=headers, timeout=None, event_hooks={"response": [_bound]})
+    return HttpClient(
+        headers=headers,
+        timeout=None,
+        verify=_tls(),
+        event_hooks={"response": [_bound]},
+        limits=httpx2.Limits(max_connections=None, max_keepalive_connections=20),  # each running call has its own
+    )
+
+
+@functools.cache
+def _tls() -> Any:
+    """Return the TLS settings of all sessions. To read them takes 0.1 s, during which the loop stands still."""
+    import httpx2
+
+    return httpx2.create_ssl_context()
 
 
 async def _is_lost(response: Any) -> bool:
