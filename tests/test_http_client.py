@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import gzip
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from arpo_trl.common.per_process import one_per_process
+from arpo_trl.errors import ConfigError
+from arpo_trl.net import http_client
+from arpo_trl.net.chat_model import ChatModel
 from arpo_trl.net.http_client import (
     MAX_JSON_BYTES,
     MAX_PIECES,
@@ -23,6 +29,9 @@ from arpo_trl.net.http_client import (
     fetch,
     fetch_json,
 )
+from arpo_trl.tools.search.cache import SearchCache
+from arpo_trl.tools.search.providers import make_provider
+from arpo_trl.tools.search.web import WebSearch
 from loopback import Loopback, Reply
 
 
@@ -104,6 +113,40 @@ def test_no_cookie_is_kept(pooled: bool) -> None:
             request = httpx.Request("GET", server.url + path)
             fetch(request, timeout_s=5, max_bytes=10, pooled=pooled)
     assert len(_client(pooled).cookies.jar) == 0
+
+
+def chat_model(folder: Path) -> object:
+    return ChatModel(url="http://127.0.0.1:9/v1", model="m", key_variable="UNSET_KEY", setting="judge_url")
+
+
+def web_search(folder: Path) -> object:
+    return WebSearch(make_provider("searxng", url="http://127.0.0.1:9"), SearchCache(folder / "cache.sqlite"))
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("all_proxy", "socks5://127.0.0.1:9", r"a SOCKS proxy, .*: pip install 'httpx\[socks\]'"),
+        ("all_proxy", "gopher://user:planted@127.0.0.1:9", "a proxy, .* that is not an http, https, socks5 or"),
+        ("all_proxy", "http://planted:x", "a proxy, .* that is not an http, https, socks5 or"),
+        ("SSL_CERT_FILE", "/absent.pem", r"SSL_CERT_FILE or SSL_CERT_DIR names cannot be read \(FileNotFoundError\)"),
+    ],
+)
+@pytest.mark.parametrize("make", [chat_model, web_search])
+def test_a_proxy_or_certificates_that_cannot_be_used_are_an_error_at_the_start(
+    make: Callable[[Path], object],
+    variable: str,
+    value: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setitem(sys.modules, "socksio", None)  # not installed
+    monkeypatch.setattr(http_client, "_client", one_per_process(http_client._client.__wrapped__))  # a new client
+    with pytest.raises(ConfigError, match=message) as error:
+        make(tmp_path)
+    assert "planted" not in str(error.value)
 
 
 def test_redirects_are_not_followed() -> None:

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import gzip
 import logging
+import os
 import resource
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from arpo_trl.common.per_process import one_per_process
 from arpo_trl.errors import ConfigError, ToolError
+from arpo_trl.net import http_client
 from arpo_trl.net.chat_model import ChatModel
 from arpo_trl.net.http_client import RequestFailed
 from arpo_trl.tools.builtin import ToolArguments, build_tools
@@ -234,6 +239,27 @@ def test_the_resolution_of_a_name_times_out() -> None:
     answered.set()
 
 
+def test_names_that_are_not_resolved_delay_no_other_tool() -> None:
+    """asyncio resolves the names of other requests in at most 32 threads."""
+    started, answered = threading.Semaphore(0), threading.Event()
+
+    def resolve(host: str, port: int) -> list[str]:
+        started.release()
+        answered.wait(60)
+        return []
+
+    visit = visit_tool(resolve=resolve, timeout_s=60)
+    with ThreadPoolExecutor(33) as pool, Loopback(pages) as server:
+        hanging = [pool.submit(visit, f"http://slow{number}.test/") for number in range(33)]
+        assert all(started.acquire(timeout=60) for _ in range(min(32, (os.cpu_count() or 1) + 4)))
+        request = httpx.Request("GET", f"http://localhost:{server.port}/plain")
+        try:
+            assert http_client.fetch(request, timeout_s=30).status == 200
+        finally:
+            answered.set()
+        assert {type(call.exception(60)) for call in hanging} == {ToolError}
+
+
 def test_a_redirect_is_followed_within_the_limits(visit: Any, server: Loopback) -> None:
     assert visit(f"{server.url}/there") == "just text"
 
@@ -274,6 +300,20 @@ def test_a_certificate_has_to_be_valid_for_the_name_that_was_visited(tmp_path: P
     assert server.asked == []
 
 
+def test_a_page_whose_certificate_the_environment_trusts_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pem = self_signed(tmp_path / "pem", "pages.test")
+    monkeypatch.setenv("SSL_CERT_FILE", str(pem))
+    monkeypatch.setattr(http_client, "_client", one_per_process(http_client._client.__wrapped__))  # a new client
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem)
+    with Loopback(pages) as server:
+        server.server.socket = context.wrap_socket(server.server.socket, server_side=True)
+        visit = visit_tool(allowed_hosts=["pages.test"], resolve=lambda host, port: ["127.0.0.1"], timeout_s=60)
+        assert visit(f"https://pages.test:{server.port}/plain") == "just text"
+
+
 def self_signed(file: Path, name: str) -> Path:
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
@@ -282,6 +322,7 @@ def self_signed(file: Path, name: str) -> Path:
         x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
         .not_valid_before(now - timedelta(days=1))
         .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
         .sign(key, hashes.SHA256())
     )
     file.write_bytes(

@@ -8,7 +8,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from arpo_trl.common.per_process import one_per_process
@@ -16,6 +16,7 @@ from arpo_trl.common.per_process import one_per_process
 T = TypeVar("T")
 
 _STOP_TIMEOUT_S = 1.0
+_THREADS = 32
 
 
 class LoopThread:
@@ -76,8 +77,8 @@ def start(coroutine: Coroutine[Any, Any, T]) -> Future[T]:
 def in_thread(work: Callable[..., T], *arguments: Any, timeout_s: float) -> T:
     """Return the result of `work`, which blocks and cannot be interrupted, such as a name resolution.
 
-    It runs in one of a few threads of the shared loop. If it misses the deadline, it keeps its thread until it
-    returns.
+    It runs in one of a few threads, which are not those in which the shared loop resolves names. If it misses the
+    deadline, it keeps its thread until it returns.
 
     Raises:
         TimeoutError: There was no result in time, or no free thread.
@@ -85,9 +86,14 @@ def in_thread(work: Callable[..., T], *arguments: Any, timeout_s: float) -> T:
 
     async def result() -> T:
         async with asyncio.timeout(timeout_s):
-            return await asyncio.get_running_loop().run_in_executor(None, work, *arguments)
+            return await asyncio.get_running_loop().run_in_executor(_threads(), work, *arguments)
 
     return start(result()).result()
+
+
+@one_per_process
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_THREADS, thread_name_prefix="arpo-tools-blocking")
 
 
 @one_per_process

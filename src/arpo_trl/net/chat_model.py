@@ -8,7 +8,7 @@ import httpx
 
 from arpo_trl.errors import ConfigError
 from arpo_trl.net.addresses import authorization, check_server_url, server_key
-from arpo_trl.net.http_client import RequestFailed, fetch_json, without
+from arpo_trl.net.http_client import RequestFailed, check_client, fetch_json, without
 from arpo_trl.visible import encodable
 
 
@@ -22,7 +22,8 @@ class ChatModel:
     Example: `ChatModel(url="http://127.0.0.1:8000/v1", model="m", key_variable="KEY", setting="visit_summary_url")`
 
     Raises:
-        ConfigError: `url` is not the address of a server, or the key has characters that a key cannot have.
+        ConfigError: `url` is not the address of a server, the key has characters that a key cannot have, or requests
+            cannot use a proxy or the certificates that the environment names.
     """
 
     url: str
@@ -36,6 +37,7 @@ class ChatModel:
     def __post_init__(self) -> None:
         check_server_url(self.url, self.setting, self.key_variable)
         server_key(self.key_variable)
+        check_client()
 
     def ask(self, prompt: str, timeout_s: float) -> str:
         """Return the model's reply to `prompt`, sampled at temperature 0.

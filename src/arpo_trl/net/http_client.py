@@ -24,6 +24,7 @@ import httpx
 
 from arpo_trl.common.per_process import one_per_process
 from arpo_trl.common.retries import retry
+from arpo_trl.errors import ConfigError
 from arpo_trl.net import background
 
 MAX_BYTES = 8 << 20
@@ -100,6 +101,16 @@ class Answer:
         return None if name in _SLOW_ENCODINGS else name
 
 
+def check_client(*, pooled: bool = True) -> None:
+    """Check that `fetch` can use the proxies and the certificates that the environment names.
+
+    Raises:
+        ConfigError: A proxy needs a package that is not installed, or has no valid address, or the certificates cannot
+            be read.
+    """
+    _client(pooled)
+
+
 def fetch(request: httpx.Request, *, timeout_s: float, max_bytes: int = MAX_BYTES, pooled: bool = True) -> Answer:
     """Return the server's answer to `request`, without following redirects. Blocks; thread-safe.
 
@@ -110,6 +121,7 @@ def fetch(request: httpx.Request, *, timeout_s: float, max_bytes: int = MAX_BYTE
             address.
 
     Raises:
+        ConfigError: See `check_client`.
         RequestFailed: There was no complete answer within these limits.
     """
     for name, value in _HEADERS.items():  # the client adds defaults only to requests that it builds
@@ -202,9 +214,10 @@ def _too_late(timeout_s: float) -> RequestFailed:
 
 
 async def _exchange(request: httpx.Request, timeout_s: float, max_bytes: int, pooled: bool) -> Answer:
+    client = _client(pooled)
     try:
         async with asyncio.timeout(timeout_s):
-            response = await _client(pooled).send(request, stream=True)
+            response = await client.send(request, stream=True)
             status = response.status_code
             try:
                 return Answer(status=status, headers=response.headers, body=await _body(response, max_bytes))
@@ -246,13 +259,32 @@ async def _body(response: httpx.Response, max_bytes: int) -> bytes:
 @one_per_process
 def _client(pooled: bool) -> httpx.AsyncClient:
     """Return this process's HTTP client, for its background loop."""
-    return httpx.AsyncClient(
-        timeout=None,  # `_exchange` sets one deadline for the whole exchange
-        trust_env=pooled,
-        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # no server leaves anything for later requests
-        # The certificate of an open connection was checked for one host name, not for others at the same address.
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=32 if pooled else 0),
-    )
+    try:
+        verify = httpx.create_ssl_context()  # of SSL_CERT_FILE or SSL_CERT_DIR, also without `trust_env`
+    except OSError as error:
+        raise ConfigError(
+            f"The certificates that SSL_CERT_FILE or SSL_CERT_DIR names cannot be read ({type(error).__name__}). "
+            "Correct or unset the variable."
+        ) from None
+    try:
+        return httpx.AsyncClient(
+            timeout=None,  # `_exchange` sets one deadline for the whole exchange
+            trust_env=pooled,
+            verify=verify,
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # no server leaves anything for later requests
+            # The certificate of an open connection was checked for one host name, not for others at the same address.
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=32 if pooled else 0),
+        )
+    except ImportError:
+        raise ConfigError(
+            "The environment names a SOCKS proxy, such as in ALL_PROXY, which needs a further package: "
+            "pip install 'httpx[socks]'. Or unset the variable."
+        ) from None
+    except (ValueError, httpx.InvalidURL):  # its message may contain the proxy's password
+        raise ConfigError(
+            "The environment names a proxy, such as in ALL_PROXY, that is not an http, https, socks5 or socks5h "
+            "address. Correct or unset the variable."
+        ) from None
 
 
 def _retry_after_s(value: str | None) -> float | None:

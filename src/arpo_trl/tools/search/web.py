@@ -21,7 +21,7 @@ import httpx
 from arpo_trl.errors import ConfigError, ToolError, ToolUnavailable
 from arpo_trl.net.addresses import server_key
 from arpo_trl.net.circuit_breaker import CircuitBreaker
-from arpo_trl.net.http_client import RequestFailed, fetch_json, mentions_account, retried, without
+from arpo_trl.net.http_client import RequestFailed, check_client, fetch_json, mentions_account, retried, without
 from arpo_trl.tools.search.cache import CacheMode, Entry, Key, SearchCache
 from arpo_trl.tools.search.index import NearestQuery, as_received
 from arpo_trl.tools.search.providers import FIELDS, Hit, Provider, Unanswered
@@ -51,7 +51,8 @@ class WebSearch:
         run: The name under which the requests are counted.
 
     Raises:
-        ConfigError: A setting is invalid, or the mode sends requests and the provider's key is not in the environment.
+        ConfigError: A setting is invalid, or the mode sends requests and the provider's key is not in the environment,
+            or they cannot use a proxy or the certificates that it names.
         DataError: The mode is replay, and the file is damaged or has no results of the provider.
     """
 
@@ -80,6 +81,7 @@ class WebSearch:
             )
         if mode.asks:
             _check_key(provider)
+            check_client()
         self._provider = provider
         self._cache = cache
         self._mode = mode

@@ -31,7 +31,7 @@ import httpx
 from arpo_trl.errors import ConfigError, ToolError
 from arpo_trl.net import background
 from arpo_trl.net.chat_model import ChatModel
-from arpo_trl.net.http_client import Answer, RequestFailed, fetch
+from arpo_trl.net.http_client import Answer, RequestFailed, check_client, fetch
 from arpo_trl.tools.visit import worker
 from arpo_trl.tools.visit.networks import is_public
 from arpo_trl.visible import get_logger
@@ -88,7 +88,8 @@ def visit_tool(
         resolve: Returns the addresses of (host, port). Default: the resolver of the system.
 
     Raises:
-        ConfigError: A setting is invalid, or the libraries that read pages are missing.
+        ConfigError: A setting is invalid, the libraries that read pages are missing, or the certificates that the
+            environment names cannot be read.
     """
     if not timeout_s > 0:
         raise ConfigError(f"visit_timeout_s is {timeout_s}; expected more than 0.")
@@ -102,6 +103,7 @@ def visit_tool(
             raise ConfigError(
                 f"visit_allowed_hosts[{number}] is not a host or host:port; expected a value like wiki.local:8080."
             )
+    check_client(pooled=False)
     guard = AddressGuard(allowed_hosts, resolve or _resolve)
 
     def visit(url: str, goal: str = "") -> str:
