@@ -295,6 +295,14 @@ def starts(server: Loopback) -> int:
     return sum(b'"initialize"' in asked.body for asked in server.asked)
 
 
+def drip(file: Any) -> None:
+    """Write a stream until its reader has closed it."""
+    with contextlib.suppress(OSError):
+        while True:
+            file.write(b": waits\n\n")
+            time.sleep(0.01)
+
+
 NOT_FOUND = {"jsonrpc": "2.0", "error": {"code": -32001, "message": "Session not found"}, "id": None}
 AS_JSON = {"Content-Type": "application/json"}
 
@@ -309,6 +317,7 @@ AS_JSON = {"Content-Type": "application/json"}
         Reply("<html>", 502, {"Content-Type": "text/html"}),
         Reply({"message": "no healthy upstream"}, 503, AS_JSON),
         Reply(b" " * (MAX_ANSWER_BYTES + 1), 503, AS_JSON),
+        Reply("endless", 503, {"Content-Type": "text/event-stream"}, drip),
     ],
     ids=lambda reply: f"{reply.status}-{str(reply.body)[:10]}",
 )
@@ -381,10 +390,7 @@ def test_overdue_calls_do_not_keep_their_connections(monkeypatch: pytest.MonkeyP
     older, ended, go = OlderServer(), threading.Semaphore(0), threading.Event()
 
     def hang(file: Any) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                file.write(b": waits\n\n")
-                time.sleep(0.01)
+        drip(file)
         ended.release()
 
     def answer(asked: Asked) -> Reply:

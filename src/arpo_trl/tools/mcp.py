@@ -546,13 +546,16 @@ def _tls() -> Any:
 async def _is_lost(response: Any) -> bool:
     """Return whether a response states that the server, or its session, no longer exists.
 
-    A session that does not exist is a 404 with any content. Otherwise a JSON-RPC message is the server's answer.
+    A session that does not exist is a 404 with any content. Otherwise a JSON-RPC message is the server's answer. The
+    library, too, reads only JSON: a stream may have no end.
     """
     import httpx2
 
     if response.status_code not in _LOST:
         return False
     if response.status_code == 404 and "mcp-session-id" in response.request.headers:
+        return True
+    if not response.headers.get("content-type", "").lower().startswith("application/json"):
         return True
     try:
         return not _can_be_read(await response.aread())
