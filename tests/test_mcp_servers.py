@@ -646,6 +646,13 @@ def test_a_server_that_cannot_work_is_an_error_at_start_up(server: Any, message:
         build_tools(ToolArguments([], mcp_servers=[server]))
 
 
+def test_after_a_mistake_the_servers_before_it_stop() -> None:
+    before = set(psutil.Process().children(recursive=True))
+    with pytest.raises(ConfigError, match=r"mcp_servers\[1\]: command 'no-such-command'"):
+        mcp_tools([COMMAND, {"command": "no-such-command"}])
+    assert set(psutil.Process().children(recursive=True)) <= before
+
+
 def test_an_older_library_is_not_blamed_on_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mcp", ModuleType("mcp"))
     with pytest.raises(ConfigError, match=r"needs the mcp library, version 2\.3 or newer \(cannot import name"):

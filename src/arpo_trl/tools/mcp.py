@@ -167,21 +167,23 @@ def mcp_tools(servers: Sequence[Mapping[str, Any]], *, timeout_s: float = 15.0) 
             f"mcp_servers needs the mcp library, version 2.3 or newer ({error}): pip install 'arpo-trl[tools]'."
         ) from error
     tools = []
-    for number, settings in enumerate(servers):
-        where = f"mcp_servers[{number}]"
-        server = McpServer.of(settings, where)
-        session = McpSession(server, timeout_s)
-        offered = {tool.name: tool for tool in session.open(where)}
-        missing = [name for name in server.tools or () if name not in offered]
-        if missing:
-            session.close()
-            raise ConfigError(f"{where} ({server.shown}) has no tools {missing}; it has {sorted(offered)}.")
-        wanted = [offered[name] for name in (offered if server.tools is None else server.tools)]
-        if server.per_path:
-            session.close()
-            tools += _tools_per_path(server, timeout_s, where, wanted)
-        else:
-            tools += [_as_function(session, tool) for tool in wanted]
+    with contextlib.ExitStack() as opened:  # after an error, no server that was started before stays
+        for number, settings in enumerate(servers):
+            where = f"mcp_servers[{number}]"
+            server = McpServer.of(settings, where)
+            session = McpSession(server, timeout_s)
+            opened.callback(session.close)
+            offered = {tool.name: tool for tool in session.open(where)}
+            missing = [name for name in server.tools or () if name not in offered]
+            if missing:
+                raise ConfigError(f"{where} ({server.shown}) has no tools {missing}; it has {sorted(offered)}.")
+            wanted = [offered[name] for name in (offered if server.tools is None else server.tools)]
+            if server.per_path:
+                session.close()
+                tools += _tools_per_path(server, timeout_s, where, wanted)
+            else:
+                tools += [_as_function(session, tool) for tool in wanted]
+        opened.pop_all()
     return tools
 
 
