@@ -13,6 +13,7 @@ import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -861,6 +862,16 @@ def test_the_trainer_logs_the_defaults_that_are_used_and_differ_once(models, tmp
     (said,) = [record.getMessage() for record in caplog.records if "differ from TRL's" in record.getMessage()]
     assert "loss_type grpo (TRL's: dapo)" in said
     assert "num_generations" not in said
+
+
+@pytest.mark.parametrize(("version", "warnings"), [(None, 0), ("1.15.0", 1), ("1.17.0", 1), ("1.16.1.dev0", 0)])
+def test_another_version_of_trl_is_a_warning(models, tmp_path, monkeypatch, caplog, version, warnings):
+    of = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: version if name == "trl" and version else of(name))
+    ARPOTrainer(models["qwen2"], length, config(tmp_path), TEXT)
+    said = [record.getMessage() for record in caplog.records if "private methods of trl" in record.getMessage()]
+    assert len(said) == warnings
+    assert all(f"trl is {version}" in message and "pip install 'trl" in message for message in said)
 
 
 @pytest.mark.parametrize(("paths", "warnings"), [(1, ["branch_threshold is 0.9"]), (2, [])])

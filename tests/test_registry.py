@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -90,6 +90,34 @@ def test_a_static_method_needs_no_self(monkeypatch):
     assert RULES.get("static") is Static
 
 
+def test_a_rule_whose_attributes_are_no_fields_and_a_credit_that_cannot_be_set_are_errors(monkeypatch):
+    for registry in (RULES, CREDITS):
+        monkeypatch.setattr(registry, "_classes", dict(registry._classes))
+
+    @register_rule("undecorated")
+    class Undecorated(Alone, BranchRule):
+        kinds: ClassVar[int] = 1
+        branch_threshold: float = 0.0
+
+    @register_credit("frozen")
+    @dataclass(frozen=True)
+    class Frozen(Credit):
+        def __call__(self, trees: Any, rewards: Any, advantages: Any) -> Any:
+            return advantages, None
+
+    @register_credit("plain")
+    class Plain(Credit):
+        def __call__(self, trees: Any, rewards: Any, advantages: Any) -> Any:
+            return advantages, None
+
+    with pytest.raises(ConfigError, match=r"'undecorated' has the attributes \['branch_threshold'\], .*@dataclass"):
+        RULES.build("undecorated", {})
+    with pytest.raises(ConfigError, match=r"The credit 'frozen' is a frozen dataclass.*Remove frozen=True"):
+        CREDITS.build("frozen", {})
+    with pytest.raises(ConfigError, match=r"'plain' has no options. Decorate the class with @dataclass"):
+        CREDITS.build("plain", {"scale": 2})
+
+
 OWN = """
 from dataclasses import dataclass
 from arpo_trl import BranchDecision, BranchRule, Credit
@@ -101,7 +129,7 @@ class Early(BranchRule):
     def judge(self, candidate, context):
         return BranchDecision(fires=candidate.depth <= self.until_depth)
 
-@dataclass(frozen=True)
+@dataclass
 class Scaled(Credit):
     factor: float = 1.0
 

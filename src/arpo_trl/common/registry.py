@@ -72,7 +72,7 @@ class Registry(Generic[T]):
         return add
 
     def _check(self, made: Any, name: str) -> None:
-        base: type = getattr(importlib.import_module(f"{self._package}.{BASE}"), self._base)
+        base = self._base_class()
         home = f"{getattr(made, '__module__', '')}.{getattr(made, '__qualname__', made)}"
         subject = f"{home} cannot be registered as the {self.kind} {name!r}"
         if not (isinstance(made, type) and issubclass(made, base)):
@@ -90,6 +90,10 @@ class Registry(Generic[T]):
                         f"{subject}: its {method} cannot be called with {parameters} ({error}). Correct its "
                         "parameters."
                     ) from error
+
+    def _base_class(self) -> type[Any]:
+        found: type[Any] = getattr(importlib.import_module(f"{self._package}.{BASE}"), self._base)
+        return found
 
     @property
     def names(self) -> list[str]:
@@ -120,16 +124,17 @@ class Registry(Generic[T]):
             shared: Values that several classes share. The class gets the values for which it has fields.
 
         Raises:
-            ConfigError: The class does not exist, has no field for an option, has a required field without a value, or
-                does not accept a value.
+            ConfigError: The class does not exist, is no dataclass as its kind needs it, has no field for an option,
+                has a required field without a value, or does not accept a value.
         """
         made, shared, setting = self.get(name), shared or {}, f"{self._setting}_kwargs"
+        self._check_dataclass(made, name)
         known = {field.name: field for field in fields(made) if field.init} if is_dataclass(made) else {}
         own = [field for field in known if field not in shared]
         if unknown := [option for option in options if option not in own]:
             raise ConfigError(
                 f"{setting} has {unknown}, but the {self.kind} {name!r} has {own or 'no options'}. "
-                f"{_way_out(unknown, own, shared)}"
+                f"{_way_out(unknown, own, shared, is_dataclass(made) or name in self.own)}"
             )
         values = {field: value for field, value in shared.items() if field in known} | dict(options)
         needed = [
@@ -145,9 +150,27 @@ class Registry(Generic[T]):
             raise ConfigError(f"{setting}: {error}" if options else str(error)) from error
         return built
 
+    def _check_dataclass(self, made: type[Any], name: str) -> None:
+        """Check that the annotated attributes of a rule are fields, and that those of a credit can be set."""
+        if not is_dataclass(self._base_class()):
+            if is_dataclass(made) and made.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+                raise ConfigError(
+                    f"The {self.kind} {name!r} is a frozen dataclass, but attributes of a {self._base} are set before "
+                    "each call. Remove frozen=True."
+                )
+            return
+        annotated = {of for of, kind in inspect.get_annotations(made).items() if "ClassVar" not in str(kind)}
+        if ignored := sorted(annotated - {field.name for field in fields(made)}):
+            raise ConfigError(
+                f"The {self.kind} {name!r} has the attributes {ignored}, which are no options, since their class is "
+                "no dataclass. Decorate it with @dataclass(frozen=True, kw_only=True)."
+            )
 
-def _way_out(unknown: Iterable[str], own: Iterable[str], shared: Iterable[str]) -> str:
-    """Advice on options that a class does not have."""
+
+def _way_out(unknown: Iterable[str], own: Iterable[str], shared: Iterable[str], has_fields: bool) -> str:
+    """Advice on options that a class does not have. `has_fields`: whether it cannot have others."""
+    if not has_fields:
+        return "Decorate the class with @dataclass: its fields are its options."
     hints = []
     for option in unknown:
         if option in shared:

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from datasets import Dataset
+from packaging.requirements import Requirement
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 
@@ -61,6 +63,18 @@ def made_args(args: ARPOConfig | None, model: str | PreTrainedModel) -> ARPOConf
         return args
     name = model if isinstance(model, str) else get_config_model_id(model.config) or model.config.model_type
     return ARPOConfig(f"{name.split('/')[-1]}-ARPO")
+
+
+def warn_of_version() -> None:
+    """Warns if the installed TRL is not one of the versions whose private methods this package overrides."""
+    listed = map(Requirement, metadata.requires("arpo-trl") or ())
+    required = next(each for each in listed if each.name == "trl" and each.marker is None)  # others are of extras
+    found = metadata.version("trl")
+    if not required.specifier.contains(found, prereleases=True):
+        logger.warning(
+            f"trl is {found}, but this package overrides private methods of {required}, so errors inside TRL are "
+            f"likely. To install it: pip install '{required}'."
+        )
 
 
 def log_defaults(args: ARPOConfig) -> None:

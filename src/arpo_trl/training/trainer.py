@@ -74,6 +74,7 @@ from arpo_trl.training.preflight import (
     refuse_own_rollouts,
     tokenizer_for,
     warn_of_unread,
+    warn_of_version,
     without_trls_vllm_client,
 )
 from arpo_trl.training.preparation import check_evaluable, prepare_again
@@ -182,6 +183,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
             tools=tools,
             engine=engine,
         )
+        warn_of_version()
         args = made_args(args, model)
         check_writable(Path(args.output_dir))
         check_names(Path(args.output_dir))
