@@ -11,6 +11,7 @@ import pytest
 from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.rollout.engines.base import SamplingParams, TurnFailed, TurnRequest, TurnStop
 from arpo_trl.rollout.engines.completions import KEY_VARIABLE, CompletionsEngine
+from arpo_trl.rollout.engines.vllm.client import CANARY_TEXT
 from arpo_trl.rollout.protocols.base import ContentEncoder
 from loopback import Asked, Loopback, Reply
 from support import tokenizer, until
@@ -356,6 +357,26 @@ def test_of_several_models_one_must_be_named():
         with pytest.raises(ConfigError, match=r"serves \['a', 'b'\]; served_model is None"):
             engine(loopback)
         assert engine(loopback, model="b").model == "b"
+
+
+def test_a_server_that_gets_ids_must_have_the_models_tokenizer_if_it_can_be_asked():
+    tokens: list = [*encode(CANARY_TEXT)]
+    server = Server(lambda prompt: "fine", ids=True, models=("other",))
+
+    def answer(asked):
+        return Reply(*tokens) if asked.path == "/tokenize" else server(asked)
+
+    with Loopback(answer) as loopback:
+        tokens[:] = [{"tokens": encode(CANARY_TEXT)}]
+        assert engine(loopback).speaks_ids
+        (asked,) = (asked for asked in loopback.asked if asked.path == "/tokenize")
+        assert asked.json == {"model": "other", "prompt": CANARY_TEXT, "add_special_tokens": False}
+        tokens[:] = [{"tokens": [token + 1 for token in encode(CANARY_TEXT)]}]
+        with pytest.raises(ConfigError, match=r"'other' has another tokenizer than model: .*, with other ids\. "):
+            engine(loopback)
+        for unknown in ("not found", 404), ("only /v1 is open", 403), ({"count": 3}, 200):
+            tokens[:] = unknown
+            assert engine(loopback).speaks_ids
 
 
 def test_a_server_that_is_not_vllm_is_detected():

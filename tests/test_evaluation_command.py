@@ -107,6 +107,23 @@ def test_a_run_leaves_a_table_and_a_folder_with_everything(monkeypatch, capsys, 
     assert len(list(Records(folder / "samples.jsonl").values())) == 4
 
 
+def test_results_of_a_server_name_the_served_model_and_no_weights(monkeypatch, capsys, caplog, here):
+    data(here)
+    with Loopback(completions(answers)) as server:
+        words = flags(here, server.url)
+        assert command_output(monkeypatch, capsys, *words)[0] == 0
+        assert "serves 'tiny', but model is" in caplog.text
+        caplog.clear()
+        named = [*words, "--served-model", "tiny", "--resume"]
+        assert command_output(monkeypatch, capsys, *named)[0] == 0
+        assert "serves 'tiny'" not in caplog.text
+        server.answer = lambda asked: Reply({"data": [{"id": "big"}]}) if asked.method == "GET" else Reply("", 404)
+        status, _, err = command_output(monkeypatch, capsys, *words, "--resume")
+    assert status == 2 and 'settings.served_model is "tiny" there and "big" here' in err
+    results = json.loads((here / "run/results.json").read_text())
+    assert (results["weights"], results["settings"]["served_model"]) == (None, "tiny")
+
+
 def test_failed_samples_are_status_1_and_resume_tries_them_again(monkeypatch, capsys, here):
     data(here)
     broken = threading.Event()

@@ -44,6 +44,7 @@ from arpo_trl.evaluation.settings import EvalSettings
 from arpo_trl.logs.progress import show_log
 from arpo_trl.options import ProtocolKind
 from arpo_trl.rewards.judge import LLMJudge
+from arpo_trl.rollout.engines.completions import CompletionsEngine
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.tools.toolbox import ToolBox
 from arpo_trl.visible import get_logger, visible
@@ -97,6 +98,8 @@ def _evaluated(settings: EvalSettings, tool_arguments: ToolArguments, output: Pa
             sampler, samples=settings.samples, seed=settings.seed, concurrency=settings.concurrency, judge=judge
         )
         described = describe(settings, tool_arguments, toolbox.names)
+        if isinstance(sampler.engine, CompletionsEngine):
+            described["settings"]["served_model"] = sampler.engine.model
         identity = {**described, "questions": {each.benchmark.name: each.fingerprint for each in chosen}}
         with RunFolder(output, identity, resume=settings.resume) as folder:
             ended_early = _run_all(evaluator, chosen, folder)

@@ -28,6 +28,9 @@ from arpo_trl.rollout.protocols import PROTOCOLS
 from arpo_trl.rollout.protocols.generation_ends import eos_ids_of, saved_generation_config
 from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.tools.toolbox import ToolBox
+from arpo_trl.visible import get_logger
+
+logger = get_logger(__name__)
 
 READ_BYTES = 1 << 20
 
@@ -93,11 +96,14 @@ def make_sampler(settings: EvalSettings, toolbox: ToolBox, tokenizer: PreTrained
 
 
 def fingerprint(settings: EvalSettings) -> str | None:
-    """Return a hash of the files in the local folders of model and adapter; None for models on the Hub.
+    """Return a hash of the files in the local folders of model and adapter; None for models on the Hub, and with
+    base_url, because the server has the weights.
 
     It covers the name, the size, the beginning and the end of each file. This is sufficient, because training changes
     all weights of a model.
     """
+    if settings.base_url is not None:
+        return None
     digest = hashlib.blake2b(digest_size=8)
     folders = [user_path(name, "model or adapter") for name in (settings.model, settings.adapter) if name]
     files = [file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir())]
@@ -127,7 +133,14 @@ def _engine(
     settings: EvalSettings, weights: _Weights, tokenizer: PreTrainedTokenizerBase, sampling: SamplingParams
 ) -> Engine:
     if settings.base_url is not None:
-        return CompletionsEngine(settings.base_url, settings.served_model, tokenizer, sampling)
+        engine = CompletionsEngine(settings.base_url, settings.served_model, tokenizer, sampling)
+        if settings.served_model is None and engine.model != settings.model:
+            logger.warning(
+                f"The server at base_url serves {engine.model!r}, but model is {settings.model!r}, of which only the "
+                "tokenizer is used. The scores are those of the served model. If it is the right one, set "
+                f"served_model to {engine.model!r}; otherwise correct base_url."
+            )
+        return engine
     if settings.engine == EngineKind.VLLM:
         return _vllm_engine(settings, weights, tokenizer, sampling)
     import torch

@@ -36,6 +36,7 @@ from arpo_trl.net.addresses import authorization, check_server_url, server_key
 from arpo_trl.net.clients import HTTPClients
 from arpo_trl.net.http_client import RequestFailed, fetch_json, without
 from arpo_trl.rollout.engines.base import SamplingParams, Turn, TurnFailed, TurnRequest, TurnStop
+from arpo_trl.rollout.engines.vllm.client import CANARY_TEXT, check_tokenizer
 from arpo_trl.rollout.text import StopFinder, decode_exactly, decode_for_encoding
 
 KEY_VARIABLE = "COMPLETIONS_API_KEY"
@@ -81,7 +82,8 @@ class CompletionsEngine:
         away_s: The seconds for which the server may be unreachable.
 
     Raises:
-        ConfigError: `url` is not a URL, the server denies access, or it does not serve the model.
+        ConfigError: `url` is not a URL, the server denies access, it does not serve the model, or it takes token ids
+            and has another tokenizer.
         EngineError: The server is unreachable, or its answers do not follow the completions API.
     """
 
@@ -107,6 +109,8 @@ class CompletionsEngine:
         self.model, self.max_length = self._served(model)
         self.speaks_ids = self._takes_ids()
         """Whether requests and answers contain token ids instead of text."""
+        if self.speaks_ids:
+            self._check_tokenizer()
         self._turns: dict[int, Future[None]] = {}
         self._events: queue.SimpleQueue[Turn | TurnFailed | EngineError] = queue.SimpleQueue()
 
@@ -301,6 +305,22 @@ class CompletionsEngine:
                 raise EngineError(f"The completions server {error} to the first request. Check its log.") from None
             return False
         return choice is not None and bool(choice.get("token_ids"))
+
+    def _check_tokenizer(self) -> None:
+        """Compare the server's tokenizer with ours, if the server has vLLM's /tokenize."""
+        url = self._url.removesuffix("/v1") + "/tokenize"
+        body = {"model": self.model, "prompt": CANARY_TEXT, "add_special_tokens": False}
+        try:
+            request = httpx.Request("POST", url, json=body, headers=_headers())
+            answer = fetch_json(request, timeout_s=min(60.0, self._timeout_s))
+        except RequestFailed:  # also a gateway that refuses all paths except those under /v1
+            return
+        theirs = answer.get("tokens") if isinstance(answer, dict) else None
+        if isinstance(theirs, list):
+            problem = f"The completions server's {self.model!r} has another tokenizer than model"
+            check_tokenizer(
+                self._tokenizer, theirs, problem, "Set model to the model that the server serves, or start that one."
+            )
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         request = httpx.Request(method, self._url + path, json=body, headers=_headers())

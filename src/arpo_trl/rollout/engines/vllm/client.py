@@ -305,11 +305,21 @@ def check_server(client: ServerClient, tokenizer: PreTrainedTokenizerBase, top_l
             "share a prefix cache, and the comparison of logprobs would check only one replica. Start one server per "
             "replica, and list all in vllm_server_urls."
         )
-    ours = tokenizer.encode(CANARY_TEXT, add_special_tokens=False)
     theirs = client.tokenize(CANARY_TEXT, facts.model)
+    remedy = "Start it with the --model or --tokenizer of the trained model."
+    check_tokenizer(tokenizer, theirs, f"{client.url} has another tokenizer than the trainer", remedy)
+    return facts
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, theirs: Sequence[int], problem: str, remedy: str) -> None:
+    """Check that a server's ids of `CANARY_TEXT`, without special tokens, are those of `tokenizer`.
+
+    Raises:
+        ConfigError: They are not. Its text contains `problem` and `remedy`.
+    """
+    ours = tokenizer.encode(CANARY_TEXT, add_special_tokens=False)
     if ours != theirs:
         raise ConfigError(
-            f"{client.url} has another tokenizer than the trainer: the same text has {len(theirs)} tokens there and "
-            f"{len(ours)} here. Start it with the --model or --tokenizer of the trained model."
+            f"{problem}: the same text has {len(theirs)} tokens there and {len(ours)} here"
+            f"{', with other ids' if len(theirs) == len(ours) else ''}. {remedy}"
         )
-    return facts
