@@ -75,6 +75,11 @@ def test_vllms_own_context_is_respected(findings):
 
 
 @with_real_vllm
+def test_the_next_training_of_a_process_is_not_a_launched_one(findings):
+    assert findings["launched"] == [] and findings["next"] == "DistributedType.NO"
+
+
+@with_real_vllm
 def test_an_adapter_trains_is_sampled_from_and_is_saved(findings):
     found = findings["adapter"]  # on bfloat16 weights
     assert [row["sampling/sampling_logp_difference/mean"] < 0.02 for row in found["log"]] == [True, True]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from arpo_trl.rollout.engines.base import Engine, Probe, SamplingParams, Turn, T
 from arpo_trl.rollout.engines.topk_entropy import entropy_from_top_k
 from arpo_trl.rollout.engines.vllm.colocate import VLLMColocateEngine
 from arpo_trl.rollout.engines.weights import FixedWeights
+from arpo_trl.training.preflight import LAUNCHER_VARIABLES
 from support import ON_CPU, python, save_sharp_model, saved_adapter_is_the_trained_one, search, tokenizer
 
 PROMPTS = [tokenizer().encode("the melting point of iron " * (1 + i % 4)) for i in range(12)]
@@ -199,6 +201,8 @@ def with_all_weights(folder: Path) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     findings = with_all_weights(folder / "all")
+    findings["launched"] = sorted(name for name in LAUNCHER_VARIABLES if name in os.environ)
+    findings["next"] = str(ARPOConfig(str(folder / "next"), **ON_CPU).distributed_state.distributed_type)
     gc.collect()
     findings["adapter"] = with_adapter(folder / "adapter")
     (folder / "findings.json").write_text(json.dumps(findings), "utf-8")

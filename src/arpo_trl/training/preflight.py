@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ from arpo_trl.trl_seam import get_config_model_id
 from arpo_trl.visible import get_rank_logger
 
 logger = get_rank_logger(__name__)
+
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 UNUSED_METHODS = ("_generate_single_turn", "_tokenize_prompts", "_get_tool_suffix_ids")
@@ -222,6 +225,9 @@ def check_ahead(args: ARPOConfig, engine: Engine, dataset: Any) -> None:
 def without_trls_vllm_client(args: ARPOConfig, engine: Engine | None) -> Iterator[None]:
     """Stops TRL's `__init__` from opening its own vLLM client. In colocate mode TRL still starts vLLM.
 
+    For vLLM, TRL sets the variables of a launcher. A process without a launcher loses them again: vLLM reads them only
+    when it starts, and later trainings in this process or its children would count as launched, on a taken port.
+
     Args:
         engine: Replaces the engine that `args` select. If it is set, TRL does not start vLLM either.
 
@@ -236,10 +242,13 @@ def without_trls_vllm_client(args: ARPOConfig, engine: Engine | None) -> Iterato
                 "use_vllm is set, but vLLM is not installed. Install the extra: pip install 'arpo-trl[vllm]'."
             )
         prepare_cpu()
+    unset = [name for name in LAUNCHER_VARIABLES if name not in os.environ] if args.world_size == 1 else []
     try:
         yield
     finally:
         args.use_vllm = use_vllm
+        for name in unset:
+            os.environ.pop(name, None)
 
 
 def prepare_prefix_sharing(
