@@ -472,6 +472,29 @@ def test_a_server_that_is_killed_while_it_loads_weights_is_waited_for_and_gets_t
     assert weights.step == 1
 
 
+def dead(call: str) -> tuple[int, dict]:
+    """The answer of a server whose engine has died."""
+    return 500, {"error": {"message": f"Call to {call} method failed: cancelled", "code": 500}}
+
+
+@pytest.mark.parametrize("call", ["collective_rpc", "reset_prefix_cache", "v1__completions"])
+def test_a_server_whose_engine_dies_during_an_update_is_waited_for_and_gets_the_weights(serve, tmp_path, call):
+    usual = {"collective_rpc": {}, "reset_prefix_cache": {"success": True}, "v1__completions": AGREES}
+    failing = {call: lambda number: dead(call) if number == 0 else usual[call]}
+    states = [{}, None, (503, {}), {}]  # it still answers, its connection fails, it starts, it is back
+    url, seen = serve(**usual | failing, health=lambda number: states[min(number, 3)])
+    weights = moving(url, tmp_path)
+    weights.sync()
+    assert seen[-1][1]["new_version"].startswith(f"{weights.version}.") and weights.step == 1
+
+
+def test_a_server_that_cannot_read_the_weights_but_stays_up_is_an_error_with_the_remedy(serve, tmp_path, monkeypatch):
+    monkeypatch.setattr("arpo_trl.rollout.engines.vllm.client.DYING_S", 0.2)
+    url, _ = serve(collective_rpc=dead("collective_rpc"))
+    with pytest.raises(EngineError, match=f"{url}/collective_rpc answered 500: .* must be able to read {tmp_path}"):
+        moving(url, tmp_path).sync()
+
+
 def test_a_server_that_stays_away_from_its_weights_ends_the_run_after_the_deadline(serve, tmp_path):
     url, _ = serve(collective_rpc=None, health=lambda number: (503, {}), v1__completions=AGREES)
     weights = moving(url, tmp_path)

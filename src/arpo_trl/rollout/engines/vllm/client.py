@@ -34,12 +34,16 @@ ATTEMPTS = 4
 """Attempts per request, or per transfer of weights, before the run fails."""
 SHORT_S = 5.0
 """The timeout in seconds of requests that need no computation."""
+DYING_S = 3.0
+"""Seconds within which a server whose engine has died closes its port: it still answers requests, with 500."""
+DYING_CHECK_S = 0.5
+"""Seconds between two checks of it."""
 ABORT = "/abort_requests"
 ABORT_HINT = "The server needs vLLM ≥ 0.31 and VLLM_SERVER_DEV_MODE=1."
 
 
 class ServerLost(EngineError):
-    """The connection to a server failed: it is down, or was stopped or killed during the request."""
+    """The connection to a server failed: it is down, or it or its engine was stopped or killed during the request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,10 +183,7 @@ class ServerClient:
         return [position[str(token)]["logprob"] for position, token in zip(given[1:], ids[1:], strict=True)]
 
     def load_weights(self, folder: str) -> None:
-        """Make the server load the safetensors files in `folder`, a path on the server's machine.
-
-        vLLM's engine crashes if it cannot read the folder.
-        """
+        """Make the server load the safetensors files in `folder`, a path on the server's machine."""
         hint = f"The server must be able to read {folder}. Set weight_sync_dir to a folder shared with the server."
         self._json("POST", "/collective_rpc", hint, {"method": "reload_weights", "kwargs": {"weights_path": folder}})
 
@@ -271,10 +272,23 @@ class ServerClient:
                 f"{self.url} has no {path.split('?')[0]} ({without_secrets(response.text)[:200]}). {hint}"
             )
         if response.status_code not in accepted:
-            raise EngineError(
-                f"{self.url}{path} answered {response.status_code}: {without_secrets(response.text)[:500]}. {hint}"
-            )
+            problem = f"{self.url}{path} answered {response.status_code}: {without_secrets(response.text)[:500]}."
+            if response.status_code >= 500 and self._goes_down():
+                raise ServerLost(f"{problem} Then the server went down. Check its log.")
+            raise EngineError(f"{problem} {hint}")
         return response
+
+    def _goes_down(self) -> bool:
+        """Whether the server goes down within `DYING_S`."""
+        end = time.monotonic() + DYING_S
+        while time.monotonic() < end:
+            try:
+                if self._send("GET", "/health", timeout=SHORT_S).status_code >= 500:
+                    return True
+            except httpx.TransportError:
+                return True
+            time.sleep(DYING_CHECK_S)
+        return False
 
 
 def check_server(client: ServerClient, tokenizer: PreTrainedTokenizerBase, top_logprobs: int) -> ServerFacts:
