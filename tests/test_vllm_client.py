@@ -1,6 +1,7 @@
 """A broken vLLM server raises an error that names its URL and the setting to change."""
 
 import json
+import os
 import signal
 import threading
 import time
@@ -8,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from accelerate import Accelerator
 from peft import AdaLoraConfig, LoraConfig, VBLoRAConfig, get_peft_model
 from safetensors.torch import load_file
 
+import forked
 from arpo_trl.errors import ConfigError, EngineError, Interrupted
 from arpo_trl.options import VLLM_KEY_VARIABLE
 from arpo_trl.rollout.engines.base import SamplingParams, Turn, TurnRequest
@@ -33,9 +37,11 @@ from arpo_trl.rollout.engines.vllm.weights import (
     is_plain_adapter,
     write_shards,
 )
+from arpo_trl.training.vllm_setup import served_weights
 from loopback import Asked, Loopback, Reply
 from support import A_SERVER, events_of, tiny_model, tokenizer, until
 
+HERE = Path(__file__).parent
 EOS = int(tokenizer().eos_token_id)
 MODELS = {"data": [{"id": "policy", "parent": None, "max_model_len": 100}]}
 COMPLETION = {
@@ -509,6 +515,24 @@ def test_a_server_that_every_load_kills_is_not_waited_for_for_ever(serve, tmp_pa
     with pytest.raises(EngineError, match=rf"{url} failed at /collective_rpc"):
         moving(url, tmp_path).sync()
     assert sum(path == "/collective_rpc" for path, _, _ in seen) == 4  # ATTEMPTS
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_all_ranks_wait_longer_than_a_collective_for_a_server_that_gets_weights_and_name_it(tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    forked.run([*launcher, str(HERE / "waiting_ranks.py"), str(tmp_path)], cwd=HERE, env=os.environ)
+    said = [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)]
+    assert said == ["EngineError: http://server hangs"] * 2
+
+
+@pytest.mark.parametrize(("ranks", "ddp_timeout", "warns"), [(2, 4, True), (2, 5, False), (1, 4, False)])
+def test_a_wait_for_a_server_that_is_longer_than_a_collective_is_named_at_the_start(caplog, ranks, ddp_timeout, warns):
+    waits = {"vllm_request_timeout_s": 5.0, "vllm_server_timeout": 0.1, "ddp_timeout": ddp_timeout}
+    args = SimpleNamespace(server_urls=["http://127.0.0.1:9"], **waits)
+    with pytest.raises(EngineError, match="did not come up"):
+        served_weights(args, None, SimpleNamespace(num_processes=ranks), tokenizer(), None, None, None)
+    assert ("a rank can wait 5 s for a server" in caplog.text) == warns
 
 
 @pytest.mark.parametrize("server", ["away", "hangs"])

@@ -69,6 +69,13 @@ def served_weights(
         ConfigError: A server lacks a required feature, or serves another model than the trainer's.
         EngineError: A server does not start within `vllm_server_timeout`.
     """
+    longest_s = max(args.vllm_request_timeout_s, args.vllm_server_timeout)
+    if accelerator.num_processes > 1 and args.ddp_timeout < longest_s:
+        logger.warning(
+            f"ddp_timeout is {args.ddp_timeout} s, but in a rollout a rank can wait {longest_s:.0f} s for a server "
+            "(vllm_request_timeout_s, vllm_server_timeout). The other ranks wait only for ddp_timeout; then the run "
+            "ends, on GPUs without a message that names the server. Raise ddp_timeout above it."
+        )
     clients = [ServerClient(url, timeout_s=args.vllm_request_timeout_s) for url in args.server_urls]
     for client in clients:
         client.wait(args.vllm_server_timeout)

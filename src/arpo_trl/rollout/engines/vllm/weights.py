@@ -38,6 +38,10 @@ logger = get_logger(__name__)  # not accelerate's: any rank may restore a server
 
 CHECK_S = 0.2
 """Seconds between two calls of `check` while servers load weights."""
+WAITING = "waiting"
+"""What the main rank broadcasts while servers still work."""
+WAITING_S = 5.0
+"""Seconds between two of these broadcasts. It must be shorter than the timeout of a collective, `ddp_timeout`."""
 RESTORED_S = 30.0
 """How long a rank that could not restore a server waits for another rank to do it."""
 SHARD_BYTES = 4 << 30
@@ -288,15 +292,23 @@ class ServedWeights:
             )
 
     def _on_main(self, work: Callable[[ServerClient], None]) -> None:
-        """Run `work` for every server on the main rank, and raise its error, or `check`'s, on all ranks."""
-        problem: ArpoError | Interrupted | None = None
+        """Run `work` for every server on the main rank, and raise its error, or `check`'s, on all ranks.
+
+        The wait for a server can be longer than `ddp_timeout`. So the other ranks wait in many short broadcasts: at
+        the timeout of a single long one, the run would end without this error.
+        """
+        problem: ArpoError | Interrupted | str | None = None
         if self._accelerator.is_main_process:
             pool = ThreadPoolExecutor(len(self.clients))
             try:
                 self.check()
                 running = [pool.submit(work, client) for client in self.clients]
+                told = time.monotonic()
                 while wait(running, CHECK_S).not_done:
                     self.check()
+                    if time.monotonic() - told > WAITING_S:
+                        from_main(self._accelerator, WAITING)
+                        told = time.monotonic()
                 for done in running:
                     done.result()
             except (ArpoError, Interrupted) as error:
@@ -304,7 +316,9 @@ class ServedWeights:
             finally:
                 pool.shutdown(wait=False)  # an interrupted request may last as long as vllm_request_timeout_s
         problem = from_main(self._accelerator, problem)
-        if problem is not None:
+        while problem == WAITING:  # on the other ranks
+            problem = from_main(self._accelerator, None)
+        if isinstance(problem, BaseException):
             raise problem
 
 

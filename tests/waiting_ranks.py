@@ -1,0 +1,55 @@
+"""Runs two ranks, of which the first waits for a server that hangs: `torchrun … waiting_ranks.py FOLDER`.
+
+The collectives' timeout is shorter than the wait. Each rank writes its error.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from arpo_trl.errors import EngineError
+from arpo_trl.rollout.engines.vllm import weights
+from arpo_trl.rollout.engines.vllm.client import ServerClient
+from support import A_SERVER
+
+TIMEOUT_S, HANGS_S = 4.0, 10.0
+
+
+class Hangs:
+    """A transfer to a server that never answers."""
+
+    def prepare(self, version: str) -> None:
+        pass
+
+    def deliver(self, client: ServerClient, version: str) -> None:
+        time.sleep(HANGS_S)
+        raise EngineError(f"{client.url} hangs")
+
+
+def main(folder: Path) -> None:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_S))
+    weights.WAITING_S = 1.0
+    served = weights.ServedWeights(
+        [ServerClient("http://server", timeout_s=1.0)],
+        [A_SERVER],
+        Hangs(),  # type: ignore[arg-type]
+        Accelerator(cpu=True),
+        lambda: (1, 1),
+        lambda ids: [-1.0],
+        [5, 6],
+        0.05,
+    )
+    try:
+        served.sync()
+    except Exception as error:
+        (folder / f"rank{dist.get_rank()}").write_text(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
