@@ -757,6 +757,18 @@ def test_a_folder_for_weights_that_cannot_be_created_is_an_error_at_the_start(se
         )
 
 
+@pytest.mark.parametrize("name", ["default", "policy"])
+def test_a_server_loads_an_adapter_of_any_name_from_the_folder_with_its_files(serve, tmp_path, name):
+    url, seen = serve(v1__load_lora_adapter={})
+    model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["q_proj"]), adapter_name=name)
+    facts = [replace(A_SERVER, max_lora_rank=4)]
+    transfer = DiskTransfer(model, Accelerator(cpu=True), tokenizer(), tmp_path, facts)
+    transfer.prepare("arpo-0-1")
+    transfer.deliver(client(url), "arpo-0-1")
+    folder = Path(seen[-1][1]["lora_path"])
+    assert {path.name for path in folder.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+
+
 def test_large_models_are_written_in_shards_that_hold_every_tensor_once(tmp_path, monkeypatch):
     monkeypatch.setattr("arpo_trl.rollout.engines.vllm.weights.SHARD_BYTES", 100)
     tensors = {f"layer{i}": torch.full((10,), float(i)) for i in range(5)} | {"steps": torch.tensor([1])}

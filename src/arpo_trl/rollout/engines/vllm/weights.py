@@ -420,11 +420,13 @@ class DiskTransfer:
                 shutil.rmtree(old, ignore_errors=True)
 
     def deliver(self, client: ServerClient, version: str) -> None:
-        folder = str(self._folder / version)
+        folder = self._folder / version
         if self.sends_adapter:
-            client.load_adapter(version, folder)
+            (name,) = self._model.peft_config
+            # PEFT saves an adapter of another name than its usual one in a subfolder.
+            client.load_adapter(version, str(folder if name == "default" else folder / name))
         else:
-            client.load_weights(folder)
+            client.load_weights(str(folder))
 
     def restore(self, client: ServerClient, version: str) -> None:
         self.discard(client, version)  # vLLM rejects an adapter that it already has, as after a lost answer
