@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -37,7 +38,7 @@ from arpo_trl.rollout.engines.vllm.weights import (
     is_plain_adapter,
     write_shards,
 )
-from arpo_trl.training.vllm_setup import served_weights
+from arpo_trl.training.vllm_setup import _name_of_run, served_weights
 from loopback import Asked, Loopback, Reply
 from support import A_SERVER, events_of, tiny_model, tokenizer, until
 
@@ -767,6 +768,16 @@ def test_a_server_loads_an_adapter_of_any_name_from_the_folder_with_its_files(se
     transfer.deliver(client(url), "arpo-0-1")
     folder = Path(seen[-1][1]["lora_path"])
     assert {path.name for path in folder.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_runs_with_the_same_output_path_on_two_machines_have_two_folders_for_weights(tmp_path):
+    output, copy = tmp_path / "a/grpo", tmp_path / "b/grpo"
+    name = _name_of_run(str(output))
+    assert _name_of_run(str(output)) == name and name.startswith("grpo-")  # a resumed run
+    shutil.copytree(output, copy)
+    assert _name_of_run(str(copy)) != name
+    shutil.rmtree(output)  # another machine's folder with this path has nothing of this one's
+    assert _name_of_run(str(output)) != name
 
 
 def test_large_models_are_written_in_shards_that_hold_every_tensor_once(tmp_path, monkeypatch):

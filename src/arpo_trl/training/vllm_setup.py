@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from accelerate import Accelerator
 from torch.distributed import ProcessGroup
 from transformers import PreTrainedTokenizerBase
 
+from arpo_trl.common.files import write_whole
 from arpo_trl.common.user_files import user_path
 from arpo_trl.config import ARPOConfig
 from arpo_trl.options import WeightSync
@@ -24,6 +26,9 @@ from arpo_trl.trl_seam import VLLMGeneration
 from arpo_trl.visible import get_rank_logger
 
 logger = get_rank_logger(__name__)
+
+SYNC_NAME = "_weight_sync"
+"""The name of the file begins with _ so that transformers does not push it to the Hub."""
 
 
 def colocated_weights(
@@ -94,7 +99,7 @@ def served_weights(
     else:
         folder = Path(args.output_dir) / "served_weights"
         if args.weight_sync_dir is not None:
-            own = from_main(accelerator, _name_of_run(args.output_dir))
+            own = from_main(accelerator, _name_of_run(args.output_dir) if accelerator.is_main_process else None)
             folder = user_path(args.weight_sync_dir, "weight_sync_dir") / own
         transfer = DiskTransfer(model, accelerator, tokenizer, folder, facts)
     weights = ServedWeights(
@@ -115,9 +120,17 @@ def served_weights(
 
 def _name_of_run(output_dir: str) -> str:
     """A name for the run's own folder in `weight_sync_dir`, which other runs may use too. A resumed run has the same
-    one."""
+    one.
+
+    The name depends on a random text in `output_dir`, since on another machine the same path can be another folder,
+    and on the path, since the folder may be a copy.
+    """
     place = Path(output_dir).resolve()
-    return f"{place.name}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"
+    file = place / SYNC_NAME
+    if not file.exists():
+        place.mkdir(parents=True, exist_ok=True)
+        write_whole(file, secrets.token_hex(8))
+    return f"{place.name}-{hashlib.sha256(f'{place} {file.read_text()}'.encode()).hexdigest()[:8]}"
 
 
 def warn_of_other_distribution(settings: SamplingParams) -> None:
