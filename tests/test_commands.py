@@ -21,7 +21,7 @@ from accelerate.commands.config import config_args
 from accelerate.commands.launch import launch_command_parser
 from trl import GRPOConfig, SFTConfig
 
-from arpo_trl.commands import doctor, new
+from arpo_trl.commands import ask, doctor, new
 from arpo_trl.commands.launch import LAUNCH_FLAGS, _check_nodes, launch, split_words
 from arpo_trl.commands.project import my_rewards, my_tools
 from arpo_trl.commands.training_help import HELP_FILE, as_json, collect, print_help
@@ -111,15 +111,25 @@ def test_several_processes_need_a_configuration_that_starts_them(tmp_path, flag)
 
 SAVES = """
 import pathlib, signal, sys, time
-signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), pathlib.Path("saved").touch(), sys.exit(143)))
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, _: (time.sleep(0.5), pathlib.Path("saved").touch(), sys.exit(128 + number)))
 pathlib.Path("there").touch()
 signal.pause()
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [["single"], ["ddp", "--num_processes", "1"]])
-def test_a_sigterm_to_the_command_alone_reaches_the_program_which_the_command_waits_for(tmp_path, words) -> None:
+@pytest.mark.parametrize(
+    ("words", "number"),
+    [
+        (["single"], signal.SIGTERM),
+        (["single"], signal.SIGINT),  # without a terminal, which would send it to the program too
+        (["ddp", "--num_processes", "1"], signal.SIGTERM),
+    ],
+)
+def test_a_signal_to_the_command_alone_reaches_the_program_which_the_command_waits_for(
+    tmp_path, words, number
+) -> None:
     (tmp_path / "program.py").write_text(SAVES, "utf-8")
     command = ["-m", "arpo_trl.commands.launch", "program.py", "--accelerate", *words]
     process = Fork(command, cwd=tmp_path, env=os.environ, log=tmp_path / "log")
@@ -128,8 +138,8 @@ def test_a_sigterm_to_the_command_alone_reaches_the_program_which_the_command_wa
         while not (tmp_path / "there").exists() and time.monotonic() < end:
             assert process.poll() is None, (tmp_path / "log").read_text("utf-8")
             time.sleep(0.02)
-        process.terminate()
-        assert process.wait(60.0) == 128 + signal.SIGTERM
+        process.send_signal(number)
+        assert process.wait(60.0) == 128 + number
     finally:
         process.kill()
     assert (tmp_path / "saved").exists() and "Traceback" not in (tmp_path / "log").read_text("utf-8")
@@ -275,6 +285,12 @@ def test_every_meaning_is_of_a_setting_of_trl_or_transformers() -> None:
     assert not MEANINGS.keys() & (ours | {field.name for field in dataclasses.fields(EvalSettings)})
 
 
+def test_an_option_before_the_question_is_an_error(capsys) -> None:
+    with pytest.raises(SystemExit):
+        ask.main(["run", "--system-prompt", "Be brief", "Why?"])
+    assert "an option stands before the question" in capsys.readouterr().err
+
+
 # Import paths --------------------------------------------------------------------------------------------------------
 
 
@@ -282,6 +298,13 @@ def test_a_tool_and_a_reward_are_imported_from_the_current_folder(tmp_path, monk
     (tmp_path / "own_code.py").write_text(
         "def weather(city: str) -> str:\n    return city\ndef good(**_): ...\nn = 1\n"
     )
+    for name, text in (
+        ("broken", "import broken_part"),
+        ("broken_part", "\nn"),
+        ("cut", "("),
+        ("needs", "import no_such"),
+    ):
+        (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend("unrelated")
     (tool,) = build_tools(ToolArguments(tools=["own_code:weather"]))
@@ -293,6 +316,9 @@ def test_a_tool_and_a_reward_are_imported_from_the_current_folder(tmp_path, monk
         ("own_code:n", r"has no function or class 'n'; it has \['good', 'weather'\]"),
         ("no_such_module:f", "no_such_module cannot be imported .ModuleNotFoundError"),
         ("own_code", "expected an import path such as"),
+        ("broken:f", r"broken cannot be imported \(NameError: .*'n'.*\)\. It fails in .*broken_part.py, line 2\."),
+        ("cut:f", r"cut cannot be imported \(SyntaxError: .*cut.py, line 1\)\)\.$"),
+        ("needs:f", r"No module named 'no_such'\)\. It fails in .*needs.py, line 1\."),
     ):
         with pytest.raises(ConfigError, match=message):
             load_callable(path, "reward")

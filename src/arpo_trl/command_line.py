@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import io
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -115,6 +117,7 @@ def parse_settings(
     try:
         reader = SettingsParser(kinds, **parser)
         reader.set_defaults_with_config(**{**(defaults or {}), **config})
+        _check_lists(reader, words)
         *settings, left = reader.parse_args_into_dataclasses(words, return_remaining_strings=True)
     except ConfigError:
         raise
@@ -126,6 +129,14 @@ def parse_settings(
     if left:
         raise ConfigError(f"{left[0]!r} does not belong to a setting; expected --name value.")
     return tuple(settings)
+
+
+def _check_lists(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Raises ConfigError if a flag with several values is given twice: the parser would keep only the last one's."""
+    several = {flag for action in parser._actions if action.nargs == "+" for flag in action.option_strings}
+    counts = Counter(word for word in words if word in several)
+    if twice := [word for word, count in counts.items() if count > 1]:
+        raise ConfigError(f"{twice[0]} is given {counts[twice[0]]} times; expected all values after one {twice[0]}.")
 
 
 def _config_apart(words: Sequence[str]) -> list[str]:

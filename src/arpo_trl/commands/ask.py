@@ -27,6 +27,8 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("run", metavar="RUN", help="folder of a run, or any model")
     parser.add_argument("question", metavar="QUESTION", help="the question")
     arguments, options = parser.parse_known_args(words)
+    if any(word.startswith("--") for word in words[:2]):  # the value of an option would count as the question
+        parser.error("an option stands before the question; expected RUN, the question, and then the options")
     if not arguments.question.strip():
         parser.error("the question is blank")
     if options and not options[0].startswith("-"):

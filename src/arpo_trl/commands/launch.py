@@ -212,11 +212,13 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _leave_signals_to_the_program() -> None:
-    """The program writes a checkpoint on Ctrl-C, which the terminal also sends to it, and on SIGTERM, which may be
-    sent to this process alone. This process waits for it. torchrun replaces the handler of SIGTERM with its own."""
+    """The program writes a checkpoint on Ctrl-C, which a terminal also sends to it, and on signals that may be sent to
+    this process alone. This process waits for it. torchrun replaces the handler of SIGTERM with its own."""
     import psutil
 
     def hand_on(number: int, _: object) -> None:
+        if number == signal.SIGINT and _is_in_foreground():
+            return
         children = psutil.Process().children()
         for child in children:
             with suppress(psutil.Error):  # it has just ended
@@ -224,8 +226,20 @@ def _leave_signals_to_the_program() -> None:
         if not children:
             raise SystemExit(128 + number)
 
-    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(signal.SIGINT, hand_on)
     signal.signal(signal.SIGTERM, hand_on)
+
+
+def _is_in_foreground() -> bool:
+    """Whether Ctrl-C in a terminal reaches this process, and so also the processes that it has started."""
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    finally:
+        os.close(terminal)
 
 
 def _status(code: int) -> int:

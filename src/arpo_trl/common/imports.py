@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -38,9 +39,11 @@ def load_callable(path: str, setting: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # the module's own code can raise anything
+        is_missing = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
+        where = f" Python searches for it in {os.getcwd()} and in the installed packages."
         raise ConfigError(
-            f"{setting} contains {path!r}, but {module_name} cannot be imported ({type(error).__name__}: {error}). "
-            f"Python searches for it in {os.getcwd()} and in the installed packages."
+            f"{setting} contains {path!r}, but {module_name} cannot be imported ({type(error).__name__}: {error})."
+            + (where if is_missing else _place(error))
         ) from error
     found = getattr(module, name, None)
     if not callable(found):
@@ -50,6 +53,12 @@ def load_callable(path: str, setting: str) -> Any:
             f"it has {sorted(here)[:10]}."
         )
     return found
+
+
+def _place(error: Exception) -> str:
+    """A sentence with the line at which the code of a module has failed; empty if there is none."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
+    return f" It fails in {frames[-1].filename}, line {frames[-1].lineno}." if frames[1:] else ""
 
 
 @contextmanager
