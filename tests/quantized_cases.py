@@ -43,13 +43,20 @@ def test_a_cold_start_trains_an_adapter_on_quantized_weights(tmp_path, monkeypat
 def test_qlora_trains_the_adapter_on_quantized_weights(tmp_path):
     path = save_sharp_model(tmp_path / "model")
     adapter = LoraConfig(r=4, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
-    made = quantized(path, tmp_path / "run", adapter)
+    made = quantized(path, tmp_path / "run", adapter, save_strategy="steps")
     kinds = {type(module).__name__ for module in made.model.modules()}
     assert "Linear4bit" in kinds
     made.train()
     assert made.state.log_history[0]["grad_norm"] > 0
     assert made.state.log_history[0]["arpo/update/sharing_ratio"] > 1
     made.save_model()
+    again = quantized(path, tmp_path / "run", adapter, max_steps=3)
+    again.train(resume_from_checkpoint=True)
+    dtypes = [
+        {name: value.dtype for name, value in of.model.named_parameters() if value.requires_grad}
+        for of in (made, again)
+    ]
+    assert dtypes[0] == dtypes[1] and set(dtypes[0].values()) == {torch.bfloat16}
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path), str(tmp_path / "run"))
     trained = {name: value for name, value in made.model.named_parameters() if "lora_" in name}
     for name, value in loaded.named_parameters():

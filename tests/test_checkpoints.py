@@ -759,6 +759,24 @@ def test_a_checkpoint_of_more_processes_is_spread_where_nothing_is_cut(model, wh
     assert outcome(folder)["trees"].keys() == outcome(whole("plain"))["trees"].keys()
 
 
+@pytest.mark.slow
+def test_a_checkpoint_of_more_processes_is_continued_where_the_last_step_of_an_epoch_is_short(model, tmp_path):
+    """An epoch is one generation of 6 micro-batches, and so a step of 4 and one of 2."""
+    settings = {
+        **{"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "steps_per_generation": 6},
+        **{"train_dataset": ROWS.select(range(6)), "max_steps": 4},
+    }
+    train(model, tmp_path / "whole", **settings)
+    folder = ended_after(tmp_path / "whole", 2, tmp_path / "run")
+    file = folder / "checkpoint-2" / STATE_FILE
+    state = json.loads(file.read_text("utf-8"))
+    state["identity"]["processes"] = 2
+    state["identity"]["settings"]["per_device_train_batch_size"] = 2
+    file.write_text(json.dumps(state), "utf-8")
+    train(model, folder, True, **settings)
+    assert outcome(folder)["trees"].keys() == outcome(tmp_path / "whole")["trees"].keys()
+
+
 def test_a_dataset_is_known_by_its_rows_in_order_not_by_how_it_came_about():
     rows = dataset_identity(ROWS)
     assert dataset_identity(Dataset.from_list(list(ROWS))) == rows

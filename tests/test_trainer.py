@@ -587,12 +587,12 @@ def test_quantizing_where_adapters_would_stay_zero_is_refused(model_path, tmp_pa
         quantized(model_path, tmp_path, LoraConfig())
 
 
-def quantized(model_path, folder, peft_config):
+def quantized(model_path, folder, peft_config, **settings):
     four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     return ARPOTrainer(
         model=model_path,
         reward_funcs=lambda completions, **_: [float(i % 3) for i in range(len(completions))],
-        args=config(folder, max_completion_length=40, shared_prefix_forward="on"),
+        args=config(folder, max_completion_length=40, shared_prefix_forward="on", **settings),
         train_dataset=ROWS,
         tools=[search, python],
         quantization_config=four_bits,

@@ -219,15 +219,19 @@ class Resumable(GRPOTrainer):
             gathered.clear()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        dtypes = {name: weight.dtype for name, weight in self.model.named_parameters() if weight.requires_grad}
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         # PEFT saves the adapter "default" at the top of the checkpoint and each other one, such as TRL's "ref", in a
         # subfolder. transformers loads only the subfolders if there are any. Under FSDP it does load the active one,
         # and under DeepSpeed it does not call this method.
         trained = self.model
-        if self.is_fsdp_enabled or not is_peft_model(trained) or len(trained.peft_config) == 1:
-            return
-        if trained.active_adapters == ["default"]:
+        has_others = not self.is_fsdp_enabled and is_peft_model(trained) and len(trained.peft_config) > 1
+        if has_others and trained.active_adapters == ["default"]:
             trained.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
+        # PEFT loads an adapter in float32, but TRL trains that of a quantized model in bfloat16.
+        for name, weight in trained.named_parameters():
+            if weight.dtype != dtypes.get(name, weight.dtype):
+                weight.data = weight.data.to(dtypes[name])
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -557,7 +561,8 @@ class Resumable(GRPOTrainer):
         except Exception as error:  # torch's own errors, and those of pickle, the zip file and the file system
             raise CheckpointError(f"{file} cannot be read ({type(error).__name__}: {error}).") from error
         if not same:
-            memory["micro_step"] = state.step * self.args.gradient_accumulation_steps
+            there = state.identity["settings"]["steps_per_generation"]
+            memory["micro_step"] = memory["micro_step"] * self.args.steps_per_generation // there
         self.load_state_dict(memory)
         self._is_restored = True
         if state.owes_evaluation:
