@@ -1,7 +1,8 @@
 import copy
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -357,6 +358,21 @@ def test_a_folder_whose_files_the_library_would_seek_elsewhere_is_an_error(tmp_p
     with pytest.raises(DataError, match=r"data\[1\] is a folder whose path contains '\['.* Rename the folder"):
         load(file.parent)
     assert load(file) == ["a"]
+
+
+@pytest.mark.parametrize("name", ["data/train.jsonl", "data"])
+def test_local_rows_need_no_cache_and_leave_nothing(tmp_path, monkeypatch, load, name):
+    save_texts(tmp_path / "data" / "train.jsonl", "a")
+    (tmp_path / "file").touch()
+    (tmp_path / "temporary").mkdir()
+    at_exit: list[Callable[[], object]] = []
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "file" / "datasets"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr("atexit.register", lambda f, *args, **kwargs: at_exit.append(partial(f, *args, **kwargs)))
+    assert load(tmp_path / name) == ["a"]
+    for function in at_exit:
+        function()
+    assert at_exit and not list((tmp_path / "temporary").iterdir())
 
 
 def test_a_prompt_of_text_is_noticed():

@@ -444,11 +444,18 @@ def test_the_doctor_names_an_optional_package_of_a_version_that_cannot_be_used(m
     )
 
 
-def test_the_doctor_looks_at_the_cache_that_is_used_and_notes_one_that_it_cannot_read(monkeypatch, tmp_path) -> None:
+def test_the_doctor_looks_at_the_cache_that_is_used_and_notes_one_that_cannot_be_used(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     *_, cache = doctor.space()
     assert (cache.subject, cache.verdict) == ("disk, model cache", "ok")
     assert cache.text.endswith(f"GB free in {tmp_path / 'hub'}")
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    *_, cache = doctor.space()
+    assert cache.verdict == "note"
+    assert cache.text == f"{tmp_path / 'file' / 'hub'} cannot be written: set HF_HOME to a folder of yours"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
 
     def denied(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))

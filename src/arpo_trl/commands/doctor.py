@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from arpo_trl.common.flags import CommandParser
 from arpo_trl.common.full_disk import free_bytes
+from arpo_trl.common.hub_cache import can_write
 from arpo_trl.errors import ArpoError
 from arpo_trl.visible import say
 
@@ -174,7 +175,10 @@ def space() -> Iterator[Finding]:
         except OSError as error:  # such as the cache of another user
             yield Finding(subject, Verdict.LIMITED, f"{folder} cannot be read ({error.strerror}): {remedy}")
         else:
-            yield _enough(subject, free / GB, LEAST_DISK_GB, f"free in {folder.absolute()}")
+            if can_write(folder):
+                yield _enough(subject, free / GB, LEAST_DISK_GB, f"free in {folder.absolute()}")
+            else:
+                yield Finding(subject, Verdict.LIMITED, f"{folder.absolute()} cannot be written: {remedy}")
 
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (packages, devices, sandbox, keys, space)

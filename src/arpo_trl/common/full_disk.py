@@ -54,7 +54,7 @@ def naming(path: Path) -> Iterator[None]:
 
 def full_disk_message(error: BaseException) -> str:
     """One line about an error of a full disk, with the file and the free space if the error names a file."""
-    named = next((each for each in _chain(error) if isinstance(each, OSError) and each.filename is not None), None)
+    named = next((each for each in chain(error) if isinstance(each, OSError) and each.filename is not None), None)
     if named is None:
         return f"The disk is full ({error}). Free some space."
     file = os.fsdecode(named.filename)
@@ -62,7 +62,7 @@ def full_disk_message(error: BaseException) -> str:
 
 
 def _number(error: BaseException) -> int | None:
-    for each in _chain(error):
+    for each in chain(error):
         if isinstance(each, OSError) and each.errno is not None:
             if each.errno in _NUMBERS:
                 return each.errno
@@ -71,7 +71,7 @@ def _number(error: BaseException) -> int | None:
     return None
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def chain(error: BaseException) -> Iterator[BaseException]:
     """The error and those that led to it, the last first."""
     seen: set[int] = set()
     now: BaseException | None = error

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from transformers.trainer_utils import get_last_checkpoint
 
+from arpo_trl.common.hub_cache import cache_remedy
 from arpo_trl.common.run_files import ADAPTER_CONFIG
 from arpo_trl.common.user_files import has_form_of_path, is_url
 from arpo_trl.errors import ConfigError
@@ -47,7 +48,8 @@ def _reason(what: str, name: str, error: Exception) -> str:
             return "that is a web address; expected a folder or a Hub id, such as Qwen/Qwen2.5-3B-Instruct."
         if has_form_of_path(name):
             return "there is no such folder. Check the path."
-        return f"there is no such folder, and the Hub does not provide it ({told}). Check the name and the connection."
+        remedy = cache_remedy(error) or "Check the name and the connection."
+        return f"there is no such folder, and the Hub does not provide it ({told}). {remedy}"
     if not folder.is_dir():
         return "that is a file; expected the folder that it is in, or a Hub id."
     if not any(folder.iterdir()):

@@ -8,15 +8,19 @@ prompts and tool results are masked. RL's tool protocol encodes the turns.
 
 from __future__ import annotations
 
+import atexit
 import copy
 import glob
 import os
+import shutil
+import tempfile
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 from datasets import Dataset, load_dataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
@@ -25,6 +29,7 @@ from arpo_trl.command_line import parse_settings, report_errors
 from arpo_trl.common.adapters import check_adapter, of_revision
 from arpo_trl.common.build_locks import remove_left_build_locks
 from arpo_trl.common.full_disk import naming
+from arpo_trl.common.hub_cache import cache_remedy, can_write
 from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.common.settings import changed, check_fields, setting, template_arguments
 from arpo_trl.common.trl_settings import OF_TRLS_ENCODING
@@ -135,15 +140,16 @@ def load_rows(name: str, split: str) -> Dataset:
     loader = {".jsonl": "json", ".parquet": "parquet"}.get(path.suffix)
     missing = f"dataset {name} does not exist. Check the path."
     _refuse_special_path(path)
+    cache = _cache_of_local_files() if path.exists() else None
     try:
         if loader is None:
-            return load_dataset(name, split=split)
+            return load_dataset(name, split=split, cache_dir=cache)
         if is_url(name):
             return load_dataset(loader, data_files=name, split="train")
         if not path.is_file():
             raise DataError(missing)
         # The library takes the path for a pattern, also the current folder, which it puts before a relative path.
-        return load_dataset(loader, data_files=glob.escape(str(path.absolute())), split="train")
+        return load_dataset(loader, data_files=glob.escape(str(path.absolute())), split="train", cache_dir=cache)
     except DataError:
         raise
     except FileNotFoundError as error:
@@ -156,10 +162,18 @@ def load_rows(name: str, split: str) -> Dataset:
         if loader and path.is_file():
             deque(read_file(path), maxlen=0)  # names the line that is broken, which the library does not
         cause = error.__cause__ or error
-        raise DataError(
-            f"dataset {name} cannot be read ({type(cause).__name__}: {cause}). Expected a .jsonl or .parquet file, or "
-            "a Hub id."
-        ) from error
+        remedy = cache_remedy(error) or "Expected a .jsonl or .parquet file, or a Hub id."
+        raise DataError(f"dataset {name} cannot be read ({type(cause).__name__}: {cause}). {remedy}") from error
+
+
+def _cache_of_local_files() -> str | None:
+    """Where the library converts local files to Arrow, from which they are read while training. None: in its cache,
+    where a later run finds them. If that cannot be written: in a folder of this rank, which is removed at exit."""
+    if can_write(datasets.config.HF_DATASETS_CACHE):
+        return None
+    folder = tempfile.mkdtemp(prefix="arpo-trl-sft-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _refuse_special_path(path: Path) -> None:
