@@ -903,6 +903,18 @@ def test_a_machine_without_sandlock_is_named(monkeypatch: pytest.MonkeyPatch) ->
         python_tool(isolation="sandlock")
 
 
+def test_a_user_without_a_home_directory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sandlock")
+    for module in [name for name in sys.modules if name.partition(".")[0] == "sandlock"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 2)  # no user of this machine
+    with pytest.raises(
+        SandboxError, match=r"sandlock cannot be imported \(Could not .*directory\): set HOME to a fold"
+    ):
+        python_tool(isolation="sandlock")
+
+
 def test_a_configuration_logs_the_isolation_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

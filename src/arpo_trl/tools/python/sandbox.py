@@ -475,6 +475,8 @@ def _start(folder: Path, tier: Tier, preload: bool, limits: Limits) -> Any:
         from sandlock.sandbox import StdioMode
     except (ImportError, OSError) as error:
         raise SandboxError(f"sandlock is not installed ({error}), so it cannot isolate Python code") from error
+    except RuntimeError as error:  # a user without a home directory, whose path it determines
+        raise SandboxError(f"sandlock cannot be imported ({str(error).rstrip('.')}): set HOME to a folder") from error
     sandbox = sandlock.Sandbox(
         fs_readable=readable,
         fs_writable=[str(folder), "/dev/null"],
