@@ -411,6 +411,9 @@ def test_a_project_does_not_replace_a_folder(tmp_path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="exists and is not an empty folder"):
         new.main([str(tmp_path)])
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match="exists and is not an empty folder"):
+        new.main([str(tmp_path / "link")])
 
 
 def test_the_doctor_names_keys_but_not_their_values(monkeypatch, capsys) -> None:

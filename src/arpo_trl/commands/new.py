@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shlex
 import shutil
@@ -33,7 +34,7 @@ def main(words: Sequence[str]) -> int:
     )
     parser.add_argument("folder", type=path_in_flag, help="new folder")
     folder: Path = parser.parse_args(words).folder
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} exists and is not an empty folder. Choose another name.")
     with _whole_project(folder) as partial:
         _write_project(partial)
@@ -65,7 +66,8 @@ def _whole_project(folder: Path) -> Iterator[Path]:
 
 
 def _write_project(folder: Path) -> None:
-    shutil.copytree(TEMPLATE, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in filter(Path.is_file, TEMPLATE.iterdir()):  # without __pycache__
+        shutil.copyfile(file, folder / file.name)  # without the mode: the package's files may be read-only
     (folder / ".gitignore").write_text("/runs/\n/model/\n__pycache__/\n", "utf-8")
     demonstrations = make_demonstrations(seed=0)
     write_lines(folder / "questions.jsonl", make_questions())

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
+from arpo_trl.common.files import share_weights
 from arpo_trl.quickstart.corpus import ALIASES, TOPICS, passages
 from arpo_trl.quickstart.tasks import make_tasks
 
@@ -132,6 +133,7 @@ def save_cold_start_base(
     tokenizer = tokenizer or build_tokenizer(quickstart_texts())
     tokenizer.save_pretrained(directory)
     build_model(tokenizer, seed).save_pretrained(directory)
+    share_weights(Path(directory))
 
 
 # The initial use of the 128 channels of the residual stream:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from arpo_trl.common.files import share_weights
 from arpo_trl.data.demonstrations import encode_trajectory
 from arpo_trl.quickstart.model import build_model, build_tokenizer
 from arpo_trl.rollout.protocols import TagProtocol
@@ -45,3 +46,4 @@ def save_taught_model(
     torch.set_num_threads(threads)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    share_weights(folder)
