@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -188,10 +189,17 @@ def test_what_cannot_be_merged_is_named(base, adapter, tmp_path):
         DataError, match=r"The base model '.*gone' of .* cannot be loaded: .* Name another one with --base"
     ):
         merge_adapter(str(adapter), output, base=str(tmp_path / "gone"))
+    changed_config(adapter, base_model_name_or_path="runs/base")
+    with pytest.raises(DataError, match=re.escape(f"there is no such folder in {Path.cwd()}, and the Hub does not")):
+        merge_adapter(str(adapter), output)
     changed_config(adapter, base_model_name_or_path=None)
     with pytest.raises(DataError, match=r"adapter does not name its base model. Name it with --base"):
         merge_adapter(str(adapter), output)
     assert not output.exists()
+    output.symlink_to(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match=r"merged exists\. Pass a new folder"):
+        merge_adapter(str(adapter), output)
+    output.unlink()
     output.mkdir()
     with pytest.raises(ConfigError, match=r"merged exists\. Pass a new folder"):
         merge_adapter(str(adapter), output)

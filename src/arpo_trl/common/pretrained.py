@@ -13,6 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from arpo_trl.common.hub_cache import cache_remedy
 from arpo_trl.common.run_files import ADAPTER_CONFIG
 from arpo_trl.common.user_files import has_form_of_path, is_url
+from arpo_trl.common.working_folder import working_folder
 from arpo_trl.errors import ConfigError
 from arpo_trl.visible import without_secrets
 
@@ -35,10 +36,11 @@ def load_pretrained(what: str, name: str, load: Callable[..., T], **arguments: A
     except ConfigError:
         raise
     except Exception as error:  # transformers, peft and the Hub client raise many kinds of errors
-        raise ConfigError(f"The {what} of {name!r} cannot be loaded: {_reason(what, name, error)}") from error
+        raise ConfigError(f"The {what} of {name!r} cannot be loaded: {why_not_loaded(what, name, error)}") from error
 
 
-def _reason(what: str, name: str, error: Exception) -> str:
+def why_not_loaded(what: str, name: str, error: Exception) -> str:
+    """The sentence that explains why `load_pretrained` failed with `error`, and the way out."""
     folder = Path(name)
     if "trust_remote_code" in str(error):
         return "loading it runs code of its repository. If you trust that code, set trust_remote_code."
@@ -46,10 +48,11 @@ def _reason(what: str, name: str, error: Exception) -> str:
     if not os.path.exists(folder):  # unlike Path.exists, false for a name that the system refuses
         if is_url(name):
             return "that is a web address; expected a folder or a Hub id, such as Qwen/Qwen2.5-3B-Instruct."
+        where = "" if folder.is_absolute() else f" in {working_folder()}"
         if has_form_of_path(name):
-            return "there is no such folder. Check the path."
+            return f"there is no such folder{where}. Check the path."
         remedy = cache_remedy(error) or "Check the name and the connection."
-        return f"there is no such folder, and the Hub does not provide it ({told}). {remedy}"
+        return f"there is no such folder{where}, and the Hub does not provide it ({told}). {remedy}"
     if not folder.is_dir():
         return "that is a file; expected the folder that it is in, or a Hub id."
     if not any(folder.iterdir()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from arpo_trl.common.adapters import base_revision, merged, tokenizer_of
 from arpo_trl.common.files import whole_folder
+from arpo_trl.common.pretrained import why_not_loaded
 from arpo_trl.common.run_files import ADAPTER_CONFIG, EVALUATION, TRAINER_STATE, TRAINING_CONFIG
 from arpo_trl.common.user_files import model_name
 from arpo_trl.errors import ConfigError, DataError
@@ -47,7 +49,7 @@ def merge_adapter(
             its tokenizer cannot be saved.
     """
     adapter, base = model_name(adapter, "adapter"), None if base is None else model_name(base, "base")
-    if output.exists():
+    if os.path.lexists(output):  # also a link to nothing, which the merged folder could not replace
         raise ConfigError(f"--output {output} exists. Pass a new folder, or remove this one.")
     if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ConfigError(f"--dtype is {dtype!r}; expected a dtype such as bfloat16, float16 or float32.")
@@ -70,11 +72,10 @@ def merge_adapter(
         # difference.
         model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype or "auto", **trusted)
     except Exception as error:  # transformers and safetensors raise many kinds of errors, some without a text
-        told = next(iter(str(error).splitlines()), type(error).__name__)
-        remedy = "Name another one with --base."
+        told = f"{why_not_loaded('base model', name, error)} Name another one with --base."
         if "trust_remote_code" in str(error):
-            remedy = "If you trust that code, add --trust-remote-code."
-        raise DataError(f"The base model {name!r} of {adapter} cannot be loaded: {told} {remedy}") from error
+            told = "loading it runs code of its repository. If you trust that code, add --trust-remote-code."
+        raise DataError(f"The base model {name!r} of {adapter} cannot be loaded: {told}") from error
     try:
         model = merged(model, adapter)
     except Exception as error:  # different sizes or layer names, weights that are not finite, or a broken file
