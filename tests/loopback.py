@@ -37,6 +37,12 @@ class Reply:
     """Writes the body to the socket's file itself."""
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 256
+    """The system drops connections beyond it. Python's 5 are few for a client that opens a hundred at a time."""
+
+
 class Loopback:
     """Use as a context manager; `asked` holds the requests so far."""
 
@@ -80,8 +86,7 @@ class Loopback:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
+        self.server = _Server(("127.0.0.1", 0), Handler)
         self.port: int = self.server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True)
