@@ -161,6 +161,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         for name, value in constants.items():
             monkeypatch.setattr(huggingface_hub.constants, name, value)
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", made.url)  # of functions such as `file_exists`
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # a client for the address of that time
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         # only the client's: the module `time` is that of all threads
         monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda seconds: None))
