@@ -300,7 +300,7 @@ def drip(file: Any) -> None:
     with contextlib.suppress(OSError):
         while True:
             file.write(b": waits\n\n")
-            time.sleep(0.01)
+            time.sleep(0.01)  # so that little of it waits in the reader's memory
 
 
 NOT_FOUND = {"jsonrpc": "2.0", "error": {"code": -32001, "message": "Session not found"}, "id": None}

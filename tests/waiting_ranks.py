@@ -28,7 +28,7 @@ class Hangs:
         pass
 
     def deliver(self, client: ServerClient, version: str) -> None:
-        time.sleep(HANGS_S)
+        time.sleep(HANGS_S)  # longer than a collective may take
         raise EngineError(f"{client.url} hangs")
 
 
@@ -38,7 +38,7 @@ def main(folder: Path) -> None:
     served = weights.ServedWeights(
         [ServerClient("http://server", timeout_s=1.0)],
         [A_SERVER],
-        Hangs(),  # type: ignore[arg-type]
+        Hangs(),  # type: ignore[arg-type]  # the first sync calls no other method
         Accelerator(cpu=True),
         lambda: (1, 1),
         lambda ids: [-1.0],
@@ -47,7 +47,7 @@ def main(folder: Path) -> None:
     )
     try:
         served.sync()
-    except Exception as error:
+    except Exception as error:  # the test reads which one it is: that of a collective is a RuntimeError
         (folder / f"rank{dist.get_rank()}").write_text(f"{type(error).__name__}: {error}")
 
 

@@ -153,6 +153,7 @@ class Registry(Generic[T]):
     def _check_dataclass(self, made: type[Any], name: str) -> None:
         """Check that the annotated attributes of a rule are fields, and that those of a credit can be set."""
         if not is_dataclass(self._base_class()):
+            # No public function of dataclasses tells whether a class is frozen.
             if is_dataclass(made) and made.__dataclass_params__.frozen:  # type: ignore[attr-defined]
                 raise ConfigError(
                     f"The {self.kind} {name!r} is a frozen dataclass, but attributes of a {self._base} are set before "

@@ -287,7 +287,7 @@ class ServerClient:
                     return True
             except httpx.TransportError:
                 return True
-            time.sleep(DYING_CHECK_S)
+            time.sleep(DYING_CHECK_S)  # nothing reports the end of a server that another process has started
         return False
 
 
