@@ -94,9 +94,19 @@ def test_a_shortened_setting_is_an_error_that_names_it() -> None:
         parse_settings((ToolArguments,), ["--search_ind", "corpus.jsonl"])
 
 
-def test_a_list_that_is_given_twice_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="--tools is given 2 times; expected all values after one --tools"):
-        parse_settings((ToolArguments,), ["--tools", "search", "--tools", "python"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--search-fields", "title", "--search-fields", "url"],
+        ["--search-fields=title", "--search-fields=url"],
+        ["--search-fields", "title", "--search_fields=url"],
+    ],
+)
+def test_a_list_that_is_given_twice_is_an_error(words: list[str]) -> None:
+    with pytest.raises(
+        ConfigError, match="--search-fields is given 2 times; expected all values after one --search-f"
+    ):
+        parse_settings((ToolArguments,), words)
 
 
 def test_no_setting_is_taken_for_a_misspelt_flag_of_the_launcher() -> None:

@@ -9,7 +9,6 @@ import io
 import os
 import signal
 import sys
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -133,10 +132,11 @@ def parse_settings(
 
 def _check_lists(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     """Raises ConfigError if a flag with several values is given twice: the parser would keep only the last one's."""
-    several = {flag for action in parser._actions if action.nargs == "+" for flag in action.option_strings}
-    counts = Counter(word for word in words if word in several)
-    if twice := [word for word, count in counts.items() if count > 1]:
-        raise ConfigError(f"{twice[0]} is given {counts[twice[0]]} times; expected all values after one {twice[0]}.")
+    flags = [word.partition("=")[0] for word in words]
+    for action in parser._actions:
+        given = [flag for flag in flags if flag in action.option_strings]
+        if action.nargs == "+" and len(given) > 1:
+            raise ConfigError(f"{given[0]} is given {len(given)} times; expected all values after one {given[0]}.")
 
 
 def _config_apart(words: Sequence[str]) -> list[str]:
