@@ -59,6 +59,17 @@ def test_a_query_without_matches_returns_a_message(index: LocalIndex, query: str
     assert search_tool(index)(query) == NOTHING_FOUND
 
 
+def test_searches_that_find_nothing_are_a_warning_once(index: LocalIndex, caplog: pytest.LogCaptureFixture) -> None:
+    search = search_tool(index)
+    for number in range(49):  # one in eight finds something, which is more than a tenth
+        search("metal" if number % 8 == 0 else "zzz")
+    assert caplog.messages == []
+    for _ in range(100):
+        search("zzz")
+    (message,) = caplog.messages
+    assert message.startswith("45 of the last 50 searches found nothing, and the model got 'No search results found.'")
+
+
 def test_ties_keep_the_order_of_the_passages() -> None:
     index = LocalIndex([f"river number{i}" for i in range(50)])
     assert index.search("river", 5) == [f"river number{i}" for i in range(5)]

@@ -13,6 +13,7 @@ import mmap
 import re
 import time
 import unicodedata
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +39,8 @@ MAX_QUERY_CHARS = 2000
 
 _QUERY_PREFIX = re.compile(r"^(?:search )?query\s*:\s*", re.IGNORECASE)
 _CUT = " …"
+_WATCHED_SEARCHES = 50
+"""A warning says if nine of ten of so many searches found nothing."""
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs every index build
 
@@ -344,13 +347,25 @@ def search_tool(source: Searchable, *, top_k: int = 10, max_chars: int = 1000) -
             "LocalIndex, a RecordedSearch, a WebSearch or an object with `search(query, top_k)`."
         )
 
+    found = deque[bool](maxlen=_WATCHED_SEARCHES)
+    warned = False
+
     def search(query: str) -> str:
         """Search for a query and return the texts found, the best first.
 
         Args:
             query: What to look for, in a few words.
         """
+        nonlocal warned
         pages = [" ".join(text.split()) for text in source.search(as_received(query), top_k)]
+        found.append(bool(pages))
+        if not warned and found.count(False) >= _WATCHED_SEARCHES * 0.9:
+            warned = True
+            logger.warning(
+                f"{found.count(False)} of the last {_WATCHED_SEARCHES} searches found nothing, and the model got "
+                f"{NOTHING_FOUND!r}, such as for {query[:100]!r}. Such rollouts discourage searches. Read the queries "
+                "(arpo-trl tree), and check that the index, the recording or the service is that of the questions."
+            )
         return as_text([page if len(page) <= max_chars else page[: max_chars - len(_CUT)] + _CUT for page in pages])
 
     search.deterministic = True  # type: ignore[attr-defined]
