@@ -3,19 +3,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
+from datasets import Dataset
 from transformers.utils.import_utils import enable_tf32
 
-from arpo_trl import ARPOConfig
+from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import ConfigError
 from arpo_trl.rollout.engines.compute_dtype import (
     computed_in,
     largest_rounding,
     training_dtype,
     warn_of_emulation,
+    warn_of_lost_steps,
     warn_of_other_dtype,
 )
-from support import tiny_model
+from support import tiny_model, tokenizer
 
 SERVERS = {"http://a:1": "bfloat16", "http://b:1": "float16", "http://c:1": "float16"}
 
@@ -74,6 +76,46 @@ def test_bf16_on_a_cpu_is_nothing_to_speak_of(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     warn_of_emulation(tiny_model(), accelerator("bf16"))
     assert said(caplog) == []
+
+
+def test_weights_too_coarse_for_the_steps_are_named_and_do_not_change(tmp_path, caplog):
+    model, rows = tiny_model().to(torch.bfloat16), Dataset.from_list([{"prompt": "a b"}] * 4)
+    before = [weights.detach().clone() for weights in model.parameters()]
+    args = ARPOConfig(
+        str(tmp_path),
+        num_generations=4,
+        per_device_train_batch_size=4,
+        max_steps=1,
+        max_completion_length=4,
+        use_cpu=True,
+    )
+    trainer = ARPOTrainer(
+        model, lambda completions, **_: [0.0, 1.0, 2.0, 3.0], args, rows, processing_class=tokenizer()
+    )
+    assert [text for text in said(caplog) if "leave at least 9" in text and "dtype='float32'" in text]
+    trainer.train()
+    changed = [(old != new).float() for old, new in zip(before, model.parameters(), strict=True)]
+    assert 0 < torch.cat([weights.flatten() for weights in changed]).mean() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("dtype", "learning_rate", "optim", "distributed", "warns"),
+    [
+        (torch.bfloat16, 1e-6, "adamw_torch", "NO", True),
+        (torch.bfloat16, 1e-6, "adamw_torch", "MULTI_GPU", True),
+        (torch.float16, 1e-6, "paged_adamw_8bit", "NO", True),
+        (torch.bfloat16, 1e-3, "adamw_torch", "NO", False),
+        (torch.float32, 1e-6, "adamw_torch", "NO", False),
+        (torch.bfloat16, 1e-6, "sgd", "NO", False),
+        (torch.bfloat16, 1e-6, "adamw_torch", "DEEPSPEED", False),
+        (torch.bfloat16, 1e-6, "adamw_torch", "FSDP", False),
+    ],
+)
+def test_steps_that_rounding_undoes_are_a_warning(caplog, dtype, learning_rate, optim, distributed, warns):
+    state = SimpleNamespace(distributed_type=DistributedType[distributed])
+    args = SimpleNamespace(learning_rate=learning_rate, optim=optim)
+    warn_of_lost_steps(tiny_model().to(dtype), state, args)
+    assert len(said(caplog)) == warns
 
 
 def test_unsupported_bf16_is_an_error_that_names_the_setting(monkeypatch, tmp_path):

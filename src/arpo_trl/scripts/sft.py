@@ -46,6 +46,7 @@ from arpo_trl.data.files import read_file
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.logs.progress import closed_bars, show_compactly
 from arpo_trl.publishing.model_card import is_hub_id
+from arpo_trl.rollout.engines.compute_dtype import warn_of_lost_steps
 from arpo_trl.rollout.protocols import TagProtocol
 from arpo_trl.runs.interrupts import follow_launcher
 from arpo_trl.runs.output_folder import check_output, last_checkpoint, sole_run, wants_to_resume
@@ -291,6 +292,7 @@ def _train(arguments: ColdStartArguments, config: ColdStartConfig, model_config:
             peft_config=of_revision(adapter, model_config.model_revision),
         )
     check_adapter(trainer.model, trainer.accelerator)
+    warn_of_lost_steps(trainer.model, trainer.accelerator, config)
     if arguments.overwrite_output_dir:
         overwrite(config)
     show_compactly(trainer)

@@ -28,7 +28,7 @@ from arpo_trl.publishing.mixin import Publishing
 from arpo_trl.rollout.batch import GroupRequest, Kit, RolloutBatch, TreeSettings
 from arpo_trl.rollout.build import context_of
 from arpo_trl.rollout.engines.base import Engine
-from arpo_trl.rollout.engines.compute_dtype import warn_of_emulation
+from arpo_trl.rollout.engines.compute_dtype import warn_of_emulation, warn_of_lost_steps
 from arpo_trl.rollout.protocols.base import with_guarded_parser
 from arpo_trl.runs.interrupts import Interrupts
 from arpo_trl.runs.output_folder import check_names
@@ -246,6 +246,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         check_launch(self.accelerator, gathers=args.ds3_gather_for_generation)
         check_adapter(self.model, self.accelerator)
         warn_of_emulation(self.model, self.accelerator)
+        warn_of_lost_steps(self.model, self.accelerator, args)
         self._tokenizer = with_guarded_parser(self._tokenizer)
         self.use_vllm = args.use_vllm
         self.eos_token_ids: list[int] = list(self.protocol.eos_ids)  # TRL uses them to detect truncated completions

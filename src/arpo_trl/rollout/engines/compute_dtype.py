@@ -1,7 +1,7 @@
-"""Compares the training precision with the precisions that the device supports and with vLLM's sampling precision.
+"""Compares the training precision with the device's, with vLLM's sampling precision and with the optimizer's steps.
 
-If they differ, a run works, but it is slow, or sampling and training logprobs differ more than necessary. One warning
-then names the setting to change.
+If they do not fit, a run works, but it is slow, sampling and training logprobs differ more than necessary, or the
+weights do not change. One warning then names the setting to change.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import is_peft_model
+from transformers import TrainingArguments
 
 from arpo_trl.visible import get_rank_logger
 
@@ -65,6 +67,32 @@ def warn_of_emulation(model: Any, accelerator: Accelerator) -> None:
         logger.warning(
             f"Training computes in bfloat16 (bf16: true is the default), but {torch.cuda.get_device_name()} does not "
             "support bfloat16 and emulates it, which is slow. Set fp16: true, or bf16: false for float32."
+        )
+
+
+def warn_of_lost_steps(model: Any, accelerator: Accelerator, args: TrainingArguments) -> None:
+    """Warn if most of the trained weights are too coarse for the optimizer's steps, so that they would not change.
+
+    A step of Adam changes a weight by about the learning rate. The sum is rounded to the weight itself if that is less
+    than half the distance to the next number, which is at least a quarter of `eps` times the weight. DeepSpeed and
+    FSDP add the steps to float32 copies. An adapter is not checked: its second matrix starts at 0.
+    """
+    sharded = accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+    if sharded or is_peft_model(model) or "adam" not in args.optim:
+        return
+    trained = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
+    coarse = [weights for weights in trained if weights.dtype in (torch.bfloat16, torch.float16)]
+    lost = sum(
+        int((weights.abs() > 4 * args.learning_rate / torch.finfo(weights.dtype).eps).sum()) for weights in coarse
+    )
+    share = lost / max(1, sum(weights.numel() for weights in trained))
+    if share > 0.5:
+        dtype = str(coarse[0].dtype).removeprefix("torch.")
+        logger.warning(
+            f"The weights are {dtype}, and steps of learning_rate {args.learning_rate:g} leave at least {share:.0%} "
+            f"of them unchanged: a step is less than half the distance to the next {dtype} number. Load the model in "
+            "float32 (dtype='float32'; bf16: true still computes in bfloat16), train an adapter (peft_config), or use "
+            "DeepSpeed or FSDP, which keep float32 copies."
         )
 
 
