@@ -344,18 +344,22 @@ def _is_quantity_name(side: Value, is_gold: bool, right: Value) -> bool:
     value = side.value
     if value in (S.Exp1, S.ImaginaryUnit) or isinstance(value, Symbol | AppliedUndef):
         return True
+    value = without_functions(value)  # f(2) − f(1) = 3
     if isinstance(value, sympy.Pow) and isinstance(value.base, Symbol):  # x² = 4 is an equation for x
         return False
-    if not value.free_symbols or (isinstance(right, Quantity) and right.value == 0):
+    names = value.free_symbols
+    if len(names) == 1 and value.is_polynomial() and value.diff(*names).free_symbols:  # x² − x = 6
+        return False
+    if not names or (isinstance(right, Quantity) and right.value == 0):
         return False
     terms = sympy.Add.make_args(value)
     if len(terms) > 1 and (is_gold or any(not term.free_symbols for term in terms)):
         return False
-    if isinstance(right, Quantity) and right.value.free_symbols & value.free_symbols:
+    if isinstance(right, Quantity) and right.value.free_symbols & names:
         return False
-    return all(
-        abs(term.as_coeff_Mul()[0]) == 1 or (abs(term.as_coeff_Mul()[0]) < 1 and len(terms) == 1) for term in terms
-    )
+    factors = [term.as_coeff_Mul()[0] for term in terms]
+    whole = all(abs(factor) == 1 or (abs(factor) < 1 and len(terms) == 1) for factor in factors)
+    return whole and max(factors) > 0  # −x = 5 is an equation for x
 
 
 def _same_relations(p: Relation, g: Relation) -> bool:

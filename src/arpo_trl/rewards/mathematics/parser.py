@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 from typing import Any
 
 import sympy
@@ -78,6 +79,11 @@ MAX_DEPTH = 30
 MAX_SIGNS = 3
 """The maximum number of independent ± in one item. Each one doubles the number of items."""
 
+_LETTER = rf"(?:[A-Za-z]|\\(?:{'|'.join(GREEK)}))"
+_ARGUMENT = rf"(?!(?P=name) )(?:{_LETTER}|(?:- )?[\d.]+)"
+_FUNCTION_VALUE = re.compile(rf"(?P<name>{_LETTER}) \( (?:{_ARGUMENT} , )*{_ARGUMENT} \) =(?: |$)")
+"""The start of an equation p(3) = 7, its tokens separated by spaces. The arguments are numbers and other letters."""
+
 DEGREE = Symbol("°", positive=True)
 
 
@@ -102,6 +108,7 @@ class Parser(Numerals, Units):
         self.units = True  # whether a word after a number may be its unit
         self.currency = ""
         self.named = False  # the last atom was a word, which needs an explicit multiplication sign
+        self.function = ""  # the name of the function of which the current equation gives a value
         self.bound: list[str] = []  # names of sum indices, where i is not the imaginary unit
         self.signs: tuple[int, ...] = ()
         self.signs_used = 0
@@ -171,15 +178,24 @@ class Parser(Numerals, Units):
         return -sign if token == r"\mp" else sign
 
     def _item(self) -> Value:
+        outer, self.function = self.function, self._function_of_equation() or self.function
         sides: list[Value | None] = [None if self.peek() in RELATIONS else self._side()]
         ops: list[str] = []
         while self.peek() in RELATIONS and self.peek():
             ops.append(RELATIONS[self.next().text])
             sides.append(self._side())
+        self.function = outer
         if not ops:
             assert sides[0] is not None
             return sides[0]
         return Relation(tuple(sides), tuple(ops))
+
+    def _function_of_equation(self) -> str:
+        """Return p if an equation p(3) = 7 starts here, otherwise "". The product x(x + 1) = 12 is none."""
+        if self.peek(1) != "(":
+            return ""
+        match = _FUNCTION_VALUE.match(" ".join(token.text for token in self.tokens[self.pos :]))
+        return match["name"].removeprefix("\\") if match else ""
 
     def _side(self) -> Value:
         left = self._ratio()
@@ -536,9 +552,10 @@ class Parser(Numerals, Units):
             return symbol_of(f"{symbol.name}({''.join(token.text for token in inside)})")
         if self.peek() != "(" or self.peek(1) in MODS:
             return symbol
-        if len(base) == 1 and base.isupper() and self._has_comma():
+        defined = symbol.name == self.function
+        if len(base) == 1 and base.isupper() and self._has_comma() and not defined:
             return Relation((Quantity(symbol), self._brackets()), ("=",))
-        if not (base in APPLIED or symbol.name.endswith("'") or self.named):
+        if not (base in APPLIED or symbol.name.endswith("'") or self.named or defined):
             return symbol
         self.pos += 1
         end = self.closing("(", ")")
