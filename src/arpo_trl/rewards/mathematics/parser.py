@@ -297,7 +297,7 @@ class Parser(Numerals, Units):
             elif self._is_times_x():
                 self.pos += 1
                 left = expr(left) * expr(self._unary())
-            elif isinstance(left, Expr) and self.peek() in SCALES:
+            elif isinstance(left, Expr) and self.is_scale(self.pos):
                 left = left * SCALES[self.next().text]
             elif isinstance(left, Expr) and self._starts_factor(left):
                 right = self._powered()

@@ -143,7 +143,10 @@ _ALL_REALS = re.compile(r"all (?:the )?reals?(?: numbers?)?", re.IGNORECASE)
 _LABEL = re.compile(r"([A-Za-z']{3,}(?: [A-Za-z']+)*)\s*[:=]\s*(?==?[^=])")  # area = 5
 _SHORT_NEUTRAL = frozenset("the so we get our has of in for sum its it and thus a".split())
 _NEGATIONS = re.compile(
-    r"\b(?:not?|never|none|nor|neither|except|without|unless|if|when|least|most|than|false|wrong)\b", re.I
+    r"\b(?:not?|never|none|nor|neither|cannot|\w+n't|twice|half|except|without|unless|if|when|least|most|than|false|wrong|incorrect|"
+    r"(?:double|(?:square|cube|root|negative|opposite|reciprocal|inverse) of)"
+    r"(?: the)? (?:answer|result|value|it))\b",
+    re.IGNORECASE,
 )
 
 

@@ -16,7 +16,8 @@ _TOKEN = re.compile(
     | (?P<number>(?:\d+\.?\d*|\.\d+))
     | (?P<command>\\[A-Za-z]+|\\\\(?:\s*\[[^\]]*\])?|\\[{}|%$])
     | (?P<word>[A-Za-z]+)
-    | (?P<foreign>[^\W\d_]+)
+    | (?P<foreign>[或和十百万亿](?!分)|千(?![克米瓦焦卡帕伏赫])  # words of Chinese that change the meaning
+        | (?:(?![或和])[\u3040-\u30ff\u3400-\u9fff])+ | [^\W\d_\u3040-\u30ff\u3400-\u9fff]+)
     | (?P<op>\*\*|<=|>=|!=|==|<>|!!|[-+*/^_=<>!'(){}\[\]|,;:&%$£€¥₹₽₩¢])""",
     re.VERBOSE,
 )

@@ -10,10 +10,12 @@ from arpo_trl.rewards.mathematics.functions import CONSTANTS, FUNCTIONS, OF_LETT
 from arpo_trl.rewards.mathematics.tokens import Cursor, Token
 from arpo_trl.rewards.mathematics.vocabulary import (
     CHANGING,
+    CHANGING_CHINESE,
     CURRENCIES,
     GREEK,
     JOINERS,
     MODS,
+    PARTS,
     RELATIONS,
     SCALES,
     UNITS,
@@ -86,12 +88,20 @@ class Units(Cursor):
         if pos >= len(self.tokens):
             return False
         token = self.tokens[pos]
-        if token.text in JOINERS or token.text in CHANGING or token.text in MODS or token.text in SCALES:
+        if token.text in JOINERS or token.text in CHANGING or token.text in MODS or self.is_scale(pos):
             return False
-        return token.kind == "foreign" or (
-            token.kind == "word"
-            and (token.text in UNITS or not (self.is_mathematical(token.text) or OF_LETTERS.fullmatch(token.text)))
+        if token.kind == "foreign":
+            return CHANGING_CHINESE.search(token.text) is None
+        return token.kind == "word" and (
+            token.text in UNITS or not (self.is_mathematical(token.text) or OF_LETTERS.fullmatch(token.text))
         )
+
+    def is_scale(self, pos: int) -> bool:
+        """Whether a token multiplies the number before it: 5 million, 3万, 2 thirds."""
+        if pos >= len(self.tokens) or self.tokens[pos].text not in SCALES:
+            return False
+        followed = pos + 1 < len(self.tokens) and self.tokens[pos + 1].kind == "word"
+        return not (followed and self.tokens[pos].text in PARTS)
 
     def is_mathematical(self, word: str) -> bool:
         return word in self.constants or word in FUNCTIONS or word in GREEK

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from sympy import S
+import re
+
+from sympy import Rational, S
 
 BASES = {
     word: base for base, word in enumerate("two three four five six seven eight nine ten eleven twelve".split(), 2)
@@ -40,10 +42,22 @@ CURRENCIES = {
     "¢": "cent",
 }
 CURRENCY_CODES = frozenset("USD EUR GBP RMB CNY INR JPY".split())
-SCALES = {
-    "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
-    "万": 10**4, "亿": 10**8,
+_LARGE = {
+    "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "quadrillion": 10**15,
+    "dozen": 12, "gross": 144, "grand": 1000, "lakh": 10**5, "crore": 10**7,
 }  # fmt: skip
+PARTS = {
+    "half": Rational(1, 2), "third": Rational(1, 3), "fourth": Rational(1, 4), "fifth": Rational(1, 5),
+    "sixth": Rational(1, 6), "seventh": Rational(1, 7), "eighth": Rational(1, 8), "ninth": Rational(1, 9),
+    "tenth": Rational(1, 10), "twelfth": Rational(1, 12), "hundredth": Rational(1, 100),
+    "thousandth": Rational(1, 1000), "millionth": Rational(1, 10**6),
+}  # fmt: skip
+"""Scales only at the end of a number: 1 third, but 5 third graders are 5."""
+SCALES = {
+    **_LARGE, **PARTS, "halves": Rational(1, 2), **{f"{word}s": value for word, value in (_LARGE | PARTS).items()},
+    "十": 10, "百": 100, "千": 1000, "万": 10**4, "亿": 10**8,
+}  # fmt: skip
+"""Words after a number that multiply it."""
 GREEK = frozenset(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau "
     "upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Upsilon Phi Psi Omega Pi ell hbar".split()
@@ -64,8 +78,10 @@ WORDS = frozenset(
 PRODUCTS = frozenset("in is it at as up us we he me my by be if an am".split())
 # Words after a number that change its value, so they are not units.
 CHANGING = frozenset(
-    "squared cubed plus minus factorial less more fewer above below over under up out of to than".split()
-)
+    "squared cubed doubled halved tripled plus minus divided multiplied inverse reciprocal factorial less more fewer "
+    "above below over under up out of to than not wrong false incorrect".split()
+) | frozenset(BASES)  # 12 point five
+CHANGING_CHINESE = re.compile("^[多余成折]|[半的不非错]|以[上下内外]|分之")
 UNITS = {
     unit: name
     for name, units in {
