@@ -39,7 +39,8 @@ def equal(prediction: str, gold: str) -> bool:
     if unspaced(clean(prediction)) == unspaced(clean(gold)):
         return True
     golds = readings(gold)
-    return any(_same(one, other) for one in readings(prediction) for other in golds)
+    predictions = readings(prediction, several=any(isinstance(value, Group) for value in golds))
+    return any(_same(one, other) for one in predictions for other in golds)
 
 
 def is_text(answer: str) -> bool:
@@ -209,9 +210,18 @@ def _in_order(p: Sequence[Value], g: Sequence[Value]) -> bool:
 
 def _covered(p: Sequence[Value], g: Sequence[Value]) -> bool:
     """Whether both have the same elements, regardless of order and repetition."""
-    return all(any(_same(one, other) for other in g) for one in p) and all(
-        any(_same(one, other) for one in p) for other in g
+    return all(any(_same_elements(one, other) for other in g) for one in p) and all(
+        any(_same_elements(one, other) for one in p) for other in g
     )
+
+
+def _same_elements(p: Value, g: Value) -> bool:
+    """Whether two elements of sets are equal. {1} equals 1 as an answer, but not as an element."""
+    return _is_set_of_elements(p) == _is_set_of_elements(g) and _same(p, g)
+
+
+def _is_set_of_elements(value: Value) -> bool:
+    return isinstance(value, Group) and value.opening == "{" and bool(value.items)
 
 
 def _same_groups(p: Group, g: Group) -> bool:
@@ -219,7 +229,7 @@ def _same_groups(p: Group, g: Group) -> bool:
         return True
     if (p.opening, p.closing) != (g.opening, g.closing):
         for one in (p, g):
-            if len(one.items) == 1:
+            if len(one.items) == 1 and not _is_set_of_set(one):
                 return _same(p.items[0] if one is p else p, g.items[0] if one is g else g)
     kinds = {_kind(p), _kind(g)}
     if kinds == {"list"}:
@@ -245,8 +255,8 @@ def _same_groups(p: Group, g: Group) -> bool:
 
 
 def _is_set_of_set(group: Group) -> bool:
-    """Whether a group is {∅} or {ℝ}, which are not ∅ and ℝ."""
-    return group.opening == "{" and isinstance(group.items[0], NumberSet)
+    """Whether a group is {∅}, {ℝ} or {{1, 2}}, which are not ∅, ℝ and {1, 2}."""
+    return group.opening == "{" and (isinstance(group.items[0], NumberSet) or _is_set_of_elements(group.items[0]))
 
 
 def _kind(group: Group) -> str:

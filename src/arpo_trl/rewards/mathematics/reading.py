@@ -20,13 +20,17 @@ _ROMAN = re.compile("[IVX]{2}")
 """Roman numerals: IV is not VI."""
 _DATE = re.compile(r"\d{4}-\d{1,2}-\d{1,2}|\d{1,2}([/-])\d{1,2}\1\d{4}")  # not a difference and not a quotient
 _POINT_OR_COUNT = re.compile(r"(?<![A-Za-z])P\(\d+,\s*\d+\)")  # P(5, 2) is a point or 20 permutations
+_LIST_OR_NUMBER = re.compile(r"(?:[a-z] ?= ?)?\d{3}(?:,\d{3})+")  # 101,103
 
 _LABEL = re.compile(r"\(?([A-J])\s*(?:\)|[.:](?=\s|$))\s*(.*)", re.DOTALL)
 """The label of a multiple-choice option, and its content."""
 
 
-def readings(text: str) -> list[Value]:
-    """Return the possible values of an answer: at least one, and several only if its notation is ambiguous."""
+def readings(text: str, several: bool = False) -> list[Value]:
+    """Return the possible values of an answer: at least one, and several only if its notation is ambiguous.
+
+    `several`: whether several values are expected, so that 101,103 may also be a list.
+    """
     cleaned = clean(text)
     if label := _LABEL.fullmatch(cleaned):
         letter = Quantity(symbol_of(label[1]))
@@ -43,12 +47,13 @@ def readings(text: str) -> list[Value]:
     if words := _words(cleaned):
         return [words]
     found: list[Value] = []
-    for scientific, points in itertools.product(
+    for spelling, scientific, points in itertools.product(
+        (cleaned, cleaned.replace(",", ", ")) if several and _LIST_OR_NUMBER.fullmatch(cleaned) else (cleaned,),
         (True, False) if _SCIENTIFIC_OR_E.search(cleaned) else (True,),
         (True, False) if _POINT_OR_COUNT.search(cleaned) else (True,),
     ):
         try:
-            found.append(Parser(cleaned, scientific, points).whole())
+            found.append(Parser(spelling, scientific, points).whole())
         # `Unreadable` comes from the grammar; sympy raises the others for values that it cannot combine.
         except (Unreadable, RecursionError, ArithmeticError, TypeError, ValueError, NotImplementedError):
             continue

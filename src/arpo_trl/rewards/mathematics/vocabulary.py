@@ -47,14 +47,15 @@ _LARGE = {
     "dozen": 12, "gross": 144, "grand": 1000, "lakh": 10**5, "crore": 10**7,
 }  # fmt: skip
 PARTS = {
-    "half": Rational(1, 2), "third": Rational(1, 3), "fourth": Rational(1, 4), "fifth": Rational(1, 5),
-    "sixth": Rational(1, 6), "seventh": Rational(1, 7), "eighth": Rational(1, 8), "ninth": Rational(1, 9),
-    "tenth": Rational(1, 10), "twelfth": Rational(1, 12), "hundredth": Rational(1, 100),
-    "thousandth": Rational(1, 1000), "millionth": Rational(1, 10**6),
+    word: Rational(1, parts)
+    for word, parts in {
+        "half": 2, "third": 3, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8, "ninth": 9,
+        "tenth": 10, "twelfth": 12, "hundredth": 100, "thousandth": 1000, "millionth": 10**6,
+    }.items()
 }  # fmt: skip
 """Scales only at the end of a number: 1 third, but 5 third graders are 5."""
 SCALES = {
-    **_LARGE, **PARTS, "halves": Rational(1, 2), **{f"{word}s": value for word, value in (_LARGE | PARTS).items()},
+    **_LARGE, **PARTS, "halves": PARTS["half"], **{f"{word}s": value for word, value in (_LARGE | PARTS).items()},
     "十": 10, "百": 100, "千": 1000, "万": 10**4, "亿": 10**8,
 }  # fmt: skip
 """Words after a number that multiply it."""
