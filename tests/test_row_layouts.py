@@ -34,6 +34,11 @@ def test_cases(case: dict[str, Any]) -> None:
     assert row["id"] == case.get("id", row["id"])
 
 
+def test_the_key_of_an_entry_of_a_parquet_map_is_no_answer() -> None:
+    with pytest.raises(DataError, match=r"'answer' contains \('value', 'a'\); expected text"):
+        convert_row({"question": "q", "answer": [("value", "a")], "task": "qa"}, 0, None)
+
+
 FIELDS = (
     *("prompt", "question", "Question", "messages", "answer", "golden_answers", "possible_answers", "solution"),
     *("reward_model", "extra_info", "choices", "options", "A", "B", "aliases", "task", "ability", "id", "level"),

@@ -55,6 +55,7 @@ HIDDEN_ANSWER = ("Final answer", "?")
 
 _WORKED_SOLUTION = re.compile(r"(?:\A|\n)####\s*([^\n]+?)\s*\Z")  # GSM8K's last line
 _WITH_THOUSANDS = re.compile(r"[-+$]*\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+_TAGGED = re.compile(r"<answer>(.*)</answer>", re.DOTALL)
 _OTHER_BOX = re.compile(r"\\fbox(?=\s*\{)|\\boxed\s+(?P<bare>[^\s{}$.,;]+)")
 _LATEX_WORD = re.compile(r"\\(?:text|mathrm|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+")
 _WORD = re.compile(r"[A-Za-z]{2,}")
@@ -105,11 +106,12 @@ def accepted(value: Any, field: str) -> list[str]:
             texts += ["yes", "true"] if gold else ["no", "false"]
             continue
         text = text_of(gold, field).strip()
+        text = tagged.group(1).strip() if (tagged := _TAGGED.fullmatch(text)) is not None else text
         if (solution := _WORKED_SOLUTION.search(text)) is not None:
             text = solution.group(1)
             text = text.replace(",", "") if _WITH_THOUSANDS.fullmatch(text) else text
-        text = _last_box(text) or text
-        if not text:
+        text = text if (boxed := _last_box(text)) is None else boxed
+        if is_blank(text):
             raise DataError(f"{field!r} is {shown(value)}; expected at least one answer, none of them blank.")
         texts.append(text)
     if not texts:
@@ -139,7 +141,7 @@ def _flat(value: Any, field: str) -> Iterable[Any]:
         return parsed if is_list else [value]
     if not isinstance(value, list | tuple):
         return [value]
-    if len(value) == 1 and isinstance(value[0], list | tuple):
+    if len(value) == 1 and isinstance(value[0], list):  # a tuple is an entry of a parquet map
         return _flat(value[0], field)
     return [gold for item in value for gold in (_flat(item, field) if isinstance(item, Mapping) else [item])]
 
@@ -154,9 +156,9 @@ def _result_of(solution: Any) -> Any:
     return text
 
 
-def _last_box(text: str) -> str:
-    r"""The content of the last `\boxed{…}`, `\boxed 2` or `\fbox{…}`; empty if there is none."""
+def _last_box(text: str) -> str | None:
+    r"""The content of the last `\boxed{…}`, `\boxed 2` or `\fbox{…}`; None if there is none."""
     if r"\boxed" not in text and r"\fbox" not in text:
-        return ""
+        return None
     text = _OTHER_BOX.sub(lambda box: f"\\boxed{{{box['bare']}}}" if box["bare"] else r"\boxed", text)
-    return extract_answer(f"<answer>{text}</answer>") or ""
+    return extract_answer(f"<answer>{text}</answer>")
