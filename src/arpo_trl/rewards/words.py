@@ -28,6 +28,8 @@ _BACK = str.maketrans({kept: mark for mark, kept in _KEPT.items()})
 # LaTeX's spaces, in numbers and between words: New~York, Boeing~747.
 _THIN_SPACE = re.compile(r"(?<=\d)\\[,;:](?=\d{3}(?!\d))")  # 10\,000
 _SPACE = re.compile(r"\\[,;:]|\\q?quad(?![A-Za-z])|(?<=[\w.,])~(?=[A-Z])|(?<=[A-Za-z][A-Za-z.])~(?=\d)")
+_DEGREE = re.compile(r"\s*\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})(?:\s+(?=[CF](?![A-Za-z])))?")  # 25^\circ C
+_TIMES = re.compile(r"\\times(?![A-Za-z])")
 _FUNCTION = r"(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|inf|infty|infinity|oo)(?![A-Za-z])"
 _SYMBOL = "[α-ωΑ-Ω∞√∛∫∑∏∂∇](?![α-ωΑ-Ω])"
 _LEFT = rf"(?:\d|[)\]}}!|]|(?<![A-Za-z])[a-z]|(?<![A-Za-z]){_FUNCTION}|\\[A-Za-z]+|{_SYMBOL})"  # what operators follow
@@ -44,6 +46,8 @@ def _keep(pattern: str) -> Callable[[str], str]:
 
 _PROSE = re.compile(rf"(?<![A-Za-z\\])(?!{_FUNCTION})[A-Za-z]{{3,}}")
 _SPACED_MINUS = _keep(rf"{_LEFT}\s*-\s*(?={_RIGHT})")  # not in prose, where it is a dash: 1633 - 16 September 1701
+
+_STAR = _keep(r"(?<=(?<![A-Za-z])[A-Z])\*")
 
 _PERCENT = re.compile(r"(?<=[\d)\]}])\s*(?:\\?([%‰])|per ?cent\b)", re.IGNORECASE)
 _BOUND = r"[-+]?(?:\d[\d.,/^]{0,40}|∞|\\infty|infinity|inf|oo)"
@@ -104,6 +108,7 @@ _MARKS: tuple[Callable[[str], str], ...] = (
     # Operators between the parts of a formula, with or without spaces.
     _keep(r"(?<=[\w)\]}|])\s*\+\s*(?=[\w(\[{\\$.|-])"),
     _keep(rf"{_LEFT}(?:\s*[*/^]\s*|-)(?={_RIGHT})"),
+    lambda text: re.sub(rf"({_LEFT})\s*×\s*(?={_RIGHT})", r"\1×", text),
     lambda text: text if _PROSE.search(text) else _SPACED_MINUS(text),
     # The sign of a number, a letter, a blood group or an ion.
     _keep(rf"(?<![\w)\]}}])-(?={_RIGHT}|[A-Z](?![A-Za-z]))"),
@@ -112,6 +117,7 @@ _MARKS: tuple[Callable[[str], str], ...] = (
     _keep(r"(?<![A-Za-z0-9])[A-Za-z]{1,2}\d*[+-]+(?![\w+-])"),
     _keep(r"(?:(?<=\d)|(?<=(?<![A-Za-z])[a-z]))!(?![\w!])"),  # a factorial
     _keep(r"(?<=(?<![A-Za-z])[A-Z])#"),  # a language or a note
+    lambda text: _STAR(text) if text.count("*") == 1 else text,  # A*, but not *Vitamin A*
     _keep(r"\|(?:(?![A-Za-z]{3})[^|])+\|"),  # an absolute value
 )  # fmt: skip
 
@@ -138,14 +144,15 @@ def normalized_tokens(text: str) -> list[str]:
     text = _SUPERSCRIPT.sub(lambda match: f"^{match[0]}", text.translate(_ONE_SPELLING))
     text = unicodedata.normalize("NFKC", text).translate(_ONE_SPELLING)
     text = _OTHER_DIGIT.sub(lambda match: str(unicodedata.decimal(match[0])), text)
-    text = _SPACE.sub(" ", _THIN_SPACE.sub("", unwrapped(text, TEXT_COMMANDS)))
+    text = _TIMES.sub(" × ", _DEGREE.sub("°", unwrapped(text.replace("&amp;", "&"), TEXT_COMMANDS)))
+    text = _SPACE.sub(" ", _THIN_SPACE.sub("", text))
     text = " ".join(text.split()).replace("+/-", "±").replace(" °", "°")
     marked = text
     for mark in _MARKS:
         marked = mark(marked)
     if "\\" in marked:  # LaTeX: braces separate tokens
         marked = re.sub(r"[{}]", " ", marked)
-    marked, text = marked.casefold(), text.casefold()
+    marked, text = (form.casefold().replace("i\u0307", "i") for form in (marked, text))  # İstanbul
     words = _without_punctuation(marked).split()
     if words and not _ARTICLES.issuperset(words):
         marked = _without_articles(marked)
