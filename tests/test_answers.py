@@ -31,6 +31,8 @@ from arpo_trl.rewards.math_worker import MathWorker, _started, math_worker
         (r"<answer>\boxed{\left\{ x \right.}</answer>", r"\left\{ x \right."),  # an escaped brace needs no partner
         (r"<answer>\boxed{7} but \boxed{8</answer>", "7"),  # a box that never closes is none
         ("<answer>\\boxed\n{3}</answer>", "3"),
+        (r"<answer>\\boxed{\\frac{1}{2}}</answer>", r"\\frac{1}{2}"),  # escaped twice
+        (r"<answer>1 \\\boxed{3}</answer>", "3"),  # after the end of a line
         (r"<answer>\boxed{}</answer>", ""),
         (r"<answer>42</answer>", None),
         (r"\boxed{42}", None),

@@ -26,7 +26,7 @@ MAX_MATH_CHARS = 512
 """A longer expression equals only the same text. The longest mathematical gold of the published rows has 83
 characters."""
 
-_BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)  # `\\.` skips escaped braces
+_BRACES = re.compile(r"\\{1,2}boxed\s*\{|\\.|[{}]", re.DOTALL)  # `\\.` skips escaped braces; \\boxed is escaped twice
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -51,7 +51,7 @@ def extract_answer(text: str) -> str | None:
                 last = (start, match.start())
         elif token == "{":
             starts.append(None)
-        elif token.endswith("{") and token.startswith(r"\boxed"):
+        elif "boxed" in token:
             starts.append(match.end())
     return None if last is None else block[slice(*last)].strip()
 

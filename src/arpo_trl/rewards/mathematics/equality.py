@@ -464,6 +464,8 @@ def _same_ends(p: Relation, g: Relation) -> bool:
     """Whether chains of equations have the same first and last sides: x = 2/4 = 1/2 and x = 1/2."""
     if set(p.ops) | set(g.ops) != {"="} or len(p.ops) == len(g.ops):
         return False
+    if any(map(_is_variable, g.sides[1:-1])):  # a = b = 1 tells more than a = 1
+        return False
     return _sides_agree((p.sides[0], p.sides[-1]), (g.sides[0], g.sides[-1]))
 
 

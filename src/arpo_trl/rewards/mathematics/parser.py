@@ -140,8 +140,12 @@ class Parser(Numerals, Units):
             items += self._signed_items() if expand else [self._item()]
             separated = False
             while self.peek() in (",", ";", "\\\\", *JOINERS) and self.peek():
+                if separated and self.peek() == "," == self.peek(-1):
+                    raise Unreadable("nothing between two commas")
                 separated = True
                 joiner = JOINERS.get(self.next().text, joiner)
+            if opening == "[" == self.peek() and not separated:  # a French interval, [0, 1[
+                closers = ("[",)
             if not separated and self.peek() and self.peek() not in closers:
                 raise Unreadable(f"left over: {self.peek()!r}")
         self.depth -= 1
@@ -985,8 +989,8 @@ def _formula(value: Any) -> Expr:
 def _named_once(items: list[Value]) -> list[Value]:
     """Repeat the left side of a first equation for the items after it: (a, b) = (1, 2) or (2, 1)."""
     first = items[0]
-    if not (isinstance(first, Relation) and first.ops == ("=",)) or any(
+    if not (isinstance(first, Relation) and first.ops in (("=",), ("≠",))) or any(
         isinstance(item, Relation) for item in items[1:]
     ):
         return items
-    return [first, *(Relation((first.sides[0], item), ("=",)) for item in items[1:])]
+    return [first, *(Relation((first.sides[0], item), first.ops) for item in items[1:])]

@@ -22,7 +22,7 @@ _DATE = re.compile(r"\d{4}-\d{1,2}-\d{1,2}|\d{1,2}([/-])\d{1,2}\1\d{4}")  # not 
 _POINT_OR_COUNT = re.compile(r"(?<![A-Za-z])P\(\d+,\s*\d+\)")  # P(5, 2) is a point or 20 permutations
 _LIST_OR_NUMBER = re.compile(r"(?:[a-z] ?= ?)?\d{3}(?:,\d{3})+")  # 101,103
 
-_LABEL = re.compile(r"\(?([A-J])\s*(?:\)|[.:](?=\s|$))\s*(.*)", re.DOTALL)
+_LABEL = re.compile(r"\(?([A-J]|[a-j](?=\s*\)$))\s*(?:\)|[.:](?=\s|$))\s*(.*)", re.DOTALL)
 """The label of a multiple-choice option, and its content."""
 
 

@@ -66,11 +66,14 @@ _REWRITES = tuple(
         (r"(?<=\d)\{,\}(?=\d)(?:(?!\d{3}(?!\d))|(?<=(?<!\d)0\{,\}))", "."),  # 3{,}14  0{,}125
         (r"(\\mathbb\s*\{[A-Z]\}|\bR)\s*\\\s*\{([^{}\\]+)\}", r"\1\\setminus \\{\2\\}"),  # ℝ\{0}
         (r"(?<=\d)(?:\{,\}|,\\!|\\,|\\;|\\:|\\!|\\ |~)\s*(?=\d{3}(?:\D|$))", ","),  # 1{,}234  1\,234
+        (r"(?<![\w.,])\d{1,3}(['_])\d{3}(?:\1\d{3})+(?![\w'])", lambda m: m[0].replace(m[1], "")),  # 1_234_567
         (r"(?<![\d.,])(\d{1,3})((?: \d{3})+)(?![\d/])", lambda m: m[1] + m[2].replace(" ", "")),
         (r"(?<!\\)\\(?:[,;:!> ]|(?:quad|qquad|thinspace|enspace|nobreakspace)(?![A-Za-z]))|~", " "),
         (r"\\[_#&]|\\\\(?=[%$])", lambda m: m[0][1]),
         (r"\\(?:textcolor|color)\s*\{[^{}]*\}", ""),
         (r"\\colon(?![A-Za-z])", ":"),
+        (r"\\not\s*=", r"\\ne "),
+        (r"\\textdollar(?![A-Za-z])", r"\\$"),
         (r"\\mathrm\s*\{d\}\s*", "d"),
         (rf"(?<=\d)\s*\\frac\s*\{{\s*{_TEXT}\s*\}}\s*\{{\s*{_TEXT}\s*\}}", r" \1/\2"),  # 5 \frac{\text{m}}{\text{s}}
         (r"(?<![\w)\]}])\*\*([^*\s][^*]*)\*\*(?!\w)", r"\1"),
@@ -116,6 +119,8 @@ _WRAPPERS = tuple(
         r"\{([^,;|:]+|\s*\d(?:[^,;|:]|:(?!(?<!\s:)\s))*)\}",  # not the dictionary {1: 2}
     )
 )  # fmt: skip
+_ESCAPED_TWICE = re.compile(r"\\\\[A-Za-z]{2}")  # \\frac as in source code, or the end of a line before a word
+_ESCAPED_ONCE = re.compile(r"(?<!\\)\\(?:\\\\)*(?!\\)")  # an odd number of backslashes
 _BOUNDS = tuple(
     (re.compile(rf"\b{words}\b\s*", re.IGNORECASE), symbol)
     for words, symbol in (
@@ -141,7 +146,7 @@ _TAIL = re.compile(r"\s+is (?:the (?:final |correct )?(?:answer|option|choice)|c
 _NO_SOLUTION = re.compile(r"(?:there (?:is|are) )?no solutions?(?: exists?)?", re.IGNORECASE)
 _ALL_REALS = re.compile(r"all (?:the )?reals?(?: numbers?)?", re.IGNORECASE)
 _LABEL = re.compile(r"([A-Za-z']{3,}(?: [A-Za-z']+)*)\s*[:=]\s*(?==?[^=])")  # area = 5
-_SHORT_NEUTRAL = frozenset("the so we get our has of in for sum its it and thus a".split())
+_SHORT_NEUTRAL = frozenset("ans the so we get our has of in for sum its it and thus a".split())
 _NEGATIONS = re.compile(
     r"\b(?:not?|never|none|nor|neither|cannot|\w+n't|twice|half|except|without|unless|if|when|least|most|than|false|wrong|incorrect|"
     r"(?:double|(?:square|cube|root|negative|opposite|reciprocal|inverse) of)"
@@ -153,6 +158,8 @@ _NEGATIONS = re.compile(
 def clean(text: str) -> str:
     """Return the normalized text of an answer. Linear in its length, except for nested wrappers."""
     text = _unicode(text).strip()
+    if _ESCAPED_TWICE.search(text) and not _ESCAPED_ONCE.search(text):
+        text = text.replace("\\\\", "\\")
     for pattern, to in _REWRITES:
         text = pattern.sub(to, text)
     text = unwrapped(text, _FONT_COMMANDS)

@@ -87,7 +87,7 @@ UNITS = {
     unit: name
     for name, units in {
         "m": "m meter metre", "cm": "cm centimeter centimetre", "mm": "mm millimeter millimetre",
-        "km": "km kilometer kilometre",
+        "km": "km kilometer kilometre", "cm^3": "cc",
         "in": "in inch inches", "ft": "ft foot feet", "yd": "yd yard", "mi": "mi mile", "g": "g gram gramme",
         "kg": "kg kilogram",
         "mg": "mg milligram", "A": "A amp ampere", "oz": "oz ounce", "s": "s sec second", "min": "min minute",
