@@ -132,7 +132,7 @@ _BOUNDS = tuple(
         (r"(?:is )?(?:approximately|about|roughly|around)(?= *[-\d.$\\])", r"\\approx "),
     )
 )  # fmt: skip
-# "The value is 7": introductory words up to a verb. They are removed unless one of them negates or bounds.
+# "The value is 7": introductory words up to a verb. They are removed unless one of them negates, bounds or changes it.
 _LEAD = re.compile(
     r"((?:[A-Za-z']+[ ,]+)*?)(?:(?:is|are|equals|be)(?:\s*[:=]\s*|\s+)"
     r"|(?:answer|result|solution|option|choice|value)(?:\s*[:=]\s*|\s+(?!of |for |is )))(?=\S)",
@@ -148,8 +148,8 @@ _ALL_REALS = re.compile(r"all (?:the )?reals?(?: numbers?)?", re.IGNORECASE)
 _LABEL = re.compile(r"([A-Za-z']{3,}(?: [A-Za-z']+)*)\s*[:=]\s*(?==?[^=])")  # area = 5
 _SHORT_NEUTRAL = frozenset("ans the so we get our has of in for sum its it and thus a".split())
 _NEGATIONS = re.compile(
-    r"\b(?:not?|never|none|nor|neither|cannot|\w+n't|twice|half|except|without|unless|if|when|least|most|than|false|wrong|incorrect|"
-    r"(?:double|(?:square|cube|root|negative|opposite|reciprocal|inverse) of)"
+    r"\b(?:not?|never|none|nor|neither|cannot|\w+n't|except|without|unless|if|when|least|most|than|false|wrong|"
+    r"incorrect|twice|half|(?:double|(?:square|cube|root|negative|opposite|reciprocal|inverse) of)"
     r"(?: the)? (?:answer|result|value|it))\b",
     re.IGNORECASE,
 )
