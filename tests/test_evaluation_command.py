@@ -17,6 +17,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+import torch
 from rich.progress import Progress
 from transformers import GenerationConfig
 
@@ -25,7 +26,7 @@ from arpo_trl.common.adapters import of_revision
 from arpo_trl.errors import ConfigError
 from arpo_trl.evaluation.benchmarks import BENCHMARKS
 from arpo_trl.evaluation.command import _ProgressBar, compare_runs, load_all
-from arpo_trl.evaluation.engines import load_tokenizer, make_sampler
+from arpo_trl.evaluation.engines import _load_model, _weights, load_tokenizer, make_sampler
 from arpo_trl.evaluation.samples import Records, key_of
 from arpo_trl.evaluation.settings import EvalSettings
 from arpo_trl.rollout.engines.completions import CompletionsEngine
@@ -289,6 +290,22 @@ def test_an_adapter_is_evaluated_with_its_model(monkeypatch, capsys, here, model
     assert command_output(monkeypatch, capsys, *shared, "--adapter", here / "adapter", "--output", "run")[0] == 0
     status, _, err = command_output(monkeypatch, capsys, *shared, "--adapter", here / "nowhere", "--output", "other")
     assert status == 2 and "The adapter of" in err
+
+
+def test_an_adapter_is_evaluated_as_it_was_trained(here, model):
+    """Merged into bfloat16 weights it would be rounded."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(here / "base")
+    lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(here / "base"), lora).save_pretrained(here / "adapter")
+    settings = EvalSettings(model=str(here / "adapter"))
+    evaluated = _load_model(settings, _weights(settings))
+    trained = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(here / "base"), here / "adapter")
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        assert torch.equal(evaluated(ids).logits, trained(ids).logits)
 
 
 def test_an_adapter_is_evaluated_with_its_revision_and_its_tokenizer(monkeypatch, capsys, here, model, hub):

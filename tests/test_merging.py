@@ -7,6 +7,7 @@ import huggingface_hub
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from arpo_trl.common.adapters import tokenizer_of
@@ -82,6 +83,81 @@ def test_an_adapter_of_one_of_two_tied_layers_leaves_the_other_as_it_was(base, t
         assert torch.allclose(merged(IDS).logits, model.eval()(IDS).logits, atol=1e-5)
 
 
+def resized(base, folder, **lora):
+    """An adapter's model with five more tokens than `base`, saved in `folder`."""
+    torch.manual_seed(1)
+    more = AutoModelForCausalLM.from_pretrained(base)
+    more.resize_token_embeddings(more.config.vocab_size + 5)
+    model = get_peft_model(more, LoraConfig(r=4, init_lora_weights=False, **lora)).eval()
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("layers", [["lm_head"], ["embed_tokens"]], ids=" ".join)
+def test_an_adapter_of_one_of_two_tied_layers_may_have_new_tokens(base, tmp_path, layers):
+    tied = AutoModelForCausalLM.from_pretrained(base)
+    tied.config.tie_word_embeddings = True
+    tied.tie_weights()
+    tied.save_pretrained(tmp_path / "tied")
+    model = resized(tmp_path / "tied", tmp_path / "adapter", target_modules=layers)
+    merge_adapter(str(tmp_path / "adapter"), tmp_path / "merged")
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(IDS).logits
+        torch.testing.assert_close(merged, model(IDS).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("layers", "is_whole"), [(["lm_head"], False), (["embed_tokens"], False), (["lm_head", "embed_tokens"], True)]
+)
+def test_an_adapter_without_all_weights_of_its_new_tokens_is_refused(base, tmp_path, layers, is_whole):
+    model = resized(base, tmp_path / "adapter", target_modules=layers)
+    if is_whole:
+        merge_adapter(str(tmp_path / "adapter"), tmp_path / "merged")
+        with torch.no_grad():
+            merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(IDS).logits
+            torch.testing.assert_close(merged, model(IDS).logits, atol=1e-4, rtol=1e-4)
+        return
+    has = (
+        rf"trained with 322 tokens, its base model has 317, .* only of \S*{layers[0]}\. .*: \[embed_tokens, lm_head\]"
+    )
+    with pytest.raises(ConfigError, match=has):
+        merge_adapter(str(tmp_path / "adapter"), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_merge_that_loses_what_was_trained_says_how_much(tmp_path, caplog):
+    """Each weight is 1, and its trained difference 1/512 or 1/64. The digits of bfloat16 there are 1/128 apart."""
+    base = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path / "base"), dtype=torch.bfloat16)
+    for layer in base.model.layers:
+        torch.nn.init.ones_(layer.self_attn.q_proj.weight)
+    base.save_pretrained(tmp_path / "base")
+
+    def merge(difference: float, name: str, dtype: str | None = None) -> torch.Tensor:
+        adapted = get_peft_model(base, LoraConfig(r=1, lora_alpha=1, target_modules=["q_proj"]))
+        for weight_name, weight in adapted.named_parameters():
+            if "lora_" in weight_name:
+                torch.nn.init.constant_(weight, 1.0 if "lora_A" in weight_name else difference)
+        adapted.save_pretrained(tmp_path / f"adapter-{name}")
+        adapted.unload()
+        caplog.clear()
+        merge_adapter(str(tmp_path / f"adapter-{name}"), tmp_path / name, dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(tmp_path / name).model.layers[0].self_attn.q_proj.weight
+
+    assert (merge(1 / 512, "lost") == 1).all()
+    assert "Merging loses 100% of what was trained: " in caplog.text and "the digits of bfloat16" in caplog.text
+    assert "Merge with --dtype float32" in caplog.text
+    assert (merge(1 / 64, "kept") == 1 + 1 / 64).all() and "Merging loses" not in caplog.text
+    assert (merge(1 / 512, "exact", "float32") == 1 + 1 / 512).all() and "Merging loses" not in caplog.text
+
+
+def test_a_sum_that_is_too_large_for_float16_is_refused(base, adapter, tmp_path):
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: 1e4 * weight for name, weight in weights.items()}, adapter / "adapter_model.safetensors")
+    with pytest.raises(DataError, match="too large for float16"):
+        merge_adapter(str(adapter), tmp_path / "merged", dtype="float16")
+
+
 def test_a_dtype_is_that_of_the_result(base, adapter, tmp_path):
     merge_adapter(str(adapter), tmp_path / "merged", dtype="bfloat16")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype is torch.bfloat16
@@ -102,6 +178,15 @@ def test_a_merged_run_keeps_its_card(adapter, tmp_path):
     assert "library_name: transformers" in card and "base_model: Qwen/Qwen3-8B" in card
     assert 'AutoModelForCausalLM.from_pretrained("me/whole")' in card
     assert "half are right" in card and "| LoRA rank | 4 |" in card
+
+
+def test_the_card_names_the_base_into_which_the_adapter_is_merged(hub, base, adapter, tmp_path):
+    hub.repos["models", "me/whole-base"] = files_of(Path(base))
+    (adapter / "training_config.yaml").write_text("model_name_or_path: me/base-bnb-4bit\nuse_peft: true\n")
+    merge_adapter(str(adapter), tmp_path / "merged", base="me/whole-base")
+    card = (tmp_path / "merged/README.md").read_text()
+    assert "base_model: me/whole-base\n" in card
+    assert "[me/whole-base]" in card and "[me/base-bnb-4bit]" not in card
 
 
 def files_of(folder) -> dict[str, bytes]:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
+import re
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,30 +137,98 @@ def check_saved(model: Any, weights: dict[str, Any] | None) -> None:
             )
 
 
-def merged(model: Any, adapter: str) -> Any:
-    """The model with the weights of the adapter in the folder or repository `adapter` added to its own.
+def adapted(model: Any, adapter: str) -> Any:
+    """The model with the adapter in the folder or repository `adapter`, which computes as in training: not merged.
 
-    A cold start with new tokens (`chat_template_path`) changes the number of embeddings. The adapter then contains the
-    embeddings, and the model gets as many. An adapter of the embeddings or of the head changes only one of them, so
-    if they share their weights, the head gets its own.
+    Training with new tokens (`chat_template_path`) changes the number of embeddings. The adapter then contains the
+    embeddings and the head, and the model gets as many.
+
+    Raises:
+        ConfigError: The adapter has another number of tokens, and not both layers of a model that does not tie them.
     """
     from peft import PeftModel, load_peft_weights
+
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {module: name for name, module in model.named_modules()}
+    saved = load_peft_weights(adapter, device="cpu")
+    counts = {
+        names[layer]: len(weights)
+        for layer in (embeddings, head)
+        for key, weights in saved.items()
+        if re.fullmatch(rf"base_model\.model\.{re.escape(names[layer])}\.(.*base_layer\.)?weight", key)
+    }
+    if new := {count for count in counts.values() if count != embeddings.num_embeddings}:
+        if head.weight is not embeddings.weight and len(counts) == 1:
+            both = ", ".join(names[layer].rpartition(".")[2] for layer in (embeddings, head))
+            raise ConfigError(
+                f"The adapter {adapter!r} was trained with {max(new)} tokens, its base model has "
+                f"{embeddings.num_embeddings}, and the adapter has the new tokens' weights only of "
+                f"{next(iter(counts))}. Train it again with lora_modules_to_save: [{both}]."
+            )
+        model.resize_token_embeddings(max(new), mean_resizing=False)
+    return PeftModel.from_pretrained(model, adapter)
+
+
+LOST = 0.3
+"""The part of what was trained that a merge may lose without a warning. The rest then has 0.91 of the squared norm."""
+
+
+def merged(model: Any, adapter: str, way_out: str) -> Any:
+    """The model with the weights of the adapter in the folder or repository `adapter` added to its own.
+
+    An adapter of the embeddings or of the head changes only one of them, so if they share their weights, the head gets
+    its own.
+
+    A sum in 16 bits is rounded: a difference of less than half a unit of a weight's last digit is lost. If much is
+    lost, a warning tells how much of it: ‖sum in 16 bits − exact sum‖ / ‖exact sum − base‖ over all merged weights.
+
+    Args:
+        way_out: A sentence for this warning that says how to keep what was trained.
+
+    Raises:
+        ConfigError: See `adapted`.
+        ValueError: A sum is not finite, or the adapter does not fit the model or cannot be merged.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from torch.nn import Parameter
 
-    embeddings = model.get_input_embeddings()
-    name = next(name for name, module in model.named_modules() if module is embeddings)
-    own = [
-        weights
-        for key, weights in load_peft_weights(adapter, device="cpu").items()
-        if key.startswith(f"base_model.model.{name}.") and key.endswith(".weight")
-    ]
-    if own and len(own[0]) != embeddings.num_embeddings:
-        model.resize_token_embeddings(len(own[0]), mean_resizing=False)
-    adapted = PeftModel.from_pretrained(model, adapter)
+    whole = adapted(model, adapter)
     layers = model.get_output_embeddings(), model.get_input_embeddings()
     head, embeddings = (layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers)
     if layers != (head, embeddings) and head.weight is embeddings.weight:
         head.weight = Parameter(head.weight.detach().clone())
         model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
-    return adapted.merge_and_unload(safe_merge=True)
+    lost = _merge_layers(layer for layer in whole.modules() if isinstance(layer, BaseTunerLayer))
+    if lost > LOST:
+        logger.warning(
+            f"Merging loses {lost:.0%} of what was trained: its differences are smaller than the digits of "
+            f"{str(model.dtype).removeprefix('torch.')}. {way_out}"
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All adapters are already merged")
+        return whole.merge_and_unload(safe_merge=True)
+
+
+def _merge_layers(layers: Iterable[Any]) -> float:
+    """Add adapters to the weights of their layers, in float32; returns the part of what was trained that is lost when
+    the sums are rounded to the weights' dtype."""
+    import torch
+
+    lost = trained = 0.0
+    for layer in layers:
+        short = [
+            (weight, weight.data)
+            for weight in layer.get_base_layer().parameters()
+            if weight.dtype in (torch.bfloat16, torch.float16)
+        ]
+        for weight, base in short:
+            weight.data = base.float()
+        layer.merge(safe_merge=True)
+        for weight, base in short:
+            exact = weight.data
+            weight.data = exact.to(base.dtype)
+            lost += float(torch.dist(exact, weight.data.float())) ** 2
+            trained += float(torch.dist(exact, base.float())) ** 2
+    if not math.isfinite(lost):
+        raise ValueError("the sum of the adapter and its base model is too large for float16")
+    return math.sqrt(lost / trained) if trained else 0.0

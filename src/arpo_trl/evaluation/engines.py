@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
-from arpo_trl.common.adapters import base_revision, merged, tokenizer_of
+from arpo_trl.common.adapters import adapted, base_revision, merged, tokenizer_of
 from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.common.settings import template_arguments
 from arpo_trl.common.user_files import user_path
@@ -185,8 +186,8 @@ def _weights(settings: EvalSettings) -> _Weights:
     return _Weights(base, base_revision(config, base), adapter)
 
 
-def _load_model(settings: EvalSettings, weights: _Weights) -> Any:
-    """Load the model and merge the adapter into it."""
+def _load_model(settings: EvalSettings, weights: _Weights, with_adapter: Callable[[Any, str], Any] = adapted) -> Any:
+    """Load the model, with the adapter by `with_adapter(model, adapter)`."""
     from transformers import AutoModelForCausalLM
 
     base, revision, adapter = weights
@@ -200,7 +201,7 @@ def _load_model(settings: EvalSettings, weights: _Weights) -> Any:
     )
     if adapter is None:
         return model
-    return load_pretrained("adapter", adapter, partial(merged, model))
+    return load_pretrained("adapter", adapter, partial(with_adapter, model))
 
 
 def _vllm_engine(
@@ -229,7 +230,8 @@ def _vllm_engine(
         path = base
         if adapter is not None:
             path = folder
-            _load_model(settings, weights).save_pretrained(folder)
+            way_out = "Evaluate with dtype: float32, or with engine: transformers, which does not merge."
+            _load_model(settings, weights, partial(merged, way_out=way_out)).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         llm = load_pretrained(
             "weights",

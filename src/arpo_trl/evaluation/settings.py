@@ -34,7 +34,7 @@ class EvalSettings(ToolLimits, JudgeArguments):
     """
 
     model: str | None = setting(None, "Folder or Hub id of the model; with --base-url, of its tokenizer.")
-    adapter: str | None = setting(None, "Folder or Hub id of a PEFT adapter, which is merged into the model.")
+    adapter: str | None = setting(None, "Folder or Hub id of a PEFT adapter of the model.")
     engine: str = setting(
         EngineKind.TRANSFORMERS.value, "The engine that samples, in this process.", choices=EngineKind
     )

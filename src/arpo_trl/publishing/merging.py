@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -23,6 +24,10 @@ from arpo_trl.rollout.protocols.generation_ends import eos_ids_of
 from arpo_trl.visible import without_secrets
 
 _CARRIED = (TRAINING_CONFIG, EVALUATION, TRAINER_STATE)
+_WAY_OUT = (
+    "Merge with --dtype float32 and keep the result in that precision, or use the adapter as it is: arpo-trl eval "
+    "--adapter, or vllm serve --enable-lora."
+)
 
 
 def merge_adapter(
@@ -44,7 +49,8 @@ def merge_adapter(
         trust_remote_code: Whether code of the base model's repository may run.
 
     Raises:
-        ConfigError: `output` exists, there is no such dtype, or the tokenizer cannot be loaded.
+        ConfigError: `output` exists, there is no such dtype, the adapter lacks weights of its new tokens, or the
+            tokenizer cannot be loaded.
         DataError: `adapter` is not an adapter, its base model cannot be loaded, it belongs to another base model, or
             its tokenizer cannot be saved.
     """
@@ -77,7 +83,9 @@ def merge_adapter(
             told = "loading it runs code of its repository. If you trust that code, add --trust-remote-code."
         raise DataError(f"The base model {name!r} of {adapter} cannot be loaded: {told}") from error
     try:
-        model = merged(model, adapter)
+        model = merged(model, adapter, _WAY_OUT)
+    except ConfigError:
+        raise
     except Exception as error:  # different sizes or layer names, weights that are not finite, or a broken file
         raise DataError(
             f"{adapter} does not fit its base model {name!r}: {without_secrets(str(error))[:300]}"
@@ -98,4 +106,4 @@ def merge_adapter(
                 shutil.copyfile(folder / file, partial / file)
         card = Card.of(partial, repo_id or output.name)
         if card is not None:
-            card.write(partial)
+            (card if base is None else dataclasses.replace(card, base_model=base)).write(partial)
