@@ -302,6 +302,7 @@ def test_a_tool_and_a_reward_are_imported_from_the_current_folder(tmp_path, monk
         ("broken", "import broken_part"),
         ("broken_part", "\nn"),
         ("cut", "("),
+        ("ends", "import argparse\nargparse.ArgumentParser().parse_args(['--port'])"),
         ("needs", "import no_such"),
     ):
         (tmp_path / f"{name}.py").write_text(text)
@@ -317,6 +318,7 @@ def test_a_tool_and_a_reward_are_imported_from_the_current_folder(tmp_path, monk
         ("no_such_module:f", "no_such_module cannot be imported .ModuleNotFoundError"),
         ("own_code", "expected an import path such as"),
         ("broken:f", r"broken cannot be imported \(NameError: .*'n'.*\)\. It fails in .*broken_part.py, line 2\."),
+        ("ends:f", r"'ends:f', but ends ends the program when .* \(2\)\. It fails in .*ends.py, line 2\. .*__main__"),
         ("cut:f", r"cut cannot be imported \(SyntaxError: .*cut.py, line 1\)\)\.$"),
         ("needs:f", r"No module named 'no_such'\)\. It fails in .*needs.py, line 1\."),
     ):

@@ -38,6 +38,11 @@ def load_callable(path: str, setting: str) -> Any:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
+    except SystemExit as error:
+        raise ConfigError(
+            f"{setting} contains {path!r}, but {module_name} ends the program when it is imported ({error.code!r})."
+            f'{_place(error, at_import=True)} Put what it does as a program under `if __name__ == "__main__":`.'
+        ) from error
     except Exception as error:  # the module's own code can raise anything
         is_missing = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
         where = f" Python searches for it in {os.getcwd()} and in the installed packages."
@@ -55,10 +60,17 @@ def load_callable(path: str, setting: str) -> Any:
     return found
 
 
-def _place(error: Exception) -> str:
-    """A sentence with the line at which the code of a module has failed; empty if there is none."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
-    return f" It fails in {frames[-1].filename}, line {frames[-1].lineno}." if frames[1:] else ""
+def _place(error: BaseException, at_import: bool = False) -> str:
+    """A sentence with the line at which the code of a module has failed; empty if there is none.
+
+    Args:
+        at_import: Return the line of the imported module itself, and not the line in a function that it has called.
+    """
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename][1:]
+    if not frames:
+        return ""
+    place = frames[0 if at_import else -1]
+    return f" It fails in {place.filename}, line {place.lineno}."
 
 
 @contextmanager
