@@ -46,6 +46,15 @@ class NoContext(BranchRule):
         return BranchDecision(fires=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class NoAbove(BranchRule):
+    def judge(self, candidate: Any, context: Any) -> BranchDecision:
+        return BranchDecision(fires=True)
+
+    def most_branches(self) -> int:  # type: ignore[override]
+        return 2
+
+
 class NoCall(Credit):
     pass
 
@@ -64,6 +73,7 @@ class NoRead(Provider):
         (register_rule, NoPick, r"NoPick .*: it does not define \['pick'\]"),
         (register_rule, NoPlan, r"NoPlan .*: it does not define \['plan'\]"),
         (register_rule, NoContext, r"its judge cannot be called with \['self', 'candidate', 'context'\]"),
+        (register_rule, NoAbove, r"its most_branches cannot be called with \['self', 'above'\]"),
         (register_rule, print, r"print .*: expected a class that derives from BranchRule"),
         (register_credit, Alone, r"Alone .* as the credit 'mine': expected a class that derives from Credit"),
         (register_credit, NoCall, r"NoCall .*: it does not define \['__call__'\], which a Credit needs"),
@@ -75,6 +85,21 @@ def test_a_class_that_lacks_a_method_is_an_error_at_its_registration(register, m
     with pytest.raises(ConfigError, match=message):
         register("mine")(made)
     assert "mine" not in {*RULES.names, *CREDITS.names, *PROVIDERS.names}
+
+
+@pytest.mark.parametrize(
+    ("register", "decorator"),
+    [(register_rule, "rule"), (register_credit, "credit"), (register_provider, "provider")],
+)
+def test_a_decorator_without_a_name_is_an_error(register, decorator):
+    with pytest.raises(ConfigError, match=rf'@register_{decorator} has no name; .*@register_{decorator}\("my_name"\)'):
+        register(NoCall)
+
+
+@pytest.mark.parametrize("name", ["local", "recorded"])
+def test_a_provider_cannot_have_the_name_of_a_source_without_a_service(name):
+    with pytest.raises(ConfigError, match=f"The search provider '{name}' is built in"):
+        register_provider(name)
 
 
 def test_a_static_method_needs_no_self(monkeypatch):
@@ -163,6 +188,44 @@ def test_a_configuration_file_selects_classes_by_their_import_path(tmp_path, own
     rule, credit = config.make_branch_rule(), config.make_credit()
     assert (type(rule).__name__, rule.until_depth, rule.name) == ("Early", 3, "own_classes:Early")
     assert (type(credit).__name__, credit.factor) == ("Scaled", 0.5)
+
+
+def test_an_import_path_selects_the_class_that_the_module_defines_now(tmp_path, own_module):
+    settings = {"branch_rule": "own_classes:Early", "advantage_attribution": "own_classes:Scaled"}
+    config = ARPOConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+    assert (config.make_branch_rule().until_depth, config.make_credit().factor) == (2, 1.0)
+    changed = OWN.replace("until_depth: int = 2", "until_depth: int = 5").replace(
+        "factor: float = 1.0", "factor: int = 3"
+    )
+    exec(changed, vars(sys.modules["own_classes"]))  # as a cell of a notebook that is run again
+    config = ARPOConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+    assert (config.make_branch_rule().until_depth, config.make_credit().factor) == (5, 3)
+
+
+def test_a_program_that_selects_its_own_registered_class_by_its_file_is_told_the_name(tmp_path, own_module):
+    registered = "\nfrom arpo_trl import register_rule\nregister_rule('mine')(Early)\n"
+    (tmp_path / "own_classes.py").write_text(OWN + registered)
+    exec(OWN + registered, {"__name__": "__main__"})
+    with pytest.raises(ConfigError, match=r"__main__\.Early has that name.*select the class of the started .*'mine'"):
+        ARPOConfig(output_dir=str(tmp_path), use_cpu=True, branch_rule="own_classes:Early")
+
+
+@pytest.mark.parametrize(
+    ("attribute", "message"),
+    [
+        ("moment = 'RESULT'", r"`moment` of .* is 'RESULT'; expected a Moment of arpo_trl.rollout.rules"),
+        ("alarms = ['x']", r"`alarms` of .* is \['x'\]; expected a list of Alarm of arpo_trl.common.alarm"),
+        (
+            "first_paths = lambda self, leaves: 2.0",
+            r"returned 2\.0 from `first_paths`; expected a whole number of at least 1",
+        ),
+        ("first_paths = lambda self, leaves: 0", r"returned 0 from `first_paths`; expected a whole number"),
+    ],
+)
+def test_an_attribute_of_a_rule_of_another_kind_is_an_error_that_names_it(tmp_path, own_module, attribute, message):
+    (tmp_path / "own_classes.py").write_text(OWN.replace("until_depth: int = 2", attribute))
+    with pytest.raises(ConfigError, match=message):
+        ARPOConfig(output_dir=str(tmp_path), use_cpu=True, branch_rule="own_classes:Early")
 
 
 @pytest.mark.parametrize(

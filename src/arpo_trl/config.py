@@ -35,6 +35,7 @@ from arpo_trl.options import (
 from arpo_trl.rollout.credit import SharedPrefixWeight, attributions, build_credit
 from arpo_trl.rollout.engines.generation_rules import refuse_rules, rules_of
 from arpo_trl.rollout.rules import RULES, BranchRule, build_rule
+from arpo_trl.rollout.rules.base import are_whole
 from arpo_trl.visible import get_logger
 
 if TYPE_CHECKING:
@@ -501,7 +502,13 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         """Sets the default of N and checks that the branch rule can spend the other leaves."""
         rule = self.make_branch_rule()
         if self.initial_rollouts is None:
-            self.initial_rollouts = rule.first_paths(self.num_generations)
+            first = rule.first_paths(self.num_generations)
+            if not are_whole([first], 1, math.inf):
+                raise ConfigError(
+                    f"The branch rule {self.branch_rule!r} returned {first!r} from `first_paths`; expected a whole "
+                    "number of at least 1."
+                )
+            self.initial_rollouts = first
         rule.check(self.num_generations, self.initial_rollouts, self.max_tool_calling_iterations)
         paths = f"initial_rollouts (N) is {self.initial_rollouts} and num_generations (M) is {self.num_generations}"
         if self.initial_rollouts == self.num_generations and self.branch_rule_kwargs:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Generic, TypeVar
 
@@ -34,11 +34,22 @@ class Registry(Generic[T]):
         base: The name of the classes' base class, in the package's file `base`.
         setting: The setting that selects a class, also by its import path. Their options are in the setting of that
             name and `_kwargs`. None: no import paths and no options.
+        reserved: Names that no class can have.
     """
 
-    def __init__(self, kind: str, package: str, paths: Iterable[str], base: str, setting: str | None = None):
+    def __init__(
+        self,
+        kind: str,
+        package: str,
+        paths: Iterable[str],
+        base: str,
+        setting: str | None = None,
+        *,
+        reserved: Collection[str] = (),
+    ):
         self.kind = kind
         self._setting = setting
+        self._reserved = reserved
         self._base = base
         self._package = package
         self.own = [module.name for module in pkgutil.iter_modules(paths) if module.name != BASE]
@@ -51,9 +62,15 @@ class Registry(Generic[T]):
         A class may be registered again, for example when a notebook cell runs twice.
 
         Raises:
-            ConfigError: Another class has that name, or the class does not derive from the base class, or does not
-                define its abstract methods with their parameters.
+            ConfigError: `name` is no text or is reserved, or another class has it, or the class does not derive from
+                the base class, lacks an abstract method, or has other parameters in a method.
         """
+        given: Any = name  # the class, if the decorator has no parentheses
+        if not isinstance(given, str):
+            decorator = f"register_{self.kind.split()[-1]}"
+            raise ConfigError(f'@{decorator} has no name; expected one, such as @{decorator}("my_name").')
+        if name in self._reserved:
+            raise ConfigError(f"The {self.kind} {name!r} is built in and no class. Choose another name.")
 
         def add(made: T) -> T:
             self._check(made, name)
@@ -61,9 +78,12 @@ class Registry(Generic[T]):
             if known is None and name in self.own and made.__module__ != f"{self._package}.{name}":
                 known = self.get(name)
             if known is not None and f"{known.__module__}.{known.__qualname__}" != home:
+                # The program itself is __main__. Its import path makes a second module of the same file.
+                is_program = known.__module__ == "__main__" and known.__qualname__ == made.__qualname__
                 raise ConfigError(
                     f"{home} cannot be registered as the {self.kind} {name!r}: {known.__module__}."
-                    f"{known.__qualname__} has that name. Choose another."
+                    f"{known.__qualname__} has that name. Choose another"
+                    + (f", or select the class of the started program as {name!r}." if is_program else ".")
                 )
             made.name = name
             self._classes[name] = made
@@ -80,9 +100,13 @@ class Registry(Generic[T]):
         if missing := sorted(getattr(made, "__abstractmethods__", ())):
             raise ConfigError(f"{subject}: it does not define {missing}, which a {self._base} needs. Define them.")
         for declaring in reversed(made.__mro__):
-            for method in getattr(declaring, "__abstractmethods__", ()):
+            ours = vars(declaring) if declaring.__module__.startswith(f"{self._package}.") else {}
+            for method, function in ours.items():
+                is_private = method.startswith("_") and not getattr(function, "__isabstractmethod__", False)
+                if is_private or not inspect.isfunction(function):
+                    continue
                 has_no_self = isinstance(inspect.getattr_static(made, method), staticmethod | classmethod)
-                parameters = list(inspect.signature(getattr(declaring, method)).parameters)[has_no_self:]
+                parameters = list(inspect.signature(function).parameters)[has_no_self:]
                 try:
                     inspect.signature(getattr(made, method)).bind(*parameters)
                 except TypeError as error:
@@ -104,10 +128,14 @@ class Registry(Generic[T]):
         """The class of that name, or at that import path, such as "my_module:MyClass".
 
         Raises:
-            ConfigError: There is no such class, or `register` refuses it.
+            ConfigError: There is no such class, or it lacks what `register` requires.
         """
         if self._setting is not None and name not in self.names and is_import_path(name):
-            self.register(name)(load_callable(name, self._setting))
+            # Not stored: the module may define the class anew, such as a notebook's cell that is edited and run again.
+            made: T = load_callable(name, self._setting)
+            self._check(made, name)
+            made.name = name
+            return made
         if name not in self.names:
             paths = "" if self._setting is None else ", or an import path such as my_module:MyClass"
             raise ConfigError(f"There is no {self.kind} {name!r}; expected one of {self.names}{paths}.")

@@ -16,15 +16,13 @@ from arpo_trl.tools.python.local import ISOLATIONS, python_tool
 from arpo_trl.tools.python.remote import remote_python_tool
 from arpo_trl.tools.search.cache import CacheMode, SearchCache
 from arpo_trl.tools.search.index import LocalIndex, RecordedSearch, Searchable, search_tool
-from arpo_trl.tools.search.providers import FIELDS, PROVIDERS, make_provider
+from arpo_trl.tools.search.providers import FIELDS, LOCAL_SOURCES, PROVIDERS, make_provider
 from arpo_trl.tools.search.web import WebSearch
 from arpo_trl.visible import get_logger, say
 
 logger = get_logger(__name__)
 
 BUILT_IN = ("search", "python", "visit")
-LOCAL_SOURCES = {"local": "search_index", "recorded": "search_recorded"}
-"""Search providers that need no service, and the setting that each one requires."""
 
 
 @dataclass

@@ -29,6 +29,7 @@ from arpo_trl.rollout.rules.base import (
     Moment,
     Planned,
     Rounds,
+    check_attributes,
     fire_rate_alarms,
     grant,
     mean,
@@ -65,7 +66,9 @@ def build_rule(name: str, settings: Mapping[str, Any], options: Mapping[str, Any
         options: Values for the rule's other fields.
 
     Raises:
-        ConfigError: The rule does not exist, has no field for an option, or has a required field without a value.
+        ConfigError: The rule does not exist, has no field for an option, has a required field without a value, or has
+            another kind of `moment` or `alarms`.
     """
     rule: BranchRule = RULES.build(name, options, settings)
+    check_attributes(rule)
     return rule

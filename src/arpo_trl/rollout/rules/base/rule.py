@@ -213,6 +213,24 @@ class BranchRule(ABC):
         return
 
 
+def check_attributes(rule: BranchRule) -> None:
+    """Check the attributes of a rule that are no settings.
+
+    Raises:
+        ConfigError: `moment` is no `Moment`, or `alarms` are no `Alarm`s.
+    """
+    if not isinstance(rule.moment, Moment):
+        raise ConfigError(
+            f"`moment` of the branch rule {rule.name!r} is {rule.moment!r}; expected a Moment of "
+            "arpo_trl.rollout.rules, such as Moment.RESULT."
+        )
+    if not (isinstance(rule.alarms, Sequence) and all(isinstance(alarm, Alarm) for alarm in rule.alarms)):
+        raise ConfigError(
+            f"`alarms` of the branch rule {rule.name!r} is {rule.alarms!r}; expected a list of Alarm of "
+            "arpo_trl.common.alarm."
+        )
+
+
 def grant(
     decisions: Sequence[BranchDecision], wanted: Sequence[int], priorities: Sequence[float], remaining: int
 ) -> list[BranchDecision]:

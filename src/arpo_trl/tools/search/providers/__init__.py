@@ -13,9 +13,23 @@ from arpo_trl.errors import ConfigError
 from arpo_trl.net.addresses import check_server_url
 from arpo_trl.tools.search.providers.base import FIELDS, Hit, Provider, Unanswered
 
-__all__ = ["FIELDS", "PROVIDERS", "Hit", "Provider", "Unanswered", "make_provider", "register_provider"]
+__all__ = [
+    "FIELDS",
+    "LOCAL_SOURCES",
+    "PROVIDERS",
+    "Hit",
+    "Provider",
+    "Unanswered",
+    "make_provider",
+    "register_provider",
+]
 
-PROVIDERS: Registry[type[Provider]] = Registry("search provider", __name__, __path__, "Provider")
+LOCAL_SOURCES = {"local": "search_index", "recorded": "search_recorded"}
+"""The values of `search_provider` that are no services, each with the setting that it needs."""
+
+PROVIDERS: Registry[type[Provider]] = Registry(
+    "search provider", __name__, __path__, "Provider", reserved=LOCAL_SOURCES
+)
 register_provider = PROVIDERS.register
 
 
