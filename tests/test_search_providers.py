@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -356,32 +357,49 @@ def test_the_modules_of_all_tools_are_imported_before_the_search_tool_is_made(
     assert [tool.__name__ for tool in tools] == ["search", "lookup"][::order]
 
 
+def misspelt(provider: Wiki, answer: Any) -> Iterator[Hit]:
+    for page in answer["pages"]:
+        yield Hit(title=page["name"], url="", text=page["boddy"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("step", "broken"),
+    ("step", "broken", "told"),
     [
-        ("read", lambda *_: 1 / 0),
-        ("read", lambda *_: None),
-        ("read", lambda *_: ["text"]),
-        ("read", lambda *_: ""),
-        ("read", lambda *_: {}),
-        ("read", lambda *_: [{"title": "Iron"}]),
-        ("read", lambda *_: [Hit(title="Iron", url="", text=None)]),
-        ("request", lambda *_: None),
-        ("request", lambda *_: 1 / 0),
+        ("read", misspelt, r"`read` raised KeyError \(test_search_providers.py, line LINE\)"),
+        ("read", lambda *_: int(KEY), r"`read` raised ValueError \(test_search_providers.py, line \d+\)"),
+        ("read", lambda *_: None, "`read` returned a NoneType; expected a list of Hit"),
+        ("read", lambda *_: ["text"], "`read` returned a str in its list; expected a Hit"),
+        ("read", lambda *_: "", "`read` returned a str; expected a list of Hit"),
+        ("read", lambda *_: {}, "`read` returned a dict; expected a list of Hit"),
+        ("read", lambda *_: [{"title": "Iron"}], "`read` returned a dict in its list; expected a Hit"),
+        (
+            *("read", lambda *_: [Hit(title="Iron", url="", text=None)]),
+            "`read` returned a Hit whose text is a NoneType; expected a str",
+        ),
+        ("request", lambda *_: "http://127.0.0.1", "`request` returned a str; expected an httpx.Request"),
+        ("request", lambda *_: 1 / 0, r"`request` raised ZeroDivisionError \(test_search_providers.py, line \d+\)"),
     ],
 )
-def test_a_faulty_provider_degrades_searches_and_is_not_kept(
-    step: str, broken: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_faulty_provider_degrades_searches_and_is_not_kept_and_its_fault_is_logged(
+    step: str,
+    broken: Any,
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     pages = [{"name": "Iron", "body": "Melts at 1538 °C."}]
+    line = misspelt.__code__.co_firstlineno + 2
     with Loopback(lambda asked: Reply({"pages": pages})) as server:
-        service = search("wiki", server, tmp_path, monkeypatch, mode=CacheMode.RECORD)
+        breaker = CircuitBreaker(failures=1, rest_s=0)
+        service = search("wiki", server, tmp_path, monkeypatch, mode=CacheMode.RECORD, breaker=breaker)
         with monkeypatch.context() as patch:
             patch.setattr(Wiki, step, broken)
             with pytest.raises(ToolUnavailable, match="unavailable"):
                 service.search(QUERY, 5)
         assert service.search(QUERY, 5) == ["Iron: Melts at 1538 °C."]
+    assert re.search(told.replace("LINE", str(line)), caplog.text) and KEY not in caplog.text
 
 
 def test_an_unknown_provider_is_named_with_all_that_are_registered() -> None:

@@ -14,7 +14,10 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -221,22 +224,18 @@ class WebSearch:
         try:
             request = self._provider.request(query, results, key)
             if not isinstance(request, httpx.Request):
-                raise TypeError
-        except Exception as error:  # a provider's own code; its message could contain the key
-            raise RequestFailed(f"could not be asked: `request` raised {type(error).__name__}", status=200) from None
+                raise _WrongResult(f"`request` returned a {type(request).__name__}; expected an httpx.Request")
+        except Exception as error:  # a provider's own code can raise anything
+            raise RequestFailed(f"could not be asked: {_fault('request', error)}", status=200) from None
         answer = fetch_json(request, timeout_s=max(0.1, deadline - time.time()), sent=query)
         try:
-            read = self._provider.read(answer)
-            hits = list(read)
-            if isinstance(read, str | Mapping) or not all(
-                isinstance(part, str) for hit in hits for part in (hit.title, hit.url, hit.text)
-            ):
-                raise TypeError
+            hits = _checked_hits(self._provider.read(answer))
         except Unanswered as error:
             raise RequestFailed(str(error)) from None
-        except Exception:  # a provider's own code can raise anything
+        except Exception as error:
             about_account = mentions_account(str(answer)[:_ERROR_CHARS], query)
-            raise RequestFailed("answered in an unexpected format", status=200, about_account=about_account) from None
+            reason = f"answered in an unexpected format: {_fault('read', error)}"
+            raise RequestFailed(reason, status=200, about_account=about_account) from None
         if not hits and says_error(answer):
             about_account = mentions_account(str(answer)[:_ERROR_CHARS], query)
             raise RequestFailed("answered with an error", status=200, about_account=about_account)
@@ -251,6 +250,34 @@ class WebSearch:
         if (error.status in _ACCOUNT_STATUSES or error.about_account) and self._provider.key_variable:
             return f" (is the key in {self._provider.key_variable} valid, and does its account have credits left?)"
         return ""
+
+
+class _WrongResult(Exception):
+    """A method of a provider returned something else. The message quotes no value."""
+
+
+def _checked_hits(read: Any) -> list[Hit]:
+    """Return the hits that `read` of a provider returned or yields; raises `_WrongResult` if it has no hits."""
+    if isinstance(read, str | Mapping) or not isinstance(read, Iterable):
+        raise _WrongResult(f"`read` returned a {type(read).__name__}; expected a list of Hit")
+    hits = list(read)
+    for hit in hits:
+        if not isinstance(hit, Hit):
+            raise _WrongResult(f"`read` returned a {type(hit).__name__} in its list; expected a Hit")
+        for name in FIELDS:
+            if not isinstance(value := getattr(hit, name), str):
+                raise _WrongResult(f"`read` returned a Hit whose {name} is a {type(value).__name__}; expected a str")
+    return hits
+
+
+def _fault(method: str, error: Exception) -> str:
+    """Return what is wrong with a provider's method, without the message of its error, which could contain the key."""
+    if isinstance(error, _WrongResult):
+        return str(error)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    lines = [frame.lineno for frame in frames if frame.filename == frames[0].filename]  # not those of its libraries
+    place = f" ({Path(frames[0].filename).name}, line {lines[-1]})" if lines else ""
+    return f"`{method}` raised {type(error).__name__}{place}"
 
 
 def _key(provider: Provider) -> str:
