@@ -22,7 +22,7 @@ from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import ArpoError, CheckpointError, ConfigError, DataError, RewardError, ToolSpecError
 from arpo_trl.rewards import HierarchicalReward, LLMJudge
 from arpo_trl.rollout.engines.base import SamplingParams, TurnRequest
-from arpo_trl.rollout.engines.scripted import ScriptedEngine
+from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from arpo_trl.training.streams import checked_stream
 from support import ANSWER, ON_CPU, python, save_tiny_model, search, tiny_model, tokenizer, with_template
 
@@ -181,6 +181,8 @@ def test_a_column_that_a_setting_removes_is_told_from_one_that_is_missing(make):
 
     with pytest.raises(RewardError, match=r"requires \['answer'\], but remove_unused_columns is true, .*Set it"):
         make(reward_funcs=reward, settings={"remove_unused_columns": True}).train()
+    with pytest.raises(RewardError, match=r"requires \['environments'\], but there is no environment_factory"):
+        make(reward_funcs=lambda completions, environments: [0.0]).train()
     with pytest.raises(RewardError, match=r"requires \['answer'\], but the dataset has no such column"):
         make(reward_funcs=reward, rows=[{"prompt": ROW["prompt"]}]).train()
 
@@ -219,6 +221,29 @@ def test_what_the_bad_ones_are_made_from_trains(make):
 
 
 # Arguments of the trainer --------------------------------------------------------------------------------------------
+
+
+def test_a_bonus_tool_that_the_run_does_not_have_is_an_error_unless_it_is_the_default(make):
+    row = {**ROW, "answer": ["1"], "task": "math"}
+    with pytest.raises(
+        ConfigError, match=r"bonus_tools .* has \['pythom'\], but the run has the tools \['search', 'py"
+    ):
+        make(rows=[row], reward_funcs=HierarchicalReward(bonus_tools=["search", "pythom"]))
+    make(rows=[row], reward_funcs=HierarchicalReward(bonus_tools=["search"]))
+    make(rows=[row], reward_funcs=HierarchicalReward(), tools=[search])
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (None, r"The script returned None for turn \(0, 0, 0\); expected text or a ScriptedTurn"),
+        (ScriptedTurn(text=ANSWER, entropies=[]), r"The script returned no entropies for turn \(0, 0, 0\)"),
+    ],
+)
+def test_a_script_that_returns_no_turn_is_an_error_that_names_the_turn(make, made, message):
+    settings = SamplingParams(eos_ids=(tokenizer().eos_token_id,))
+    with pytest.raises(ConfigError, match=message):
+        make(engine=ScriptedEngine(tokenizer(), settings, lambda request, context: made)).train()
 
 
 @pytest.mark.parametrize(

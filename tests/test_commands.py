@@ -296,7 +296,7 @@ def test_an_option_before_the_question_is_an_error(capsys) -> None:
 
 def test_a_tool_and_a_reward_are_imported_from_the_current_folder(tmp_path, monkeypatch) -> None:
     (tmp_path / "own_code.py").write_text(
-        "def weather(city: str) -> str:\n    return city\ndef good(**_): ...\nn = 1\n"
+        "def weather(city: str) -> str:\n    return city\ndef good(**_): ...\nclass Good: ...\nn = 1\n"
     )
     for name, text in (
         ("broken", "import broken_part"),
@@ -313,8 +313,11 @@ def test_a_tool_and_a_reward_are_imported_from_the_current_folder(tmp_path, monk
     arguments = script("train").TrainArguments(dataset="rows.jsonl", reward="own_code:good")
     (reward,) = script("train").make_rewards(arguments)
     assert reward.__name__ == "good"
+    message = r"'own_code:Good', which is a class.*`reward = Good\(\)` to own_code, and set reward: own_code:reward\."
+    with pytest.raises(ConfigError, match=message):
+        script("train").make_rewards(script("train").TrainArguments(dataset="rows.jsonl", reward="own_code:Good"))
     for path, message in (
-        ("own_code:n", r"has no function or class 'n'; it has \['good', 'weather'\]"),
+        ("own_code:n", r"has no function or class 'n'; it has \['Good', 'good', 'weather'\]"),
         ("no_such_module:f", "no_such_module cannot be imported .ModuleNotFoundError"),
         ("own_code", "expected an import path such as"),
         ("broken:f", r"broken cannot be imported \(NameError: .*'n'.*\)\. It fails in .*broken_part.py, line 2\."),

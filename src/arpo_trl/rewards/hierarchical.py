@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 Accuracy = Literal["task", "paper_f1", "judge"]
 
+BONUS_TOOLS = ("search", "python")
+"""The bonus tools of the paper."""
+
 _RESULT_TAG = re.compile(r"</?(result|tool_response)>")  # tags of the tag protocol and of most chat templates
 
 
@@ -190,7 +193,8 @@ class HierarchicalReward:
             answer that the task's comparison does not score as fully right. If the judge returns no verdict, the
             comparison's result is kept.
         multi_tool_bonus: Added if the answer is fully or partly right and the path executed every bonus tool.
-        bonus_tools: Names of the bonus tools, at least one. Their tags are part of the format.
+        bonus_tools: Names of the bonus tools, at least one. Their tags are part of the format. None: `BONUS_TOOLS`,
+            with which a run that lacks one of them pays no bonus. Other names must be tools of the run.
         judge: Required for `accuracy="judge"`, not allowed otherwise.
 
     Raises:
@@ -203,14 +207,14 @@ class HierarchicalReward:
         self,
         accuracy: Accuracy = "task",
         multi_tool_bonus: float = 0.1,
-        bonus_tools: Sequence[str] = ("search", "python"),
+        bonus_tools: Sequence[str] | None = None,
         judge: LLMJudge | None = None,
     ):
         if accuracy not in get_args(Accuracy):
             raise ConfigError(f"accuracy is {accuracy!r}; expected one of {get_args(Accuracy)}.")
         if not (math.isfinite(multi_tool_bonus) and multi_tool_bonus >= 0):
             raise ConfigError(f"multi_tool_bonus is {multi_tool_bonus}; expected a number ≥ 0, where 0 is no bonus.")
-        if isinstance(bonus_tools, str) or not bonus_tools:
+        if bonus_tools is not None and (isinstance(bonus_tools, str) or not bonus_tools):
             raise ConfigError(
                 f"bonus_tools is {bonus_tools!r}; expected a list of tool names. For no bonus set multi_tool_bonus to "
                 f"0."
@@ -223,7 +227,8 @@ class HierarchicalReward:
         self.judge = judge
         self.accuracy = accuracy
         self.multi_tool_bonus = multi_tool_bonus
-        self.bonus_tools = tuple(bonus_tools)
+        self.bonus_tools = BONUS_TOOLS if bonus_tools is None else tuple(bonus_tools)
+        self._needed_tools = () if bonus_tools is None else self.bonus_tools
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -234,6 +239,18 @@ class HierarchicalReward:
             "bonus_tools": list(self.bonus_tools),
             "judge_model": getattr(self.judge, "model", None),
         }
+
+    def check_tools(self, names: Collection[str]) -> None:
+        """Check that the `bonus_tools` passed to the constructor are among `names`, the tools of a run.
+
+        Raises:
+            ConfigError: One is not, so that the bonus would never be paid.
+        """
+        if missing := [name for name in self._needed_tools if name not in names]:
+            raise ConfigError(
+                f"bonus_tools of the hierarchical reward has {missing}, but the run has the tools {list(names)}, so "
+                "the bonus would never be paid. Correct the names, or remove bonus_tools."
+            )
 
     def check_dataset(self, dataset: Dataset) -> None:
         """Check that every row has the gold answers and the task that this reward needs, before the model is loaded.

@@ -8,6 +8,7 @@ Every key of the YAML file is a field of `TrainArguments`, `ToolArguments`, `arp
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from functools import cache, partial
@@ -96,15 +97,26 @@ def make_rewards(arguments: TrainArguments) -> list[Any]:
     """The reward functions that the settings name, or the hierarchical reward.
 
     Raises:
-        ConfigError: A function cannot be imported.
+        ConfigError: A function cannot be imported, or is a class.
     """
     if arguments.reward:
-        return [load_callable(path, "reward") for path in arguments.reward]
+        return [_reward_at(path) for path in arguments.reward]
     judge = None
     if arguments.judge_url is not None and arguments.judge_model is not None:
         judge = LLMJudge(arguments.judge_url, arguments.judge_model, cache=arguments.judge_cache)
     accuracy: Any = arguments.accuracy  # one of its choices
     return [HierarchicalReward(accuracy, judge=judge)]
+
+
+def _reward_at(path: str) -> Any:
+    found = load_callable(path, "reward")
+    if inspect.isclass(found):
+        module, _, name = path.partition(":")
+        raise ConfigError(
+            f"reward contains {path!r}, which is a class; expected a function or an instance. Add "
+            f"`reward = {name}()` to {module}, and set reward: {module}:reward."
+        )
+    return found
 
 
 SETTINGS = (TrainArguments, ToolArguments, ARPOConfig, ModelConfig)

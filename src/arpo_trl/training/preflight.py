@@ -174,6 +174,13 @@ def listed_rewards(reward_funcs: Any) -> list[Any]:
     return functions
 
 
+def check_bonus_tools(rewards: Sequence[Any], tools: Collection[str]) -> None:
+    """Raises ConfigError if a hierarchical reward names a bonus tool that the run does not have."""
+    for reward in rewards:
+        if isinstance(reward, HierarchicalReward):
+            reward.check_tools(tools)
+
+
 def check_logprobs(args: ARPOConfig, sampler: TreeSampler, credit: Credit, baseline: Baseline | None) -> None:
     """Checks that the engine returns the sampling logprobs that the rule, the credit and the baseline read.
 

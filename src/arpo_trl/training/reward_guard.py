@@ -176,6 +176,8 @@ def _selection(function: Any, removes_columns: bool) -> Callable[[Mapping[str, A
             if removes_columns:
                 why = "remove_unused_columns is true, which removes all columns but the prompt"
                 remedy = "Set it to false"
+            if "environments" in missing:
+                why, remedy = "there is no environment_factory", "Pass one, or rename the argument"
             raise RewardError(
                 f"The reward function {name!r} requires {missing}, but {why}. Available: {', '.join(sorted(given))}. "
                 f"{remedy}."

@@ -59,6 +59,7 @@ from arpo_trl.training.last_rollout import LastRollout
 from arpo_trl.training.own_loss import OwnLoss
 from arpo_trl.training.preflight import (
     check_ahead,
+    check_bonus_tools,
     check_logprobs,
     check_quantized_training,
     check_scores,
@@ -206,6 +207,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         tools = all_tools(tools or (), self._environments)
         self._all_environments = all_environments(self._environments, tools, args.environment_concurrency)
         self.toolbox = toolbox_for(args, tools, self._environments)
+        check_bonus_tools(functions, self.toolbox.names)
         tokenizer = tokenizer_for(model, processing_class, args)
         ends = generation_ends(model, args)
         self.protocol = protocol_for(args, tokenizer, self.toolbox.specs, ends)

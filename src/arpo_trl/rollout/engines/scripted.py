@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from arpo_trl.errors import ConfigError
 from arpo_trl.rollout.engines.base import Probe, SamplingParams, Turn, TurnRequest, TurnStop
 from arpo_trl.rollout.text import StopFinder, decode_exactly
 
@@ -44,6 +46,17 @@ class _Running:
     turn: Turn
     polls_until_done: int
     polls: int = field(default=0)
+
+
+def _checked(made: Any, request: TurnRequest) -> ScriptedTurn:
+    script = made if isinstance(made, ScriptedTurn) else ScriptedTurn(text=made)
+    if not isinstance(script.text, str):
+        raise ConfigError(f"The script returned {made!r:.80} for turn {request.key}; expected text or a ScriptedTurn.")
+    if len(script.entropies) == 0:
+        raise ConfigError(
+            f"The script returned no entropies for turn {request.key}; expected at least one, such as (0.0,)."
+        )
+    return script
 
 
 class ScriptedEngine:
@@ -88,8 +101,7 @@ class ScriptedEngine:
         self.requests.append(request)
         before, ids, script = self._rest.get(request.after, (None, [], None))
         if script is None or before != request.ids:
-            made = self._script(request, decode_exactly(self._tokenizer, request.ids))
-            script = made if isinstance(made, ScriptedTurn) else ScriptedTurn(text=made)
+            script = _checked(self._script(request, decode_exactly(self._tokenizer, request.ids)), request)
             ids = self._tokenizer.encode(script.text, add_special_tokens=False)
         self._running.append(_Running(request, self._turn(request, ids, script), script.polls))
 
