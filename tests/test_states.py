@@ -401,6 +401,10 @@ def test_a_key_that_is_no_tuple_of_json_values_is_an_error_that_names_the_class(
             lambda self, tool: "text",
             r"bind\(\) of Notes returned str for the tool 'write'; expected the function",
         ),
+        (
+            *("write", lambda self, note: "written"),
+            r"'write' takes \['text'\], but the function .* does not \(missing a required argument: 'note'\)",
+        ),
         ("record", lambda self, *call: {1}, r"record\(\) of Notes returned set; expected the changes by the call as"),
     ],
 )

@@ -28,8 +28,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from arpo_trl.common.queues import drained
-from arpo_trl.common.user_code import text_of
-from arpo_trl.errors import ConfigError, ToolError, ToolOverdue, ToolStopped, ToolUnavailable
+from arpo_trl.common.user_code import parameters_of, text_of
+from arpo_trl.errors import ConfigError, ToolError, ToolOverdue, ToolSpecError, ToolStopped, ToolUnavailable
 from arpo_trl.net.background import LoopThread
 from arpo_trl.tools.calls import CallSource, ToolCall, ToolFailure
 from arpo_trl.tools.spec import ToolSet
@@ -220,6 +220,8 @@ class ToolBox:
             call = offered.received(call)
             run = offered.functions[call.name]
             tool = BoundTool(run=run, key=(), turn=None) if states is None else states.bind(call.name)
+            if offered.specs[call.name].create_state is not None:
+                _check_parameters(call, tool)
             key = _key(call, tool)
         with self._lock:
             ticket = next(self._tickets)
@@ -462,6 +464,23 @@ class ToolBox:
             return presentable(written_out(value), self._max_chars), None
         except NotText as error:
             return f"Error: the {name} call returned {error}, which is not text.", ToolFailure.NOT_TEXT
+
+
+def _check_parameters(call: ToolCall, tool: BoundTool) -> None:
+    """Check that the function of a state takes the arguments of a valid call.
+
+    Raises:
+        ToolSpecError: It does not. Otherwise each call would fail, and only the model would see it.
+    """
+    if parameters_of(tool.run) is None:
+        return
+    try:
+        inspect.signature(tool.run).bind(**call.arguments)
+    except TypeError as error:
+        raise ToolSpecError(
+            f"The tool {call.name!r} takes {list(call.arguments)}, but the function with which a state runs its calls "
+            f"does not ({error}). Give the state's method the parameters of the tool's function."
+        ) from error
 
 
 def _key(call: ToolCall, tool: BoundTool) -> tuple[str, str] | None:
