@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
@@ -47,10 +47,12 @@ class NoContext(BranchRule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoAbove(BranchRule):
+class Always(BranchRule):
     def judge(self, candidate: Any, context: Any) -> BranchDecision:
         return BranchDecision(fires=True)
 
+
+class NoAbove(Always):
     def most_branches(self) -> int:  # type: ignore[override]
         return 2
 
@@ -206,7 +208,9 @@ def test_a_program_that_selects_its_own_registered_class_by_its_file_is_told_the
     registered = "\nfrom arpo_trl import register_rule\nregister_rule('mine')(Early)\n"
     (tmp_path / "own_classes.py").write_text(OWN + registered)
     exec(OWN + registered, {"__name__": "__main__"})
-    with pytest.raises(ConfigError, match=r"__main__\.Early has that name.*select the class of the started .*'mine'"):
+    with pytest.raises(
+        ConfigError, match=r"__main__\.Early has that name.*the started .*'mine'.*own_classes\.py, line \d+"
+    ):
         ARPOConfig(output_dir=str(tmp_path), use_cpu=True, branch_rule="own_classes:Early")
 
 
@@ -226,6 +230,13 @@ def test_an_attribute_of_a_rule_of_another_kind_is_an_error_that_names_it(tmp_pa
     (tmp_path / "own_classes.py").write_text(OWN.replace("until_depth: int = 2", attribute))
     with pytest.raises(ConfigError, match=message):
         ARPOConfig(output_dir=str(tmp_path), use_cpu=True, branch_rule="own_classes:Early")
+
+
+def test_a_sampler_checks_the_moment_of_its_rule():
+    made = Scripted(lambda request, context: ANSWER)
+    rule = type("Named", (Always,), {"moment": "RESULT"})()
+    with pytest.raises(ConfigError, match="`moment` of the branch rule 'unregistered' is 'RESULT'"):
+        TreeSampler(made.engine, made.toolbox, made.protocol, replace(made.sampler.settings, rule=rule))
 
 
 @pytest.mark.parametrize(

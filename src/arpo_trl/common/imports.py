@@ -9,10 +9,12 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from arpo_trl.errors import ConfigError
 
+_PACKAGE = str(Path(__file__).parents[1])
 _PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -61,12 +63,16 @@ def load_callable(path: str, setting: str) -> Any:
 
 
 def _place(error: BaseException, at_import: bool = False) -> str:
-    """A sentence with the line at which the code of a module has failed; empty if there is none.
+    """A sentence with the line at which the user's code of a module has failed; empty if there is none.
 
     Args:
         at_import: Return the line of the imported module itself, and not the line in a function that it has called.
     """
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename][1:]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "importlib" not in frame.filename and not frame.filename.startswith(_PACKAGE)
+    ]
     if not frames:
         return ""
     place = frames[0 if at_import else -1]

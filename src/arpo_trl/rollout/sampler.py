@@ -38,7 +38,7 @@ from arpo_trl.rollout.engines.base import (
 )
 from arpo_trl.rollout.paths import Calling, Group, Path
 from arpo_trl.rollout.protocols import BadCall, ToolProtocol
-from arpo_trl.rollout.rules.base import BranchContext, Candidate, LivePath, Moment
+from arpo_trl.rollout.rules.base import BranchContext, Candidate, LivePath, Moment, check_attributes
 from arpo_trl.rollout.states import OpenStates
 from arpo_trl.rollout.tree import Address, ExecutedCall, RolloutTree, StopReason
 from arpo_trl.tools.calls import CallSource, ToolCall, ToolFailure
@@ -141,6 +141,7 @@ class TreeSampler:
     def _check(self, settings: TreeSettings) -> None:
         if settings.share_calls is ShareCalls.HISTORY:
             check_shareable(self.toolbox.specs)
+        check_attributes(settings.rule)
         if settings.rule.moment is Moment.LEAVES_SCORED and self.score is None:
             raise ConfigError(
                 f"The branch rule {settings.rule.name!r} reads the rewards of finished leaves during the rollout, but "
