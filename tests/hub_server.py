@@ -109,21 +109,21 @@ class Hub:
         if rest == "/commit/main":
             return self._commit(asked, kind, repo_id)
         if found := re.fullmatch("/tree/([^/]+)", rest):
-            files = self._files(repo_id, found[1]).items()
+            files = self._files(kind, repo_id, found[1]).items()
             return Reply([{"type": "file", "path": name, "size": len(v), "oid": _blob_oid(v)} for name, v in files])
         if rest.startswith("/tree/"):
             return Reply({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
         commit = _commit_of(rest.removeprefix("/revision/") or "main")
         return Reply({"id": repo_id, "sha": commit, "siblings": [], "private": repo_id in self.private, "tags": []})
 
-    def _files(self, repo_id: str, revision: str) -> dict[str, bytes]:
+    def _files(self, kind: str, repo_id: str, revision: str) -> dict[str, bytes]:
         for (repo, name), files in self.revisions.items():
-            if repo == repo_id and revision in (name, _commit_of(name)):
+            if (kind, repo) == ("models", repo_id) and revision in (name, _commit_of(name)):
                 return files
-        return self.repos["models", repo_id]
+        return self.repos[kind, repo_id]
 
     def _file(self, repo_id: str, revision: str, path: str) -> Reply:
-        content = self._files(repo_id, revision).get(path) if ("models", repo_id) in self.repos else None
+        content = self._files("models", repo_id, revision).get(path) if ("models", repo_id) in self.repos else None
         if content is None:
             headers = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": _commit_of(revision)}
             return Reply({"error": "Entry not found"}, 404, headers)
@@ -169,7 +169,7 @@ class Hub:
         return Reply({})
 
     def _commit(self, asked: Asked, kind: str, repo_id: str) -> Reply:
-        files, message = {}, ""
+        files, deleted, message = {}, set(), ""
         for line in asked.body.splitlines():
             entry = json.loads(line)
             value = entry["value"]
@@ -181,9 +181,14 @@ class Hub:
                 if value["oid"] not in self.objects:
                     return Reply({"error": f"LFS object of {value['path']} was not uploaded"}, 400)
                 files[value["path"]] = self.objects[value["oid"]]
+            elif entry["key"] == "deletedFile":
+                deleted.add(value["path"])
             else:
                 return Reply({"error": f"unknown operation {entry['key']}"}, 400)
-        self.repos[kind, repo_id] |= files
+        held = self.repos[kind, repo_id]
+        held |= files
+        for path in deleted:
+            del held[path]
         self.commits.append(Commit(kind, repo_id, message, files))
         oid = f"{len(self.commits):040x}"
         return Reply({"success": True, "commitOid": oid, "commitUrl": f"{self.url}/{repo_id}/commit/{oid}"})

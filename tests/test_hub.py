@@ -143,10 +143,12 @@ def test_an_adapter_is_pushed_as_an_adapter_and_loads_from_the_hub(hub, model_pa
 
 @pytest.mark.slow
 def test_trajectories_go_up_as_a_dataset_that_loads(hub, model_path, tmp_path):
+    hub.repos["datasets", "me/trees"] = {"data/evaluation.parquet": b"earlier", "data/mine.parquet": b"other"}
     made = trainer(model_path, tmp_path / "run", hub_strategy="end", hub_trajectories_id="trees")
     made.train()
     made.push_to_hub()
     (_, commit) = hub.commits
+    assert set(hub.repos["datasets", "me/trees"]) == {"README.md", "data/train.parquet", "data/mine.parquet"}
     assert (commit.kind, commit.repo) == ("datasets", "me/trees")
     assert set(commit.files) == {"README.md", "data/train.parquet"}
     received = written(tmp_path / "received", commit.files)
@@ -217,6 +219,34 @@ def test_a_snapshot_has_the_state_of_training_only_in_a_checkpoint(tmp_path):
     with Snapshot(run=tmp_path, model=checkpoint, checkpoint=(checkpoint, "last-checkpoint")) as folder:
         assert {path.name for path in folder.iterdir()} == {*model, "last-checkpoint"}
         assert {path.name for path in (folder / "last-checkpoint").iterdir()} == {*model, *state}
+
+
+@pytest.mark.parametrize(
+    ("earlier", "now"),
+    [
+        (["adapter_config.json", "adapter_model.safetensors", "evaluation.md"], ["model.safetensors"]),
+        (["model.safetensors"], ["adapter_config.json", "adapter_model.safetensors"]),
+        (["model-00001-of-00002.safetensors", "model.safetensors.index.json"], ["model.safetensors"]),
+        (["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"], ["model.safetensors"]),
+        (["pytorch_model.bin", "adapter_model.bin"], ["model-00001-of-00001.safetensors"]),
+        (
+            ["last-checkpoint/global_step10/rank_0.pt"],
+            ["model.safetensors", "last-checkpoint/global_step20/rank_0.pt"],
+        ),
+    ],
+)
+def test_a_push_replaces_the_earlier_model_and_nothing_else(hub, tmp_path, earlier, now):
+    others = ["notes.md", "checkpoint-1/model.safetensors", "checkpoint-1/adapter_config.json", "model/model.bin"]
+    if "last-checkpoint" not in now[-1] + earlier[0]:
+        others.append("last-checkpoint/model.safetensors")
+    same = ["config.json", now[0]]
+    hub.repos["models", "me/policy"] = dict.fromkeys([*earlier, *others, *same], b"x")
+    last = tmp_path / "checkpoint-2"
+    written(tmp_path, dict.fromkeys(["config.json", *(name for name in now if "/" not in name)], b"x"))
+    written(last, {name.partition("/")[2]: b"x" for name in now if "/" in name})
+    checkpoint = (last, "last-checkpoint") if last.exists() else None
+    push_snapshot("me/policy", Snapshot(run=tmp_path, model=tmp_path, checkpoint=checkpoint), message="m")
+    assert set(hub.repos["models", "me/policy"]) == {"config.json", *now, *others}
 
 
 def test_a_card_of_peft_goes_up_without_paths_of_this_machine(hub, model_path, tmp_path):
@@ -379,6 +409,7 @@ def test_a_tracker_that_fails_before_a_push_does_not_stop_it(hub, model_path, tm
         "/api/repos/create",
         "/auth-check/write",
         "/api/validate-yaml",
+        "/tree/",
         "/preupload/",
         "/objects/batch",
         "/lfs/",

@@ -21,6 +21,7 @@ from arpo_trl.data.layouts import shared_system_prompt
 from arpo_trl.errors import HubError
 from arpo_trl.publishing.model_card import Card, as_path, describe, write_settings
 from arpo_trl.publishing.push import (
+    LAST_CHECKPOINT,
     BackgroundPush,
     Snapshot,
     prepare_repo,
@@ -139,7 +140,7 @@ class Publishing(GRPOTrainer):
             return
         self._say_push_begins()
         model, run, repo_id = Path(checkpoint_folder), Path(self.args.output_dir), str(self.hub_model_id)
-        places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: model.name}
+        places = {HubStrategy.CHECKPOINT: LAST_CHECKPOINT, HubStrategy.ALL_CHECKPOINTS: model.name}
         checkpoint = (model, places[strategy]) if strategy in places else None
         if not self._push.wait(self._is_interrupted):
             return

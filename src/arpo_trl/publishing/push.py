@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import re
@@ -34,7 +35,7 @@ from arpo_trl.errors import ArpoError, ConfigError, DataError, HubError
 from arpo_trl.logs.trajectories import log_files
 from arpo_trl.net.http_client import without
 from arpo_trl.publishing.model_card import Card, drop_paths
-from arpo_trl.publishing.trajectory_dataset import dataset_card, export_rows
+from arpo_trl.publishing.trajectory_dataset import SPLITS, dataset_card, export_rows
 from arpo_trl.visible import SHORTEST_SECRET, forms_of, get_logger, secrets_of_environment, without_secrets
 
 logger = get_logger(__name__)
@@ -53,6 +54,18 @@ _STATE_OF_TRAINING = re.compile(
 )
 """The files of a checkpoint that have a kept suffix and are not part of the model. FSDP saves the last two kinds."""
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
+LAST_CHECKPOINT = "last-checkpoint"
+"""The folder of the repository for the checkpoint that `hub_strategy: checkpoint` pushes."""
+_REPLACED = [
+    *(ADAPTER_CONFIG, EVALUATION),
+    *(
+        f"{name}{part}"
+        for name, suffix in itertools.product(("model", "pytorch_model", "adapter_model"), ("safetensors", "bin"))
+        for part in (f".{suffix}", f"-?????-of-?????.{suffix}", f".{suffix}.index.json")
+    ),
+]
+"""Patterns of the files of an earlier model in a repository, which would be loaded with a new one, or instead of it.
+They have no *, which also matches the / of other folders."""
 
 
 # Repositories --------------------------------------------------------------------------------------------------------
@@ -265,7 +278,8 @@ def refuse_secrets(paths: Iterable[Path]) -> None:
 def push_snapshot(
     repo_id: str, snapshot: Snapshot, *, message: str, token: str | None = None, revision: str | None = None
 ) -> Any:
-    """Pushes the snapshot, removes it, and returns the commit.
+    """Pushes the snapshot, removes it, and returns the commit. Of an earlier model in the repository, it deletes the
+    weights that the snapshot does not have.
 
     Raises:
         HubError: There are no weights, or the push failed. For a finished run, the message gives the command to push
@@ -280,9 +294,14 @@ def push_snapshot(
                     ".bin. Save the model there first."
                 )
             refuse_secrets(folder.rglob("*"))
+            replaced = [*_REPLACED, *([f"{LAST_CHECKPOINT}/*"] if (folder / LAST_CHECKPOINT).is_dir() else [])]
             return _retried(
                 lambda: HfApi(token=token).upload_folder(
-                    repo_id=repo_id, folder_path=folder, commit_message=message, revision=revision
+                    repo_id=repo_id,
+                    folder_path=folder,
+                    commit_message=message,
+                    revision=revision,
+                    delete_patterns=replaced,  # of these, the client keeps the files that the snapshot has too
                 )
             )
     except ArpoError:
@@ -313,7 +332,11 @@ def push_trajectories(repo_id: str, run: Path, token: str | None = None) -> Any:
             (Path(name) / "README.md").write_text(dataset_card(repo_id, splits), "utf-8")
             return _retried(
                 lambda: HfApi(token=token).upload_folder(
-                    repo_id=repo_id, repo_type="dataset", folder_path=name, commit_message="Trajectories"
+                    repo_id=repo_id,
+                    repo_type="dataset",
+                    folder_path=name,
+                    commit_message="Trajectories",
+                    delete_patterns=[f"data/{split}.parquet" for split in SPLITS],  # those of an earlier run
                 )
             )
     except ArpoError:
