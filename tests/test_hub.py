@@ -602,7 +602,7 @@ def test_a_file_that_holds_a_secret_of_the_environment_stops_the_push(hub, model
     monkeypatch.setenv("SERPER_API_KEY", "serper-0123456789")
     folder = whole_run(tmp_path / "run", model_path)
     (folder / "notes.md").write_text("asked with serper-0123456789")
-    with pytest.raises(HubError, match=r"notes\.md contains the secret in SERPER_API_KEY") as refused:
+    with pytest.raises(HubError, match=r"notes\.md .* SERPER_API_KEY, .*no secret, unset the variable") as refused:
         push_snapshot("me/policy", Snapshot(run=folder, model=folder), message="m")
     assert "0123456789" not in str(refused.value)
     assert hub.server.asked == []
@@ -655,6 +655,16 @@ def test_short_values_and_other_variables_are_no_secrets(tmp_path, monkeypatch):
     monkeypatch.setenv("MY_NAME", "some longer text")
     (tmp_path / "a.md").write_text("some longer text")
     refuse_secrets([tmp_path / "a.md"])
+
+
+@pytest.mark.parametrize("value", ["question", "Europe/Paris", "12345678", sys.executable])
+def test_a_value_that_ordinary_text_may_contain_stops_a_push_only_as_the_token(tmp_path, monkeypatch, value):
+    (tmp_path / "a.md").write_text(f"about {value}")
+    monkeypatch.setenv("PROMPT_KEY", value)
+    refuse_secrets([tmp_path / "a.md"])
+    monkeypatch.setenv("HF_TOKEN", value)
+    with pytest.raises(HubError, match=r"a\.md contains the secret in HF_TOKEN"):
+        refuse_secrets([tmp_path / "a.md"])
 
 
 # The commands --------------------------------------------------------------------------------------------------------

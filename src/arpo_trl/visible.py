@@ -122,13 +122,13 @@ def without_secrets(text: str) -> str:
 def with_marks(text: str, marks: Mapping[str, str]) -> str:
     """Return `text` with each of the secrets replaced by its mark.
 
-    A secret is found in each of `forms_of`. Short values are left, and those that ordinary text may contain: words
-    such as Europe/Paris, a number, and the path of a file.
+    A secret is found in each of `forms_of`. Short values are left, and those that ordinary text may contain
+    (`is_ordinary`).
 
     Args:
         marks: Secret → its mark.
     """
-    secrets = [secret for secret in marks if len(secret) >= SHORTEST_SECRET and not _is_ordinary(secret)]
+    secrets = [secret for secret in marks if len(secret) >= SHORTEST_SECRET and not is_ordinary(secret)]
     for secret in sorted(secrets, key=len, reverse=True):  # one may contain another
         for form in forms_of(secret):
             text = text.replace(form, marks[secret])
@@ -142,7 +142,8 @@ def forms_of(secret: str) -> set[str]:
     return {secret, *written, repr(secret)[1:-1], *quoted}
 
 
-def _is_ordinary(secret: str) -> bool:
+def is_ordinary(secret: str) -> bool:
+    """Whether ordinary text may contain the secret: words such as Europe/Paris, a number, or the path of a file."""
     is_word = all(part.isalpha() for part in secret.split("/"))
     return is_word or secret.isdigit() or (secret.startswith("/") and os.path.exists(secret))
 

@@ -36,7 +36,14 @@ from arpo_trl.logs.trajectories import log_files
 from arpo_trl.net.http_client import without
 from arpo_trl.publishing.model_card import Card, drop_paths
 from arpo_trl.publishing.trajectory_dataset import SPLITS, dataset_card, export_rows
-from arpo_trl.visible import SHORTEST_SECRET, forms_of, get_logger, secrets_of_environment, without_secrets
+from arpo_trl.visible import (
+    SHORTEST_SECRET,
+    forms_of,
+    get_logger,
+    is_ordinary,
+    secrets_of_environment,
+    without_secrets,
+)
 
 logger = get_logger(__name__)
 
@@ -152,9 +159,10 @@ def reason_of(error: BaseException) -> str:
 
 
 def _secrets() -> dict[str, str]:
-    """The secrets of this process, by the name of the source."""
+    """The secrets of this process that no ordinary text contains, and the Hub's token, by the name of the source."""
     token = _token()
-    return secrets_of_environment() | ({"HF_TOKEN or `hf auth login`": token} if token else {})
+    secrets = {name: value for name, value in secrets_of_environment().items() if not is_ordinary(value)}
+    return secrets | ({"HF_TOKEN or `hf auth login`": token} if token else {})
 
 
 def _token() -> str:
@@ -253,7 +261,7 @@ def _take(source: Path, target: Path) -> None:
 
 def refuse_secrets(paths: Iterable[Path]) -> None:
     """Checks that none of these files contains the Hub's token or a secret of the environment, in any of its forms
-    (`forms_of`). Skips weights.
+    (`forms_of`). Skips weights, and secrets that ordinary text may contain (`is_ordinary`), except the token.
 
     Raises:
         HubError: A file contains one. Names the file and the source of the secret.
@@ -268,7 +276,7 @@ def refuse_secrets(paths: Iterable[Path]) -> None:
             if any(form in content for form in forms):
                 raise HubError(
                     f"{path.name} contains the secret in {name}, so nothing was pushed. Remove it from the file, and "
-                    "find out how it got there."
+                    "find out how it got there. If the value is no secret, unset the variable."
                 )
 
 
