@@ -98,32 +98,45 @@ class Hub:
     def _repo(self, asked: Asked, kind: str, repo_id: str, rest: str) -> Reply:
         if (kind, repo_id) not in self.repos:
             return Reply({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
-        writes = rest == "/auth-check/write" or rest.startswith(("/preupload/", "/commit/"))
+        writes = rest == "/auth-check/write" or rest.startswith(("/preupload/", "/commit/", "/branch/"))
         if writes and not repo_id.startswith(f"{self.user}/"):
             return Reply({"error": "Forbidden: you don't have write access"}, 403)
         if rest == "/auth-check/write":
             return Reply("")
-        if rest == "/preupload/main":
-            held = self.repos[kind, repo_id]
+        if rest.startswith("/branch/"):
+            name = rest.removeprefix("/branch/")
+            if "%" in name:
+                return Reply({"error": "Invalid reference for a branch"}, 400)
+            self.revisions[repo_id, name] = dict(self.repos[kind, repo_id])
+            return Reply("")
+        found = re.fullmatch("/(preupload|commit|tree|revision)/([^/]+)", rest)
+        place, revision = found.groups() if found else (rest, "main")
+        held = self._files(kind, repo_id, revision)
+        if held is None:
+            return Reply({"error": "Invalid rev id"}, 404, {"X-Error-Code": "RevisionNotFound"})
+        if place == "preupload":
             return Reply({"files": [self._mode(file, held.get(file["path"])) for file in asked.json["files"]]})
-        if rest == "/commit/main":
-            return self._commit(asked, kind, repo_id)
-        if found := re.fullmatch("/tree/([^/]+)", rest):
-            files = self._files(kind, repo_id, found[1]).items()
+        if place == "commit":
+            return self._commit(asked, kind, repo_id, held)
+        if place == "tree":
+            files = held.items()
             return Reply([{"type": "file", "path": name, "size": len(v), "oid": _blob_oid(v)} for name, v in files])
         if rest.startswith("/tree/"):
             return Reply({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
-        commit = _commit_of(rest.removeprefix("/revision/") or "main")
+        commit = _commit_of(revision)
         return Reply({"id": repo_id, "sha": commit, "siblings": [], "private": repo_id in self.private, "tags": []})
 
-    def _files(self, kind: str, repo_id: str, revision: str) -> dict[str, bytes]:
+    def _files(self, kind: str, repo_id: str, revision: str) -> dict[str, bytes] | None:
+        """The files at a revision; None if the repository has no such revision."""
+        if revision in ("main", _commit_of("main")):
+            return self.repos.get((kind, repo_id))
         for (repo, name), files in self.revisions.items():
             if (kind, repo) == ("models", repo_id) and revision in (name, _commit_of(name)):
                 return files
-        return self.repos[kind, repo_id]
+        return None
 
     def _file(self, repo_id: str, revision: str, path: str) -> Reply:
-        content = self._files("models", repo_id, revision).get(path) if ("models", repo_id) in self.repos else None
+        content = (self._files("models", repo_id, revision) or {}).get(path)
         if content is None:
             headers = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": _commit_of(revision)}
             return Reply({"error": "Entry not found"}, 404, headers)
@@ -168,7 +181,7 @@ class Hub:
         self.objects[oid] = content
         return Reply({})
 
-    def _commit(self, asked: Asked, kind: str, repo_id: str) -> Reply:
+    def _commit(self, asked: Asked, kind: str, repo_id: str, held: dict[str, bytes]) -> Reply:
         files, deleted, message = {}, set(), ""
         for line in asked.body.splitlines():
             entry = json.loads(line)
@@ -185,7 +198,6 @@ class Hub:
                 deleted.add(value["path"])
             else:
                 return Reply({"error": f"unknown operation {entry['key']}"}, 400)
-        held = self.repos[kind, repo_id]
         held |= files
         for path in deleted:
             del held[path]

@@ -166,6 +166,29 @@ def test_trajectories_go_up_as_a_dataset_that_loads(hub, model_path, tmp_path):
     assert [round(row["advantage"], 2) for row in rows][:4] == [-0.87, 0.87, -0.87, 0.87]
 
 
+@pytest.mark.slow
+def test_a_run_creates_its_branch_at_the_start_and_pushes_to_it(hub, model_path, tmp_path, capsys, monkeypatch):
+    made = trainer(model_path, tmp_path / "run", hub_revision="second-try", hub_strategy="every_save", max_steps=1)
+    assert hub.revisions == {("me/policy", "second-try"): {}}
+    trainer(model_path, tmp_path / "other", hub_revision="second-try", hub_strategy="end")  # it exists now
+    made.train()
+    made.push_to_hub()
+    made.push_to_hub(revision="third-try")
+    branches = {name: set(files) for (_, name), files in hub.revisions.items()}
+    assert "model.safetensors" in branches["second-try"] and branches["second-try"] == branches["third-try"]
+    assert hub.repos["models", "me/policy"] == {}
+    hub.fault = lambda asked: Reply({"error": "Internal Error"}, 500) if "/preupload/" in asked.path else None
+    with pytest.raises(HubError) as failure:
+        made.push_to_hub()
+    command = str(failure.value).rpartition("push it later with: arpo-trl ")[2].split()
+    assert command[-2:] == ["--revision", "second-try"]
+    hub.fault = lambda asked: None
+    hub.revisions.clear()
+    assert command_output(monkeypatch, capsys, *command)[0] == 0
+    assert "model.safetensors" in hub.revisions["me/policy", "second-try"]
+    assert hub.repos["models", "me/policy"] == {}
+
+
 # While training ------------------------------------------------------------------------------------------------------
 
 
@@ -542,6 +565,11 @@ def others(hub: Hub) -> None:
         ({}, "hf_anotherTokenAltogether", "but the Hub answered 401: the token is missing or not valid"),
         ({}, "", "but the Hub answered 401: the token is missing"),
         (
+            {"hub_revision": "refs/pr/1"},
+            TOKEN,
+            "hub_revision requires the branch 'refs/pr/1' of me/policy, which cannot be created: the Hub answered 400",
+        ),
+        (
             {"hub_model_id": "a/b/c"},
             TOKEN,
             "hub_model_id requires the model repository 'a/b/c', which is no valid id .*Set hub_model_id to letters",
@@ -556,7 +584,12 @@ def test_a_repository_that_cannot_be_written_to_is_known_before_the_model_is_loa
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
     with pytest.raises(ConfigError, match=message) as refused:
         trainer("no such model", tmp_path / "run", **settings)
-    assert "Set HF_TOKEN to a token with write access to it" in str(refused.value) or "no valid id" in message
+    ways = (
+        "Set HF_TOKEN to a token with write access to it",
+        "Set hub_model_id to letters",
+        "omit it to push to main",
+    )
+    assert any(way in str(refused.value) for way in ways)
     assert not token or token not in str(refused.value)
     assert hub.commits == []
 
@@ -705,9 +738,10 @@ def test_a_folder_without_weights_is_not_pushed(hub, model_path, tmp_path):
     assert hub.commits == [] and not list(run.glob(".push-*"))
 
 
-def test_an_evaluation_without_a_model_repository_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"--evaluation is given without --repo.* Pass --repo, or omit --evaluation"):
-        push_run(tmp_path, None, "me/trees", evaluation="| a |")
+@pytest.mark.parametrize("flag", ["evaluation", "revision"])
+def test_what_belongs_to_a_model_repository_is_refused_without_one(tmp_path, flag):
+    with pytest.raises(ConfigError, match=f"--{flag} is given without --repo.* Pass --repo, or omit --{flag}"):
+        push_run(tmp_path, None, "me/trees", **{flag: "x"})
 
 
 @pytest.mark.slow

@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     push.add_argument("run", type=path_in_flag, help="output_dir of the run")
     push.add_argument("--repo", help="model repository")
+    push.add_argument("--revision", metavar="BRANCH", help="branch of --repo, created if new (default: main)")
     push.add_argument("--trajectories", metavar="REPO", help="dataset repository for the logged trajectories")
     push.add_argument(
         "--evaluation", type=path_in_flag, help="output folder of `arpo-trl eval`; its table is added to the card"
@@ -202,7 +203,15 @@ def _push(arguments: argparse.Namespace) -> None:
 
     private = True if arguments.private else None
     table = None if arguments.evaluation is None else saved_table(arguments.evaluation)
-    for url in push_run(arguments.run, arguments.repo, arguments.trajectories, evaluation=table, private=private):
+    urls = push_run(
+        arguments.run,
+        arguments.repo,
+        arguments.trajectories,
+        revision=arguments.revision,
+        evaluation=table,
+        private=private,
+    )
+    for url in urls:
         say(f"Pushed: {url}")
 
 

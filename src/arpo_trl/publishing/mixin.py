@@ -24,6 +24,7 @@ from arpo_trl.publishing.push import (
     LAST_CHECKPOINT,
     BackgroundPush,
     Snapshot,
+    prepare_branch,
     prepare_repo,
     push_snapshot,
     push_trajectories,
@@ -55,10 +56,11 @@ class Publishing(GRPOTrainer):
     """Dataclasses with settings of this run, in addition to `args`."""
 
     def prepare_repositories(self, args: Any, token: str | None = None, private: bool | None = None) -> None:
-        """Creates the repositories in the settings and checks write access. Runs only on the main process.
+        """Creates the repositories and the branch in the settings, and checks write access. Runs only on the main
+        process.
 
         Raises:
-            ConfigError: A repository is not writable.
+            ConfigError: A repository is not writable, or the branch cannot be created.
         """
         if args.process_index != 0:
             return
@@ -70,6 +72,8 @@ class Publishing(GRPOTrainer):
             private=private,
             token=token,
         )
+        if args.hub_revision is not None:
+            prepare_branch(self._repo_id, args.hub_revision, setting="hub_revision", token=token)
         if args.hub_trajectories_id is not None:
             args.hub_trajectories_id = prepare_repo(
                 args.hub_trajectories_id,
@@ -103,6 +107,7 @@ class Publishing(GRPOTrainer):
         for it, and a failure is a warning.
 
         Raises:
+            ConfigError: The branch `revision` does not exist and cannot be created. Everything is saved.
             HubError: The push failed. Everything is saved, and the message contains the command to push later.
         """
         self._say_push_begins()
@@ -115,7 +120,10 @@ class Publishing(GRPOTrainer):
         self.state.save_to_json(os.path.join(self.args.output_dir, TRAINER_STATE_NAME))
         self._push.wait()
         run, repo_id = Path(self.args.output_dir), str(self.hub_model_id)
-        revision = revision or self.args.hub_revision
+        if revision is None:
+            revision = self.args.hub_revision
+        else:
+            prepare_branch(repo_id, revision, setting="revision", token=token)
 
         def push() -> Any:
             snapshot = Snapshot(run=run, model=run)

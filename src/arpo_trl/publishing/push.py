@@ -1,6 +1,6 @@
 """Pushes a run to the Hub. Access is checked before training. A failed push never stops training and can be repeated.
 
-    start   creates or finds the repository and checks write access; otherwise `ConfigError`
+    start   creates or finds the repository and its branch, and checks write access; otherwise `ConfigError`
     saves   with `hub_strategy` other than "end": pushes a snapshot in the background; a failure is a warning
     end     saves all files to disk, then pushes; a failure is a `HubError` with the command that pushes later
 
@@ -102,6 +102,23 @@ def prepare_repo(
             f"{setting} requires the {kind} repository {name!r}, but {reason_of(error)}. Set HF_TOKEN to a token with "
             f"write access to it (or log in with `hf auth login`), set {setting} to your own repository, or train "
             "without pushing and run `arpo-trl push` afterwards."
+        ) from None
+
+
+def prepare_branch(repo_id: str, branch: str, *, setting: str, token: str | None = None) -> None:
+    """Creates `branch`, from main, if the model repository has neither a branch nor a reference of this name.
+
+    Raises:
+        ConfigError: It cannot be created. Names `setting`, which requires it.
+    """
+    api = HfApi(token=token)
+    try:
+        if not _retried(lambda: api.revision_exists(repo_id, branch)):
+            _retried(lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))
+    except Exception as error:  # as in `prepare_repo`
+        raise ConfigError(
+            f"{setting} requires the branch {branch!r} of {repo_id}, which cannot be created: {reason_of(error)}. Set "
+            f"{setting} to the name of a branch, or omit it to push to main."
         ) from None
 
 
@@ -317,7 +334,9 @@ def push_snapshot(
     except Exception as error:  # any error of the client; everything is on disk
         kept = f"The files are in {snapshot.model}."
         if snapshot.model == run:
-            command = f"arpo-trl push {shlex.quote(str(run))} --repo {shlex.quote(repo_id)}"
+            command = shlex.join(["arpo-trl", "push", str(run), "--repo", repo_id])
+            if revision is not None:
+                command += f" --revision {shlex.quote(revision)}"
             kept = f"The run is complete in {run}; push it later with: {command}"
         raise HubError(f"Pushing to {repo_id} failed: {reason_of(error)}. {kept}") from None
 
@@ -361,17 +380,20 @@ def push_run(
     repo: str | None,
     trajectories: str | None,
     *,
+    revision: str | None = None,
     evaluation: str | None = None,
     private: bool | None = None,
 ) -> list[str]:
     """Pushes the folder of a finished run to `repo` and its trajectories to `trajectories`; returns the commits' URLs.
 
     Args:
+        revision: The branch of `repo`. None: main.
         evaluation: A Markdown table of results for the card.
 
     Raises:
         DataError: There is nothing to push, or there is no card for `evaluation`.
-        ConfigError: Neither repository is given, one is not writable, or `evaluation` is given without `repo`.
+        ConfigError: Neither repository is given, one is not writable, the branch cannot be created, or `revision` or
+            `evaluation` is given without `repo`.
         HubError: A push failed.
     """
     if repo is None and trajectories is None:
@@ -380,6 +402,11 @@ def push_run(
         raise ConfigError(
             "--evaluation is given without --repo, but its table belongs to the card of a model repository. Pass "
             "--repo, or omit --evaluation."
+        )
+    if revision is not None and repo is None:
+        raise ConfigError(
+            "--revision is given without --repo, but it is a branch of a model repository. Pass --repo, or omit "
+            "--revision."
         )
     configured = any((run / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
     if repo is not None and not (configured and _has_weights(run)):
@@ -396,12 +423,14 @@ def push_run(
     urls = []
     if repo is not None:
         repo_id = prepare_repo(repo, setting="--repo", private=private)
+        if revision is not None:
+            prepare_branch(repo_id, revision, setting="--revision")
         card = Card.of(run, repo_id)
         if evaluation is not None and card is not None:
             card = dataclasses.replace(card, evaluation=evaluation)
             write_whole(run / EVALUATION, evaluation.strip() + "\n")  # for later pushes
         snapshot = Snapshot(run=run, model=run, card=card)
-        urls.append(str(push_snapshot(repo_id, snapshot, message="Upload a run").commit_url))
+        urls.append(str(push_snapshot(repo_id, snapshot, message="Upload a run", revision=revision).commit_url))
     if trajectories is not None:
         repo_id = prepare_repo(trajectories, setting="--trajectories", private=private, kind="dataset")
         urls.append(str(push_trajectories(repo_id, run).commit_url))
