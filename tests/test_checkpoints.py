@@ -395,6 +395,12 @@ def test_the_best_checkpoint_is_known_by_its_own_place(model, tmp_path):
     said = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text("utf-8"))
     assert said["best_model_checkpoint"] == str(tmp_path / "checkpoint-1")
     assert trainer.loads == 2  # an engine with a copy of the weights copies them again
+    trainer.create_model_card()
+    assert f", the best of 2 steps, from {best.name.replace('checkpoint-', 'step ')}." in (
+        tmp_path / "README.md"
+    ).read_text("utf-8")
+    trainer.state.save_to_json(str(tmp_path / "trainer_state.json"))
+    assert Card.of(tmp_path, "me/policy").best_step == trainer.state.best_global_step
 
 
 @pytest.mark.slow

@@ -78,6 +78,16 @@ def test_a_card_is_the_same_from_the_folder_it_was_written_to(tmp_path):
     assert "## Evaluation\n\n| a |" in again.text([])
 
 
+def test_a_card_names_the_step_of_the_best_weights_once_they_are_loaded(tmp_path):
+    (tmp_path / TRAINING_CONFIG).write_text("load_best_model_at_end: true\n")
+    state, ended = tmp_path / "trainer_state.json", [*HISTORY, {"step": 3, "train_runtime": 1.0}]
+    state.write_text(json.dumps({"log_history": ended, "best_global_step": 2}))
+    assert ", the best of 3 steps, from step 2." in Card.of(tmp_path, "me/policy").text([])
+    state.write_text(json.dumps({"log_history": HISTORY, "best_global_step": 2}))  # of a checkpoint
+    assert ", 3 steps." in Card.of(tmp_path, "me/policy").text([])
+    assert ", 3 steps." in card(history=ended, best_step=2).text([])  # load_best_model_at_end was not set
+
+
 def test_a_folder_without_settings_has_no_card(tmp_path):
     assert Card.of(tmp_path, "me/policy") is None
 

@@ -228,6 +228,7 @@ class Publishing(GRPOTrainer):
             history=self.state.log_history,
             base_model=get_config_model_id(self.model.config),
             is_adapter=is_peft_model(self.model),
+            best_step=self.state.best_global_step,
             evaluation=self.evaluation,
             extra_tags=(*given, *(getattr(self.model, "model_tags", None) or ())),
         ).write(Path(self.args.output_dir))

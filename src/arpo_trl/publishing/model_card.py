@@ -71,7 +71,7 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 @dataclass(frozen=True, kw_only=True)
 class Card:
     """The content of a model card. `settings` has the content of `training_config.yaml`. `history` is a trainer's log
-    history. `title` is that of the card; None: the name of the repository.
+    history, and `best_step` its `best_global_step`. `title` is that of the card; None: the name of the repository.
 
     Card(repo_id="me/policy", settings=describe(args), history=trainer.state.log_history,
          base_model="Qwen/Qwen3-0.6B", is_adapter=False).write(Path("output"))
@@ -82,6 +82,7 @@ class Card:
     history: Sequence[Mapping[str, Any]]
     base_model: str | None
     is_adapter: bool
+    best_step: int | None = None
     evaluation: str | None = None
     title: str | None = None
     extra_tags: Sequence[str] = field(default=())
@@ -106,17 +107,18 @@ class Card:
             named = described.get("base_model_name_or_path")
             if named and base != f"./{named}":  # a path by `as_path`, which peft's file does not show
                 base = named
-        history = []
+        history, best_step = [], None
         if state.is_file():
             said = read_json(state)
-            expect(said, {"log_history": [dict]}, str(state))
-            history = said["log_history"]
+            expect(said, {"log_history": [dict], "best_global_step?": int | None}, str(state))
+            history, best_step = said["log_history"], said.get("best_global_step")
         return cls(
             repo_id=repo_id,
             settings=settings,
             history=history,
             base_model=base,
             is_adapter=adapter.is_file(),
+            best_step=best_step,
             evaluation=read_text(evaluation) if evaluation.is_file() else None,
         )
 
@@ -158,6 +160,7 @@ class Card:
             is_adapter=self.is_adapter,
             datasets=datasets,
             steps=max((row["step"] for row in self.history if "reward" in row), default=0),
+            best_step=self._loaded_step(),
             settings={label: _cell(value) for label, value in self._shown()},
             command=self._evaluation(base),
             curves={panel.name: panel.title for panel in drawn},
@@ -167,6 +170,11 @@ class Card:
             config=as_yaml(dict(self.settings)),
             fence=_fence,
         )
+
+    def _loaded_step(self) -> int | None:
+        """The step of the weights if training has ended and loaded the best ones; None: the last step."""
+        has_ended = any("train_runtime" in row for row in self.history)  # no checkpoint has this row
+        return self.best_step if has_ended and self.settings.get("load_best_model_at_end") else None
 
     def _evaluation(self, base: str | None) -> str:
         """The command that evaluates the model with the settings of its training."""
