@@ -17,6 +17,7 @@ from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.publishing.push import Snapshot
 from arpo_trl.quickstart import stages
 from arpo_trl.quickstart.__main__ import main as quickstart
+from arpo_trl.runs.checkpoints import Checkpoints
 from arpo_trl.runs.output_folder import check_output, remove_earlier_run, sole_run, wants_to_resume
 
 
@@ -31,6 +32,15 @@ def prepare(folder: Path, resume: str | bool | None = None, overwrite: bool = Fa
     check_output(str(folder), resume=resume, overwrite=overwrite, model=model)
     if overwrite:
         remove_earlier_run(str(folder))
+
+
+@pytest.mark.parametrize("remove", [lambda folder: Checkpoints(folder).clear(), remove_earlier_run])
+def test_weights_that_a_killed_process_wrote_are_removed_at_the_next_start(tmp_path, remove):
+    others = [".tmp", ".tmp12345", ".tmp1234567", ".tmp-abcde", ".tmpAb12cD.txt", "tmpAb12cD", ".tmpfolder/.tmpAb12cD"]
+    fill(tmp_path, ".tmpAb12cD", *others, ".tmpabcdef/notes.txt")
+    remove(tmp_path)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {*others, ".tmpabcdef/notes.txt"}
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from arpo_trl.common.run_files import ADAPTER_CONFIG, PICKLED_ARGUMENTS, UNFINIS
 from arpo_trl.common.user_files import expect, read_json
 from arpo_trl.errors import CheckpointError, ConfigError, DataError
 from arpo_trl.runs.identity import RunIdentity, differences_between
-from arpo_trl.runs.output_folder import checkpoints_of, wants_to_resume
+from arpo_trl.runs.output_folder import checkpoints_of, partial_weights, wants_to_resume
 from arpo_trl.visible import get_rank_logger
 
 logger = get_rank_logger(__name__)
@@ -224,7 +224,10 @@ class Checkpoints:
         return state
 
     def clear(self) -> None:
-        """Removes the incomplete checkpoints of a killed run. Renames complete ones to their final names."""
+        """Removes the incomplete checkpoints and weights of a killed run. Renames complete checkpoints to their final
+        names."""
+        for path in partial_weights(self.folder):
+            path.unlink(missing_ok=True)
         for path in self.unfinished.glob("checkpoint-*"):
             try:
                 SavedState.of(path).check_files()

@@ -18,6 +18,8 @@ from arpo_trl.common.waiting import is_first_rank
 from arpo_trl.errors import ConfigError
 
 _WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+_PARTIAL_WEIGHTS = re.compile(r"\.tmp[A-Za-z0-9]{6}")
+"""The name under which safetensors writes a file, before it renames it."""
 
 LOCK = "_lock"
 """The name begins with _ so that transformers does not push the file to the Hub."""
@@ -245,8 +247,13 @@ def remove_earlier_run(folder: str) -> None:
 
 
 def _written_by_a_run(output: Path) -> Iterator[Path]:
-    yield from (*_weights(output), *checkpoints_of(output).values())
+    yield from (*_weights(output), *partial_weights(output), *checkpoints_of(output).values())
     yield from (path for name in (*FOLDERS, *FILES) if os.path.lexists(path := output / name))
+
+
+def partial_weights(output: Path) -> list[Path]:
+    """The files in `output` that a process which was killed during its final save has left."""
+    return [path for path in output.glob(".tmp*") if _PARTIAL_WEIGHTS.fullmatch(path.name) and path.is_file()]
 
 
 def _weights(output: Path) -> list[Path]:
