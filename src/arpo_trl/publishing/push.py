@@ -150,6 +150,12 @@ def _limit_silence() -> None:
     def make() -> Any:
         client = hub_client.default_client_factory()
         client.timeout = http.Timeout(ANSWER_TIMEOUT_S)
+
+        def limit(request: Any) -> None:  # some requests, such as lists of files, set None themselves
+            if request.extensions.get("timeout", {}).get("read") is None:
+                request.extensions["timeout"] = client.timeout.as_dict()
+
+        client.event_hooks["request"].append(limit)
         return client
 
     set_client_factory(make)
