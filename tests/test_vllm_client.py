@@ -25,6 +25,7 @@ from arpo_trl.options import VLLM_KEY_VARIABLE
 from arpo_trl.rollout.engines.base import SamplingParams, Turn, TurnRequest
 from arpo_trl.rollout.engines.vllm.client import (
     CANARY_TEXT,
+    FRESH,
     ServerClient,
     ServerLost,
     check_server,
@@ -66,7 +67,7 @@ GOOD = {
     "/health": {},
     "/v1/models": MODELS,
     "/server_info": info(),
-    "/weight_info": {"weight_version": "arpo-x-1"},
+    "/weight_info": {"weight_version": FRESH},
     "/tokenize": {"tokens": tokenizer().encode(CANARY_TEXT)},
     "/reset_prefix_cache": {"success": True},
     "/update_weight_version": {"success": True},
@@ -95,6 +96,8 @@ def serve():
                 if callable(answer):
                     answer = answer(sum(name == path for name, _, _ in seen))
                 seen.append((path, body, dict(self.headers)))
+                if path == "/update_weight_version" and "weight_info" not in changes:
+                    answers["/weight_info"] = {"weight_version": body["new_version"]}
                 if answer is None:  # hangs up
                     self.close_connection = True
                     return
@@ -442,24 +445,28 @@ AGREES = {"choices": [{"prompt_logprobs": [None, {"6": {"logprob": -1.0}}]}]}
 
 @pytest.mark.parametrize("comes", [True, False])
 def test_a_server_that_another_rank_restores_at_the_same_time_refuses_nothing_that_matters(
-    serve, tmp_path, comes, monkeypatch
+    tmp_path, comes, monkeypatch
 ):
     monkeypatch.setattr("arpo_trl.rollout.engines.vllm.weights.RESTORED_S", 1.0)
-    served = ["default"]
-    url, _ = serve(
-        collective_rpc=lambda number: {} if number == 0 else (400, {"message": "has already been loaded"}),
-        weight_info=lambda number: {"weight_version": served.pop(0) if len(served) > 1 else served[0]},
-        v1__completions=AGREES,
-    )
-    weights = moving(url, tmp_path)
-    weights.sync()
-    mark = f"{weights.version}.other"
-    served[:] = ["default", "default", mark if comes else "default"]
-    if comes:
-        assert weights.restore(weights.clients[0]) == mark
-    else:
-        with pytest.raises(EngineError, match="already been loaded"):
-            weights.restore(weights.clients[0])
+    with Loopback(server := Restarts()) as loopback:
+        weights = moving(loopback.url, tmp_path)
+        weights.sync()
+        server.restart()
+        mark = f"{weights.version}.other"
+
+        def answer(asked: Asked) -> Reply:
+            if asked.path != "/collective_rpc":
+                return server(asked)
+            if comes:
+                server.version = mark
+            return Reply({"message": "has already been loaded"}, status=400)
+
+        loopback.answer = answer
+        if comes:
+            assert weights.restore(weights.clients[0]) == mark
+        else:
+            with pytest.raises(EngineError, match="already been loaded"):
+                weights.restore(weights.clients[0])
 
 
 def test_a_server_that_is_killed_while_it_loads_weights_is_waited_for_and_gets_them(serve, tmp_path):
@@ -472,9 +479,10 @@ def test_a_server_that_is_killed_while_it_loads_weights_is_waited_for_and_gets_t
     seen.clear()
     weights.sync()
     paths = [path for path, _, _ in seen]
-    served = ["/collective_rpc", "/weight_info", "/reset_prefix_cache", "/v1/completions"]
+    claimed = ["/reset_prefix_cache", "/update_weight_version"]
+    served = ["/weight_info", "/collective_rpc", "/weight_info", "/reset_prefix_cache", "/v1/completions"]
     marked = [*served, "/weight_info", "/update_weight_version"]
-    assert paths == ["/collective_rpc", "/health", "/health", *marked]
+    assert paths == [*claimed, "/weight_info", "/collective_rpc", "/health", "/health", *marked]
     assert seen[-1][1]["new_version"].startswith(f"{weights.version}.")
     assert weights.step == 1
 
@@ -564,7 +572,7 @@ def test_a_restarted_server_that_is_killed_again_while_it_gets_its_weights_gets_
         restored.append(which)
         if len(restored) == 1:
             raise ServerLost("killed")
-        return "arpo-x-1"
+        return FRESH
 
     restored = []
     made._weights.restore = restore
@@ -583,8 +591,9 @@ class Restarts:
         self.prompts: list[int] = []
         self.restart()
 
-    def restart(self):
-        self.version, self.token = "default", 70
+    def restart(self, **settings):
+        self.version, self.token, self.settings = FRESH, 70, info(**settings)
+        self.adapters: list[str] = []
 
     def __call__(self, asked: Asked) -> Reply:
         match asked.path:
@@ -592,6 +601,13 @@ class Restarts:
                 return Reply({"weight_version": self.version})
             case "/update_weight_version":
                 self.version = asked.json["new_version"]
+            case "/server_info":
+                return Reply(self.settings)
+            case "/v1/models":
+                adapters = [{"id": name, "parent": "policy", "max_model_len": 100} for name in self.adapters]
+                return Reply({"data": MODELS["data"] + adapters})
+            case "/v1/load_lora_adapter":
+                self.adapters.append(asked.json["lora_name"])
             case "/collective_rpc":
                 self.loading()
                 self.token = 60
@@ -705,6 +721,109 @@ def test_a_server_that_another_rank_restores_meanwhile_keeps_the_other_mark_and_
     setattr(server, step, restored)
     assert weights.restore(weights.clients[0]) == server.version == f"{weights.version}.other"
     assert not server.aborted.is_set()
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"logprobs_mode": "raw_logprobs"}, "its logprobs_mode is 'raw_logprobs', but was 'processed_logprobs'"),
+        ({"max_logprobs": 5, "replicas": 2}, "its max_logprobs is 5, but was 20, replicas is 2, but was 1"),
+    ],
+)
+def test_a_server_that_is_restarted_with_other_settings_ends_the_run(restarts, settings, named):
+    server, made, _ = restarts
+    with made.session():
+        assert first_tokens(made, 1) == {1: 60}
+        server.restart(**settings)
+        with pytest.raises(ConfigError, match=rf"http\S+ was restarted with other settings: {named}\. .* flags"):
+            first_tokens(made, 2)
+
+
+def test_a_server_that_is_restarted_with_other_settings_during_an_update_ends_the_run(tmp_path):
+    with Loopback(server := Restarts()) as loopback:
+
+        def answer(asked: Asked) -> Reply:
+            if asked.path == "/collective_rpc":
+                server.restart(logprobs_mode="raw_logprobs")
+                return Reply(headers={"Content-Length": "9"}, stream=lambda file: None)  # the connection ends
+            return server(asked)
+
+        weights = moving(loopback.url, tmp_path)
+        loopback.answer = answer
+        with pytest.raises(ConfigError, match="its logprobs_mode is 'raw_logprobs'"):
+            weights.sync()
+
+
+def test_a_server_that_works_for_another_job_keeps_that_jobs_weights_and_mark(restarts, tmp_path):
+    server, made, weights = restarts
+    other = moving(weights.clients[0].url, tmp_path / "other")
+    with made.session():
+        assert first_tokens(made, 1) == {1: 60}
+        mark, loads = server.version, []
+        server.loading = lambda: loads.append(1)
+        ended = threading.Event()
+        server.writes = lambda prompt: ended.wait(60)
+        made.submit(turn(2))
+        until(lambda: 2 in server.prompts)
+        with pytest.raises(EngineError, match="could not reset its prefix cache, because other requests use it"):
+            other.sync()
+        assert (server.version, loads) == (mark, [])
+        ended.set()
+        assert first_tokens(made, submitted=1) == {2: 60}
+    assert server.prompts == [1, 2]
+
+
+def test_no_answer_of_a_server_that_another_job_took_counts(restarts, tmp_path):
+    server, made, weights = restarts
+    other = moving(weights.clients[0].url, tmp_path / "other")
+    with made.session():
+        assert first_tokens(made, 1) == {1: 60}
+
+        def take(prompt):
+            server.running, server.writes = 0, lambda prompt: None
+            server.comparing = lambda: (answered.set(), taken.wait(60))  # its weights are loaded, without their mark
+            pool.submit(other.sync)
+            answered.wait(60)
+            server.running = 1
+
+        answered, taken = threading.Event(), threading.Event()
+        server.writes = take
+        with ThreadPoolExecutor(1) as pool, pytest.raises(EngineError, match="Another job has sent its weights to"):
+            try:
+                first_tokens(made, 2)
+            finally:
+                taken.set()
+    assert server.prompts == [1, 2]
+    assert server.version.startswith(f"{other.version}.")  # the other job keeps the server
+    weights._trained = lambda: (2, 1)
+    with pytest.raises(EngineError, match="Another job has sent its weights to"):
+        weights.sync()
+    assert server.version.startswith(f"{other.version}.")
+
+
+def test_of_two_jobs_that_update_a_server_at_the_same_time_only_the_later_one_uses_it(restarts, tmp_path):
+    server, _, weights = restarts
+    other = moving(weights.clients[0].url, tmp_path / "other")
+
+    def also():
+        server.comparing = lambda: None
+        other.sync()
+
+    server.comparing = also
+    with pytest.raises(EngineError, match="Another job has sent its weights to"):
+        weights.sync()
+    assert server.version.startswith(f"{other.version}.")
+
+
+def test_an_adapter_that_another_rank_has_restored_stays_loaded(tmp_path):
+    model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["q_proj"]))
+    facts = [replace(A_SERVER, max_lora_rank=4)]
+    transfer = DiskTransfer(model, Accelerator(cpu=True), tokenizer(), tmp_path, facts)
+    with Loopback(server := Restarts()) as loopback:
+        for _ in range(2):
+            transfer.restore(client(loopback.url), "arpo-0-1")
+        assert server.adapters == ["arpo-0-1"]
+        assert not [asked.path for asked in loopback.asked if "unload" in asked.path]
 
 
 def test_a_server_that_stops_while_it_loads_weights_but_keeps_its_connection_is_lost(monkeypatch):

@@ -21,6 +21,21 @@ from support import A_SERVER
 TIMEOUT_S, HANGS_S = 4.0, 10.0
 
 
+class Claimed(ServerClient):
+    """A client of a server that this run has marked."""
+
+    mark = "default"
+
+    def reset_prefix_cache(self) -> bool:
+        return True
+
+    def weight_version(self) -> str:
+        return self.mark
+
+    def set_weight_version(self, version: str) -> None:
+        self.mark = version
+
+
 class Hangs:
     """A transfer to a server that never answers."""
 
@@ -36,7 +51,7 @@ def main(folder: Path) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_S))
     weights.WAITING_S = 1.0
     served = weights.ServedWeights(
-        [ServerClient("http://server", timeout_s=1.0)],
+        [Claimed("http://server", timeout_s=1.0)],
         [A_SERVER],
         Hangs(),  # type: ignore[arg-type]  # the first sync calls no other method
         Accelerator(cpu=True),

@@ -195,9 +195,12 @@ class ServerClient:
         self._request("POST", "/v1/load_lora_adapter", hint, {"lora_name": name, "lora_path": folder})
 
     @_reads_json
+    def has_adapter(self, name: str) -> bool:
+        return name in (model["id"] for model in self._json("GET", "/v1/models", "")["data"])
+
     def unload_adapter(self, name: str) -> None:
         """Unload an adapter, if the server has it; a restarted server does not."""
-        if name in (model["id"] for model in self._json("GET", "/v1/models", "")["data"]):
+        if self.has_adapter(name):
             self._request("POST", "/v1/unload_lora_adapter", "", {"lora_name": name})
 
     def abort(self) -> None:

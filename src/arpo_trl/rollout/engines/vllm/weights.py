@@ -3,8 +3,9 @@
 A server may answer 200 and still have its old weights, or corrupt ones. So after each sync the servers compute the
 logprobs of a fixed prompt. These must equal the trainer's within a tolerance, and must change if the trainer's change.
 Then the server gets a mark: the version of the weights and a random suffix. No mark is used twice, and a restart of
-the server resets it. So an answer was sampled from the weights of a mark if the server had this mark before the
-request and after the answer.
+the server resets it. Before its weights change, the server gets a mark that no answer can have. So an answer was
+sampled from the weights of a mark if the server had this mark before the request and after the answer, even if another
+job changed the weights meanwhile.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import nullcontext
-from dataclasses import fields
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -118,7 +119,7 @@ class ServedWeights:
         self._tolerance = tolerance
         self._away_s = away_s
         self.check = check
-        self._run = from_main(accelerator, secrets.token_hex(4))
+        self._run = f"arpo-{from_main(accelerator, secrets.token_hex(4))}-"
         self._syncs = 0
         self._ours: list[float] = []
         self._last_move: dict[str, tuple[list[float], list[float]]] = {}
@@ -158,8 +159,9 @@ class ServedWeights:
         Waits for a server that is down, or that is killed during the transfer.
 
         Raises:
-            EngineError: A server stays unreachable, could not load the weights, or does not serve the trainer's
-                weights.
+            ConfigError: A server was restarted with other settings.
+            EngineError: A server stays unreachable, could not load the weights, does not serve the trainer's weights,
+                or serves another client.
         """
         if self.is_current:
             return
@@ -185,7 +187,16 @@ class ServedWeights:
 
     def _move(self) -> None:
         previous, self._syncs = self.version, self._syncs + 1
-        version = f"arpo-{self._run}-{self._syncs}"
+        version = f"{self._run}{self._syncs}"
+
+        def claim(client: ServerClient) -> None:
+            with suppress(ServerLost):  # `update` waits for it
+                if previous != FRESH:  # a new run takes over from an earlier one
+                    self._check_owner(client, client.weight_version())
+                self._reset(client, 1)  # refuses a server that works for another job while it still has its weights
+                client.set_weight_version(_loading(version))
+
+        self._on_main(claim)  # before `prepare`, which may already change the servers' weights
         self._transfer.prepare(version)
         self._ours = self._reference(self._canary)
 
@@ -193,6 +204,7 @@ class ServedWeights:
             give = self._transfer.deliver
             for attempt in range(1, ATTEMPTS + 1):
                 try:
+                    self._mark_loading(client, version)
                     self._serve(client, version, give)
                     if previous != FRESH:
                         self._transfer.discard(client, previous)
@@ -209,6 +221,40 @@ class ServedWeights:
         self._on_main(update)
         self.version = version
 
+    def _check_owner(self, client: ServerClient, mark: str) -> None:
+        """Check that the mark is that of a restarted server, or of this run."""
+        if mark != FRESH and not mark.startswith(self._run):
+            raise EngineError(
+                f"Another job has sent its weights to {client.url} ({mark}; those of this run start with "
+                f"{self._run}). A server used for training must not serve other clients. Stop them and resume."
+            )
+
+    def _mark_loading(self, client: ServerClient, version: str) -> None:
+        """Mark a server that gets the version, so that no answer counts until it has all of it. Keeps the mark of a
+        rank that has restored it.
+
+        Raises:
+            ConfigError: The server was restarted with other settings than at the start.
+            EngineError: Another job uses it.
+        """
+        if client.weight_version() == _loading(version):
+            return
+        facts, before = client.facts(), self.facts[client.url]
+        if _has(facts.weight_version, version):
+            return
+        self._check_owner(client, facts.weight_version)
+        changed = [
+            f"{name} is {now!r}, but was {then!r}"
+            for name, now in asdict(facts).items()
+            if name != "weight_version" and now != (then := getattr(before, name))
+        ]
+        if changed:
+            raise ConfigError(
+                f"{client.url} was restarted with other settings: its {', '.join(changed)}. Restart it with the flags "
+                "that it had, and resume from the last checkpoint."
+            )
+        client.set_weight_version(_loading(version))
+
     def _serve(
         self, client: ServerClient, version: str, give: Callable[[ServerClient, str], None], resets: int = 1
     ) -> str:
@@ -223,10 +269,13 @@ class ServedWeights:
         give(client, version)
         if _has(mark := client.weight_version(), version):
             return mark
-        self._reset(client, resets)
+        self._reset(client, resets)  # again, because a request may have come while the weights changed
         self._compare(client, version)
         if _has(mark := client.weight_version(), version):
             return mark
+        if mark != _loading(version):
+            self._check_owner(client, mark)  # it loads the weights of another job, maybe over the compared ones
+            raise ServerLost(f"{client.url} was restarted while it got weights.")
         mark = f"{version}.{secrets.token_hex(4)}"
         client.set_weight_version(mark)
         return mark
@@ -251,11 +300,13 @@ class ServedWeights:
         Raises:
             ServerLost: The server is down.
             CannotRestore: It was restarted, and the transfer cannot send it the weights.
-            EngineError: It does not serve the trainer's weights.
+            ConfigError: It was restarted with other settings, or refuses access.
+            EngineError: It does not serve the trainer's weights, or another job uses it.
         """
         with self.lock:
             if _has(mark := client.weight_version(), self.version):
                 return mark
+            self._mark_loading(client, self.version)
             logger.warning(f"{client.url} was restarted. It now gets the current weights.")
             try:
                 # Requests that reached the server before a rank noticed the restart use the prefix cache.
@@ -325,6 +376,11 @@ class ServedWeights:
 def _has(mark: str, version: str) -> bool:
     """Whether a server with this mark has the version."""
     return mark.rpartition(".")[0] == version
+
+
+def _loading(version: str) -> str:
+    """The mark of a server that gets the version. No version has it."""
+    return f"{version}-loading"
 
 
 def from_main(accelerator: Accelerator, value: Any) -> Any:
@@ -429,8 +485,10 @@ class DiskTransfer:
             client.load_weights(str(folder))
 
     def restore(self, client: ServerClient, version: str) -> None:
-        self.discard(client, version)  # vLLM rejects an adapter that it already has, as after a lost answer
-        self.deliver(client, version)
+        # vLLM rejects an adapter that it already has: after a lost answer, or from another rank, whose turns may use
+        # it. No other weights have this name.
+        if not (self.sends_adapter and client.has_adapter(version)):
+            self.deliver(client, version)
 
     def discard(self, client: ServerClient, version: str) -> None:
         if self.sends_adapter:
