@@ -57,6 +57,13 @@ COMPLETION = {
 }
 
 
+def completion(**changes) -> dict:
+    """`COMPLETION` with other values."""
+    (choice,) = COMPLETION["choices"]
+    logprobs = {name: changes.pop(name, value) for name, value in choice["logprobs"].items()}
+    return {"choices": [choice | {"logprobs": logprobs} | changes]}
+
+
 def info(max_logprobs=20, logprobs_mode="processed_logprobs", replicas=1):
     model = {"max_logprobs": max_logprobs, "logprobs_mode": logprobs_mode, "dtype": "torch.float32"}
     parallel = {"data_parallel_size": replicas}
@@ -357,12 +364,43 @@ def test_a_server_that_never_answers_is_named_after_the_deadline(serve):
         {"choices": []},
         {"choices": [{"text": "words only", "logprobs": None, "finish_reason": "stop"}]},
         {"choices": [{"token_ids": [60], "logprobs": {"token_logprobs": []}, "finish_reason": "stop"}]},
+        {"choices": [1]},
+        completion(token_ids=[]),
+        completion(token_logprobs=[None, -0.5]),
+        completion(token_logprobs=["-0.5", -0.5]),
+        completion(token_logprobs=[float("nan"), -0.5]),
+        completion(token_logprobs=[float("-inf"), -0.5]),
+        completion(top_logprobs=None),
+        completion(top_logprobs=[{"a": -0.5}]),
+        completion(top_logprobs=[None, None]),
+        completion(top_logprobs=[{}, {}]),
+        completion(top_logprobs=[{"a": None}] * 2),
+        completion(top_logprobs=[{"a": float("nan")}] * 2),
+        completion(top_logprobs=[{"a": 800.0}] * 2),
     ],
 )
 def test_answers_of_another_shape_are_errors(serve, answer):
-    url, _ = serve(v1__completions=answer)
+    url, seen = serve(v1__completions=answer)
     with pytest.raises(EngineError, match=r"vLLM"):
         write(engine(url))
+    assert sum(path == "/v1/completions" for path, _, _ in seen) == 1
+
+
+def test_a_body_that_cannot_be_decoded_is_an_error_of_its_server(monkeypatch):
+    monkeypatch.setattr("arpo_trl.rollout.engines.vllm.client.DYING_S", 0.2)
+    undecodable = Reply(b"not gzip", headers={"Content-Encoding": "gzip"})
+    with Loopback(lambda asked: undecodable if "complet" in asked.path else Reply(GOOD[asked.path])) as loopback:
+        with pytest.raises(EngineError, match=rf"{loopback.url} could not complete a request \(DecodingError"):
+            write(engine(loopback.url))
+        with pytest.raises(EngineError, match=rf"{loopback.url} failed at /v1/completions \(DecodingError"):
+            client(loopback.url).logprobs([5, 6], "policy")
+
+
+def test_requests_that_another_client_always_aborts_end_the_rollout(serve):
+    url, seen = serve(v1__completions=completion(token_ids=[], finish_reason="abort"))
+    with pytest.raises(EngineError, match=rf"{url} could not complete a request \(it was aborted .* not by this run"):
+        write(engine(url))
+    assert sum(path == "/v1/completions" for path, _, _ in seen) == 4  # ATTEMPTS
 
 
 def test_the_trees_of_a_batch_are_shared_out_and_each_stays_with_one_server(serve):
@@ -589,6 +627,8 @@ class Restarts:
         self.aborted, self.running = threading.Event(), 0
         self.loading = self.comparing = lambda: None
         self.prompts: list[int] = []
+        self.refuses = 0
+        """The status of its refusals to tell its mark; 0: it does not refuse."""
         self.restart()
 
     def restart(self, **settings):
@@ -597,6 +637,8 @@ class Restarts:
 
     def __call__(self, asked: Asked) -> Reply:
         match asked.path:
+            case "/weight_info" if self.refuses:
+                return Reply({"detail": "Not Found"}, status=self.refuses)
             case "/weight_info":
                 return Reply({"weight_version": self.version})
             case "/update_weight_version":
@@ -752,6 +794,16 @@ def test_a_server_that_is_restarted_with_other_settings_during_an_update_ends_th
         loopback.answer = answer
         with pytest.raises(ConfigError, match="its logprobs_mode is 'raw_logprobs'"):
             weights.sync()
+
+
+@pytest.mark.parametrize(("status", "message"), [(404, "has no /weight_info .*DEV_MODE=1"), (401, "refuses access")])
+def test_a_restarted_server_that_refuses_a_request_is_named_and_not_waited_for(restarts, status, message):
+    server, made, weights = restarts
+    with made.session():
+        assert first_tokens(made, 1) == {1: 60}
+        server.refuses = status
+        with pytest.raises(ConfigError, match=rf"{weights.clients[0].url} {message}"):
+            first_tokens(made, 2)
 
 
 def test_a_server_that_works_for_another_job_keeps_that_jobs_weights_and_mark(restarts, tmp_path):

@@ -117,7 +117,7 @@ class ServerClient:
             while True:
                 try:
                     status = self._send("GET", "/health", timeout=SHORT_S).status_code
-                except httpx.TransportError as error:
+                except httpx.RequestError as error:
                     problem = f"{type(error).__name__}: {error}"
                 else:
                     if status == 200:
@@ -261,7 +261,7 @@ class ServerClient:
                 f"The vLLM server {self.url} has not answered {path} in time. Check its log, or raise "
                 "vllm_request_timeout_s."
             ) from error
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise ServerLost(
                 f"The connection to the vLLM server {self.url} failed at {path} ({type(error).__name__}). Check its "
                 "log."
@@ -288,7 +288,7 @@ class ServerClient:
             try:
                 if self._send("GET", "/health", timeout=SHORT_S).status_code >= 500:
                     return True
-            except httpx.TransportError:
+            except httpx.RequestError:
                 return True
             time.sleep(DYING_CHECK_S)  # nothing reports the end of a server that another process has started
         return False

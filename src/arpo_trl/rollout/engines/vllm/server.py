@@ -20,6 +20,7 @@ older version is read.
 from __future__ import annotations
 
 import asyncio
+import math
 import queue
 import socket
 import ssl
@@ -28,6 +29,7 @@ import time
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import httpx
@@ -224,8 +226,12 @@ class VLLMServerEngine:
                 if response.status_code == 200:
                     now = await self._mark(server, self._request_s)
                     if now == mark:
-                        return _read(response, url, version)
-                    problem = "it no longer answers" if now is None else "it was restarted while it answered"
+                        answer = _read(response, url, segment.top_logprobs, version)
+                        if answer.ids or not self._may_send.is_set():  # aborted by `sync` before its first token
+                            return answer
+                        problem = "it was aborted before its first token, but not by this run"
+                    else:
+                        problem = "it no longer answers" if now is None else "it was restarted while it answered"
                 else:
                     problem = f"{response.status_code}: {without_secrets(response.text)[:300]}"
                     # 404: the adapter was lost in a restart. Other errors below 500 are permanent.
@@ -236,7 +242,7 @@ class VLLMServerEngine:
                     f"{url} has not answered a request for {segment.max_tokens} tokens within {self._request_s:.0f} "
                     "s. Check its log, or raise vllm_request_timeout_s."
                 ) from error
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 problem = f"{type(error).__name__}: {error}"
             finally:
                 self._sent -= 1
@@ -261,13 +267,13 @@ class VLLMServerEngine:
                 await asyncio.sleep(RETRY_S)
 
     async def _mark(self, server: _Server, timeout_s: float) -> str | None:
-        """The server's mark; None if it does not answer."""
+        """The server's mark; None if it does not answer, "" if it refuses to tell: then `restore` raises the error."""
         try:
             with self._http.one() as http:
                 response = await self._while_up(
                     server, http.get(f"{server.client.url}/weight_info", timeout=timeout_s)
                 )
-            return str(response.json()["weight_version"])
+            return "" if response.status_code in (401, 403, 404) else str(response.json()["weight_version"])
         except (httpx.HTTPError, ValueError, KeyError, TypeError):
             return None
 
@@ -285,21 +291,28 @@ class VLLMServerEngine:
         await asyncio.sleep(0)
 
 
-def _read(response: httpx.Response, url: str, version: int | None) -> Segment:
-    """Convert a server's answer to a segment. The segment has no ids if `sync` aborted the request before its first
-    token."""
+def _read(response: httpx.Response, url: str, top_logprobs: int, version: int | None) -> Segment:
+    """Convert a server's answer to a segment, which has no ids if the request was aborted before its first token.
+
+    Raises:
+        EngineError: The answer has no ids, or lacks a logprob, or one is not a finite number of at most about 0.
+    """
     try:
         choice: dict[str, Any] = response.json()["choices"][0]
-        if choice["finish_reason"] == "abort" and not choice["token_ids"]:
+        ids = choice["token_ids"]
+        if choice["finish_reason"] == "abort" and not ids:
             return Segment(ids=[], logprobs=[])
         given = choice["logprobs"]
-        return Segment(
-            ids=choice["token_ids"],
-            logprobs=given["token_logprobs"],
-            top_logprobs=[list(place.values()) for place in given["top_logprobs"] or ()],
-            version=version,
-        )
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+        logprobs = given["token_logprobs"]
+        top = [list(place.values()) for place in given["top_logprobs"]] if top_logprobs else []
+        if not ids or (top_logprobs and (len(top) != len(ids) or not all(top))):
+            raise ValueError(f"{len(ids)} ids, and top logprobs for {sum(map(bool, top))}")
+        # vLLM sends −9999 for −∞. Rounding may give a value just above 0.
+        for value in chain(logprobs, *top):
+            if not -math.inf < value < 1.0:
+                raise ValueError(f"a logprob is {value}")
+        return Segment(ids=ids, logprobs=logprobs, top_logprobs=top, version=version)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise EngineError(
             f"{url} answered /v1/completions without the expected token ids and logprobs ({error}). It must be a vLLM "
             "server, ≥ 0.31."
