@@ -517,7 +517,8 @@ def test_a_server_that_is_killed_while_it_loads_weights_is_waited_for_and_gets_t
     seen.clear()
     weights.sync()
     paths = [path for path, _, _ in seen]
-    claimed = ["/reset_prefix_cache", "/update_weight_version"]
+    claimed = ["/reset_prefix_cache", "/weight_info", "/v1/models", "/server_info", "/weight_info"]
+    claimed += ["/update_weight_version"]
     served = ["/weight_info", "/collective_rpc", "/weight_info", "/reset_prefix_cache", "/v1/completions"]
     marked = [*served, "/weight_info", "/update_weight_version"]
     assert paths == [*claimed, "/weight_info", "/collective_rpc", "/health", "/health", *marked]
@@ -773,12 +774,15 @@ def test_a_server_that_another_rank_restores_meanwhile_keeps_the_other_mark_and_
     ],
 )
 def test_a_server_that_is_restarted_with_other_settings_ends_the_run(restarts, settings, named):
-    server, made, _ = restarts
+    server, made, weights = restarts
     with made.session():
         assert first_tokens(made, 1) == {1: 60}
         server.restart(**settings)
         with pytest.raises(ConfigError, match=rf"http\S+ was restarted with other settings: {named}\. .* flags"):
             first_tokens(made, 2)
+    weights._trained = lambda: (2, 1)
+    with pytest.raises(ConfigError, match=named):  # before an update
+        weights.sync()
 
 
 def test_a_server_that_is_restarted_with_other_settings_during_an_update_ends_the_run(tmp_path):
@@ -827,9 +831,9 @@ def test_a_server_that_works_for_another_job_keeps_that_jobs_weights_and_mark(re
 
 def test_no_answer_of_a_server_that_another_job_took_counts(restarts, tmp_path):
     server, made, weights = restarts
-    other = moving(weights.clients[0].url, tmp_path / "other")
     with made.session():
         assert first_tokens(made, 1) == {1: 60}
+        other = moving(weights.clients[0].url, tmp_path / "other")
 
         def take(prompt):
             server.running, server.writes = 0, lambda prompt: None
@@ -855,16 +859,27 @@ def test_no_answer_of_a_server_that_another_job_took_counts(restarts, tmp_path):
 
 def test_of_two_jobs_that_update_a_server_at_the_same_time_only_the_later_one_uses_it(restarts, tmp_path):
     server, _, weights = restarts
-    other = moving(weights.clients[0].url, tmp_path / "other")
+    others = []
 
     def also():
         server.comparing = lambda: None
-        other.sync()
+        others.append(moving(weights.clients[0].url, tmp_path / "other"))
+        others[0].sync()
 
     server.comparing = also
     with pytest.raises(EngineError, match="Another job has sent its weights to"):
         weights.sync()
-    assert server.version.startswith(f"{other.version}.")
+    assert server.version.startswith(f"{others[0].version}.")
+
+
+def test_a_server_that_another_job_marked_since_the_start_is_refused(restarts, tmp_path):
+    server, _, weights = restarts
+    other = moving(weights.clients[0].url, tmp_path / "other")
+    weights.sync()
+    with pytest.raises(EngineError, match="Another job has sent its weights to"):
+        other.sync()
+    assert server.version.startswith(f"{weights.version}.")
+    moving(weights.clients[0].url, tmp_path / "later").sync()  # as a resumed run does
 
 
 def test_an_adapter_that_another_rank_has_restored_stays_loaded(tmp_path):

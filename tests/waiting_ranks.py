@@ -15,16 +15,19 @@ from accelerate import Accelerator
 
 from arpo_trl.errors import EngineError
 from arpo_trl.rollout.engines.vllm import weights
-from arpo_trl.rollout.engines.vllm.client import ServerClient
+from arpo_trl.rollout.engines.vllm.client import FRESH, ServerClient, ServerFacts
 from support import A_SERVER
 
 TIMEOUT_S, HANGS_S = 4.0, 10.0
 
 
 class Claimed(ServerClient):
-    """A client of a server that this run has marked."""
+    """A client of a server that a run can claim, without requests."""
 
-    mark = "default"
+    mark = FRESH
+
+    def facts(self) -> ServerFacts:
+        return A_SERVER
 
     def reset_prefix_cache(self) -> bool:
         return True

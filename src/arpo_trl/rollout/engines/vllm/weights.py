@@ -191,10 +191,8 @@ class ServedWeights:
 
         def claim(client: ServerClient) -> None:
             with suppress(ServerLost):  # `update` waits for it
-                if previous != FRESH:  # a new run takes over from an earlier one
-                    self._check_owner(client, client.weight_version())
                 self._reset(client, 1)  # refuses a server that works for another job while it still has its weights
-                client.set_weight_version(_loading(version))
+                self._mark_loading(client, version)
 
         self._on_main(claim)  # before `prepare`, which may already change the servers' weights
         self._transfer.prepare(version)
@@ -222,8 +220,8 @@ class ServedWeights:
         self.version = version
 
     def _check_owner(self, client: ServerClient, mark: str) -> None:
-        """Check that the mark is that of a restarted server, or of this run."""
-        if mark != FRESH and not mark.startswith(self._run):
+        """Check that no other job has marked the server since the start of this run."""
+        if mark not in (FRESH, self.facts[client.url].weight_version) and not mark.startswith(self._run):
             raise EngineError(
                 f"Another job has sent its weights to {client.url} ({mark}; those of this run start with "
                 f"{self._run}). A server used for training must not serve other clients. Stop them and resume."
@@ -237,23 +235,23 @@ class ServedWeights:
             ConfigError: The server was restarted with other settings than at the start.
             EngineError: Another job uses it.
         """
-        if client.weight_version() == _loading(version):
-            return
-        facts, before = client.facts(), self.facts[client.url]
-        if _has(facts.weight_version, version):
-            return
-        self._check_owner(client, facts.weight_version)
-        changed = [
-            f"{name} is {now!r}, but was {then!r}"
-            for name, now in asdict(facts).items()
-            if name != "weight_version" and now != (then := getattr(before, name))
-        ]
-        if changed:
-            raise ConfigError(
-                f"{client.url} was restarted with other settings: its {', '.join(changed)}. Restart it with the flags "
-                "that it had, and resume from the last checkpoint."
-            )
-        client.set_weight_version(_loading(version))
+        mark = client.weight_version()
+        if not mark.startswith(self._run):
+            facts, before = client.facts(), self.facts[client.url]
+            mark = facts.weight_version
+            self._check_owner(client, mark)
+            changed = [
+                f"{name} is {now!r}, but was {then!r}"
+                for name, now in asdict(facts).items()
+                if name != "weight_version" and now != (then := getattr(before, name))
+            ]
+            if changed:
+                raise ConfigError(
+                    f"{client.url} was restarted with other settings: its {', '.join(changed)}. Restart it with the "
+                    "flags that it had, and resume from the last checkpoint."
+                )
+        if mark != _loading(version) and not _has(mark, version):
+            client.set_weight_version(_loading(version))
 
     def _serve(
         self, client: ServerClient, version: str, give: Callable[[ServerClient, str], None], resets: int = 1
