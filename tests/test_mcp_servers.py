@@ -262,7 +262,7 @@ class OlderServer:
     """A server of the protocol's generation with sessions, which it forgets when it `restart`s."""
 
     def __init__(self) -> None:
-        self.session = "first"
+        self.session: str | None = "first"
 
     def restart(self) -> None:
         self.session = "second"
@@ -286,8 +286,8 @@ class OlderServer:
                 result = {"content": [{"type": "text", "text": question["params"]["arguments"]["text"]}]}
             case _:
                 return Reply("", 202)
-        headers = {"Mcp-Session-Id": self.session, "Content-Type": "application/json"}
-        return Reply({"jsonrpc": "2.0", "id": question["id"], "result": result}, headers=headers)
+        headers = {"Mcp-Session-Id": self.session} if self.session is not None else {}
+        return Reply({"jsonrpc": "2.0", "id": question["id"], "result": result}, headers=AS_JSON | headers)
 
 
 def starts(server: Loopback) -> int:
@@ -303,15 +303,20 @@ def drip(file: Any) -> None:
             time.sleep(0.01)  # so that little of it waits in the reader's memory
 
 
-NOT_FOUND = {"jsonrpc": "2.0", "error": {"code": -32001, "message": "Session not found"}, "id": None}
 AS_JSON = {"Content-Type": "application/json"}
+
+
+def no_session(code: int) -> dict[str, Any]:
+    return {"jsonrpc": "2.0", "error": {"code": code, "message": "no such session"}, "id": None}
 
 
 @pytest.mark.parametrize(
     "unknown",
     [
         Reply("", 404),
-        Reply(NOT_FOUND, 404, AS_JSON),
+        Reply(no_session(-32001), 404, AS_JSON),
+        Reply(no_session(-32000), 400, AS_JSON),
+        Reply(no_session(-32600), 400, AS_JSON),
         Reply("Invalid session ID", 400, {"Content-Type": "text/plain"}),
         Reply({"error": "no session"}, 400, AS_JSON),
         Reply("<html>", 502, {"Content-Type": "text/html"}),
@@ -336,13 +341,17 @@ def test_a_server_without_the_session_and_a_gateway_without_the_server_are_lost(
         assert results(box, ("echo", {"text": "c"}))[0].text == "c"
 
 
-def test_an_error_of_the_tool_with_the_status_of_a_bad_request_leaves_the_session() -> None:
+@pytest.mark.parametrize(
+    ("session", "status", "code"), [("first", 400, -32602), ("first", 200, -32600), (None, 400, -32600)]
+)
+def test_an_error_of_the_tool_leaves_the_session(session: str | None, status: int, code: int) -> None:
     older = OlderServer()
+    older.session = session
 
     def answer(asked: Asked) -> Reply:
         if b"refuse" in asked.body:
-            error = {"code": -32602, "message": "not this text"}
-            return Reply({"jsonrpc": "2.0", "error": error, "id": asked.json["id"]}, 400, AS_JSON)
+            error = {"code": code, "message": "not this text"}
+            return Reply({"jsonrpc": "2.0", "error": error, "id": asked.json["id"]}, status, AS_JSON)
         return older(asked)
 
     with Loopback(answer) as server, ToolBox(mcp_tools([{"url": server.url}], timeout_s=60.0), timeout_s=60.0) as box:
@@ -511,9 +520,9 @@ def test_an_answer_on_a_too_long_line_fails_and_the_server_is_restarted() -> Non
 
 
 ODD_SERVER = r"""
-import json, sys
+import json, os, sys, time
 for line in sys.stdin:
-    asked = json.loads(line)
+    asked, text = json.loads(line), ""
     if asked.get("method") == "initialize":
         version = asked["params"]["protocolVersion"]
         result = {"protocolVersion": version, "capabilities": {}, "serverInfo": {"name": "odd", "version": "1"}}
@@ -522,12 +531,16 @@ for line in sys.stdin:
         result = {"tools": [{"name": "echo", "inputSchema": schema}]}
     elif asked.get("method") == "tools/call":
         text = asked["params"]["arguments"]["text"]
+        if text == "hang":
+            time.sleep(600)
+        if text == "process":
+            text = str(os.getpid())
         result = None if text == "null" else {"content": [{"type": "text", "text": text}]}
-    elif "id" in asked:
-        error = {"code": -32601, "message": "no"}
-        print(json.dumps({"jsonrpc": "2.0", "id": asked["id"], "error": error}), flush=True)
+    elif "id" not in asked:
         continue
-    else:
+    if asked["method"] not in ("initialize", "tools/list", "tools/call") or text.startswith("-"):
+        error = {"code": int(text or -32601), "message": "no"}
+        print(json.dumps({"jsonrpc": "2.0", "id": asked["id"], "error": error}), flush=True)
         continue
     sys.stdout.buffer.write(b"\xff\xfe no JSON\n")
     sys.stdout.buffer.flush()
@@ -547,6 +560,16 @@ def test_an_answer_that_the_library_cannot_read_does_not_leave_its_call_waiting(
     assert [listed.text, plain.text] == ["list", "a"]
     assert null.text == "Error: the answer of this tool's server cannot be read"
     assert null.failure is ToolFailure.ERROR
+
+
+def test_an_error_of_the_tool_with_a_code_of_the_library_leaves_the_process() -> None:
+    command = {"command": sys.executable, "args": ["-c", ODD_SERVER]}
+    with ToolBox(mcp_tools([command], timeout_s=60.0), timeout_s=60.0) as box:
+        before, invalid, closed, after = results(
+            box, *(("echo", {"text": text}) for text in ("process", "-32600", "-32000", "process"))
+        )
+    assert [(each.text, each.failure) for each in (invalid, closed)] == [("Error: no", ToolFailure.ERROR)] * 2
+    assert before.ok and before.text == after.text
 
 
 def test_a_server_that_begins_with_a_line_without_end_is_named_before_its_memory_matters() -> None:

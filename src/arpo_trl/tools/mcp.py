@@ -27,13 +27,13 @@ from concurrent.futures import CancelledError
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from typing import IO, Any
-from urllib.parse import unquote
 
-from arpo_trl.errors import ConfigError, ToolError, ToolOverdue, ToolSpecError, ToolUnavailable
+from arpo_trl.errors import ConfigError, ToolError, ToolOverdue, ToolUnavailable
 from arpo_trl.net import background
 from arpo_trl.net.addresses import check_server_url, server_key
 from arpo_trl.tools.environments.kind import NOT_TOOLS, environment_kind
 from arpo_trl.tools.environments.state import Environments
+from arpo_trl.tools.mcp_schemas import with_schema
 from arpo_trl.visible import with_marks, with_texts, without_credentials
 
 START_TIMEOUT_S = 60.0
@@ -50,16 +50,15 @@ _MAX_STDERR_BYTES = 1 << 20
 _LOST = (400, 404, 502, 503, 504)
 """The statuses of a server that does not know the session, and of a gateway that does not reach its server."""
 
+_CLOSED = "Connection closed"
+"""The library's message of CONNECTION_CLOSED. Servers use the same code, -32000, for errors of their tools."""
+
 _TOO_LONG = f"a line of more than {MAX_ANSWER_BYTES:,} bytes"
 _BOUNDED_UTF_8 = "arpo_trl_bounded_utf_8"
 _OVERLONG: ContextVar[Callable[[], None]] = ContextVar("overlong")
 """The callback for a line that is too long from the connection's process."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-
-_PARTS = ("$ref", "allOf", "anyOf", "oneOf", "$defs", "definitions")
-"""The parts of a schema, besides its properties, that the model reads."""
-_OPEN = "additionalProperties"
 
 # The library logs messages of servers. The errors of failed calls are enough.
 logging.getLogger("mcp.client").setLevel(logging.CRITICAL)
@@ -160,6 +159,7 @@ def mcp_tools(servers: Sequence[Mapping[str, Any]], *, timeout_s: float = 15.0) 
             CONNECTION_CLOSED,
             INVALID_REQUEST,
             PARSE_ERROR,
+            JSONRPCError,
             jsonrpc_message_adapter,
         )
     except ImportError as error:
@@ -297,7 +297,7 @@ class McpSession:
 
     async def _call(self, name: str, arguments: dict[str, Any]) -> str:
         from mcp import MCPError
-        from mcp.types import CONNECTION_CLOSED, INVALID_REQUEST
+        from mcp.types import CONNECTION_CLOSED
 
         session: asyncio.Future[Any] | None = None
         try:
@@ -315,7 +315,8 @@ class McpSession:
                     await self._lose(session)
             raise ToolOverdue.of(name, self._timeout_s) from None
         except MCPError as error:
-            if error.code not in (CONNECTION_CLOSED, INVALID_REQUEST):  # INVALID_REQUEST: the session is unknown
+            is_lost = error.code == CONNECTION_CLOSED and (self._server.url is not None or error.message == _CLOSED)
+            if not is_lost:
                 # Cut twice: removing credentials from a long text takes seconds, and a cut can leave half of one.
                 message = without_credentials(self._server.without_secrets(error.message)[: 2 * _MAX_ERROR_CHARS])
                 raise ToolError(f"Error: {message[:_MAX_ERROR_CHARS]}") from None
@@ -484,7 +485,7 @@ def _readable_answer(answer: Any) -> str:
     return json.dumps({"jsonrpc": "2.0", "id": answer["id"], "error": error})
 
 
-def _can_be_read(line: str | bytes) -> bool:
+def _can_be_read(line: str) -> bool:
     from mcp.types import jsonrpc_message_adapter
 
     try:
@@ -548,21 +549,25 @@ def _tls() -> Any:
 async def _is_lost(response: Any) -> bool:
     """Return whether a response states that the server, or its session, no longer exists.
 
-    A session that does not exist is a 404 with any content. Otherwise a JSON-RPC message is the server's answer. The
-    library, too, reads only JSON: a stream may have no end.
+    A session that does not exist is a 404 with any content, or an error of JSON-RPC with one of two codes. Otherwise a
+    JSON-RPC message is the server's answer. The library, too, reads only JSON: a stream may have no end.
     """
     import httpx2
+    from mcp.types import CONNECTION_CLOSED, INVALID_REQUEST, JSONRPCError, jsonrpc_message_adapter
 
     if response.status_code not in _LOST:
         return False
-    if response.status_code == 404 and "mcp-session-id" in response.request.headers:
+    has_session = "mcp-session-id" in response.request.headers
+    if response.status_code == 404 and has_session:
         return True
     if not response.headers.get("content-type", "").lower().startswith("application/json"):
         return True
     try:
-        return not _can_be_read(await response.aread())
-    except httpx2.StreamError:  # too long, or compressed
+        message = jsonrpc_message_adapter.validate_json(await response.aread(), by_name=False)
+    except (httpx2.StreamError, ValueError):  # too long, or compressed; or no message
         return True
+    is_error = isinstance(message, JSONRPCError) and message.error.code in (CONNECTION_CLOSED, INVALID_REQUEST)
+    return has_session and is_error
 
 
 async def _bound(response: Any) -> None:
@@ -594,7 +599,7 @@ def _as_function(session: McpSession, tool: Any) -> Callable[..., Any]:
     async def call(**arguments: Any) -> str:
         return await session.call(tool.name, arguments)
 
-    return _like(tool, call, [])
+    return with_schema(tool, call, [])
 
 
 def _as_method(tool: Any) -> Callable[..., Any]:
@@ -603,106 +608,7 @@ def _as_method(tool: Any) -> Callable[..., Any]:
     async def call(self: Any, **arguments: Any) -> str:
         return str(await self.session.call(tool.name, arguments))
 
-    return _like(tool, call, [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)])
-
-
-def _like(tool: Any, call: Callable[..., Any], parameters: list[inspect.Parameter]) -> Callable[..., Any]:
-    """Set the tool's name, docstring and schema on `call`, and its signature after `parameters`. Return `call`."""
-    try:
-        described = _with_properties(tool.input_schema, tool.input_schema)
-    except (LookupError, RecursionError) as error:
-        raise _excluded(tool, f"a schema whose parameters cannot be found: {error}") from error
-    given: dict[str, Any] = described["properties"]
-    properties = {name: schema if isinstance(schema, dict) else {} for name, schema in given.items()}  # or a bool
-    required = [name for name in dict.fromkeys(described["required"]) if name in properties]
-    is_open = described.get(_OPEN, False) is not False
-    kept = (*_PARTS, _OPEN) if is_open else _PARTS
-    taken = {parameter.name for parameter in parameters}
-    for name in sorted(properties, key=lambda name: name not in required):  # parameters without a default first
-        if name in taken:
-            raise _excluded(tool, f"a parameter {name!r}, a name that per_path cannot offer")
-        default = inspect.Parameter.empty if name in required else None
-        try:
-            parameters.append(inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default))
-        except ValueError as error:
-            raise _excluded(tool, f"a parameter that a Python function cannot have: {error}") from error
-    if is_open:
-        further = "further"
-        while further in properties:
-            further += "_"
-        parameters.append(inspect.Parameter(further, inspect.Parameter.VAR_KEYWORD))
-    call.__name__ = call.__qualname__ = re.sub(r"\W", "_", tool.name, flags=re.ASCII)
-    call.__doc__ = tool.description or tool.name
-    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    call.json_schema = {  # type: ignore[attr-defined]
-        "type": "function",
-        "function": {
-            "name": call.__name__,
-            "description": inspect.cleandoc(call.__doc__),
-            "parameters": {
-                "type": "object",
-                "properties": properties,
-                "required": required,
-                **{name: described[name] for name in kept if name in described},
-            },
-        },
-    }
-    return call
-
-
-def _excluded(tool: Any, what: str) -> ToolSpecError:
-    return ToolSpecError(
-        f"tool {tool.name!r} of an MCP server has {what}. Exclude the tool: list the tools to offer in the server's "
-        "`tools`."
-    )
-
-
-def _with_properties(schema: Any, root: Any) -> dict[str, Any]:
-    """Return the schema of an object with the `properties`, the `required` names and the `additionalProperties` of its
-    `$ref`, `allOf`, `anyOf` and `oneOf` added to its own.
-
-    Raises:
-        LookupError: A `$ref` does not lead to a part of `root`.
-        RecursionError: A `$ref` leads back to itself.
-    """
-    if not isinstance(schema, dict):  # true
-        return {"properties": {}, "required": []}
-    whole = {
-        **schema,
-        "properties": {**(schema.get("properties") or {})},
-        "required": [*(schema.get("required") or ())],
-    }
-    together = [_referred(str(schema["$ref"]), root)] if "$ref" in schema else []
-    together += schema.get("allOf") or ()
-    for choices in (*([part] for part in together), schema.get("anyOf"), schema.get("oneOf")):
-        parts = [_with_properties(part, root) for part in choices or ()]
-        found: dict[str, list[Any]] = {}
-        for part in parts:
-            for name, value in part["properties"].items():
-                if value not in found.setdefault(name, []):
-                    found[name].append(value)
-            if part.get(_OPEN, False) is not False:
-                whole.setdefault(_OPEN, part[_OPEN])
-        for name, values in found.items():
-            whole["properties"].setdefault(name, values[0] if len(values) == 1 else {"anyOf": values})
-        for part in parts[:1]:
-            whole["required"] += [name for name in part["required"] if all(name in of["required"] for of in parts)]
-    return whole
-
-
-def _referred(reference: str, root: Any) -> Any:
-    """Return the part of `root` to which a `$ref` leads."""
-    start, *steps = reference.split("/")
-    part = root if start == "#" else None
-    for step in steps:
-        step = unquote(step).replace("~1", "/").replace("~0", "~")
-        if isinstance(part, list) and step.isdecimal() and int(step) < len(part):
-            part = part[int(step)]
-        else:
-            part = part.get(step) if isinstance(part, dict) else None
-    if part is None:
-        raise LookupError(f"$ref {reference!r} does not lead to a part of it")
-    return part
+    return with_schema(tool, call, [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)])
 
 
 def _text_of(result: Any) -> str:
