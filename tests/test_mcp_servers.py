@@ -549,10 +549,12 @@ for line in sys.stdin:
 """
 
 
+ODD_COMMAND = {"command": sys.executable, "args": ["-c", ODD_SERVER]}
+
+
 def test_an_answer_that_the_library_cannot_read_does_not_leave_its_call_waiting() -> None:
     """The server also writes bytes that are not UTF-8 before each answer."""
-    command = {"command": sys.executable, "args": ["-c", ODD_SERVER]}
-    with ToolBox(mcp_tools([command], timeout_s=60.0), timeout_s=60.0) as box:
+    with ToolBox(mcp_tools([ODD_COMMAND], timeout_s=60.0), timeout_s=60.0) as box:
         surrogate, pair, asked, null, listed, plain = results(
             box, *(("echo", {"text": text}) for text in ("a?b", "\U0001f600", "a\ud83db", "null", "list", "a"))
         )
@@ -563,13 +565,48 @@ def test_an_answer_that_the_library_cannot_read_does_not_leave_its_call_waiting(
 
 
 def test_an_error_of_the_tool_with_a_code_of_the_library_leaves_the_process() -> None:
-    command = {"command": sys.executable, "args": ["-c", ODD_SERVER]}
-    with ToolBox(mcp_tools([command], timeout_s=60.0), timeout_s=60.0) as box:
+    with ToolBox(mcp_tools([ODD_COMMAND], timeout_s=60.0), timeout_s=60.0) as box:
         before, invalid, closed, after = results(
             box, *(("echo", {"text": text}) for text in ("process", "-32600", "-32000", "process"))
         )
     assert [(each.text, each.failure) for each in (invalid, closed)] == [("Error: no", ToolFailure.ERROR)] * 2
     assert before.ok and before.text == after.text
+
+
+@pytest.mark.parametrize(("of_mcp_s", "of_the_box_s"), [(1.0, 60.0), (2.0, 1.0)])
+def test_a_process_that_hangs_is_started_again(of_mcp_s: float, of_the_box_s: float) -> None:
+    """Whichever deadline ends the call."""
+    with ToolBox(mcp_tools([ODD_COMMAND], timeout_s=of_mcp_s), timeout_s=of_the_box_s) as box:
+        before = results(box, ("echo", {"text": "process"}))[0].text
+        assert results(box, ("echo", {"text": "hang"}))[0].failure is ToolFailure.TIMEOUT
+        until(lambda: results(box, ("echo", {"text": "a"}))[0].text == "a")
+        until(lambda: has_ended(int(before)))
+
+
+def test_a_process_that_is_slow_in_one_call_stays() -> None:
+    session = McpSession(McpServer.of(COMMAND, "here"), 5.0)
+    session.open("here")
+
+    def process() -> str:
+        return background.start(session._call("process", {"text": ""})).result(60)
+
+    before = process()
+    assert type(background.start(session._call("slow", {"text": ""})).exception(60)) is ToolOverdue
+    probe = session._probe
+    assert probe is not None
+    until(probe.done)
+    assert process() == before
+    session.close()
+
+
+def test_closing_waits_for_the_end_of_a_process_that_hangs() -> None:
+    session = McpSession(McpServer.of(ODD_COMMAND, "here"), 1.0)
+    session.open("here")
+    process = int(background.start(session._call("echo", {"text": "process"})).result(60))
+    background.start(session._call("echo", {"text": "hang"})).exception(60)
+    until(lambda: session._ready is None)  # it is being stopped
+    session.close()
+    assert has_ended(process)
 
 
 def test_a_server_that_begins_with_a_line_without_end_is_named_before_its_memory_matters() -> None:

@@ -230,7 +230,10 @@ class McpSession:
         self._ready: asyncio.Future[Any] | None = None  # of the connected client
         self._stop = asyncio.Event()
         self._starting: asyncio.Timeout | None = None
+        self._holds: set[asyncio.Task[None]] = set()  # those of this connection and of earlier ones that are ending
+        self._answers = 0  # of all connections, including errors
         self._overdue = 0  # calls that the connected server has not answered in time
+        self._probe: asyncio.Task[None] | None = None
         self._overlong = asyncio.Event()  # whether the connected process has sent a line that is too long
         self._stderr: IO[bytes] = tempfile.TemporaryFile("a+b")  # noqa: SIM115 (closed in `close`)
         atexit.register(self.close)
@@ -272,7 +275,7 @@ class McpSession:
         """Close the session, and stop the server if this process started it. May be called repeatedly."""
         atexit.unregister(self.close)
         with contextlib.suppress(TimeoutError, CancelledError):
-            background.start(self._shut()).result(_STOP_TIMEOUT_S)
+            background.start(self._shut_all()).result(_STOP_TIMEOUT_S)
         self._stderr.close()
 
     # All methods below run on the background loop.
@@ -300,6 +303,7 @@ class McpSession:
         from mcp.types import CONNECTION_CLOSED
 
         session: asyncio.Future[Any] | None = None
+        answers = self._answers
         try:
             async with asyncio.timeout(self._timeout_s):
                 try:
@@ -308,15 +312,17 @@ class McpSession:
                     raise ToolUnavailable("Error: the server of this tool has stopped.") from None
                 session = self._ready
                 result = await client.call_tool(name, arguments)
+                self._answers += 1
         except TimeoutError:
-            if session is not None and session is self._ready and self._server.url is not None:
-                self._overdue += 1
-                if self._overdue == _MAX_OVERDUE:
-                    await self._lose(session)
+            await self._miss(session, answers)
             raise ToolOverdue.of(name, self._timeout_s) from None
+        except asyncio.CancelledError:  # at the deadline of the ToolBox, if it is earlier
+            await self._miss(session, answers)
+            raise
         except MCPError as error:
             is_lost = error.code == CONNECTION_CLOSED and (self._server.url is not None or error.message == _CLOSED)
             if not is_lost:
+                self._answers += 1
                 # Cut twice: removing credentials from a long text takes seconds, and a cut can leave half of one.
                 message = without_credentials(self._server.without_secrets(error.message)[: 2 * _MAX_ERROR_CHARS])
                 raise ToolError(f"Error: {message[:_MAX_ERROR_CHARS]}") from None
@@ -340,6 +346,8 @@ class McpSession:
             self._ready.add_done_callback(lambda ready: ready.cancelled() or ready.exception())
             self._stop, self._overlong, self._overdue = asyncio.Event(), asyncio.Event(), 0
             self._task = asyncio.create_task(self._hold(self._ready, self._stop))
+            self._holds.add(self._task)
+            self._task.add_done_callback(self._holds.discard)
         return await asyncio.shield(self._ready)
 
     async def _hold(self, ready: asyncio.Future[Any], stop: asyncio.Event) -> None:
@@ -380,6 +388,29 @@ class McpSession:
         )
         return Client(transport)
 
+    async def _miss(self, session: asyncio.Future[Any] | None, answers: int) -> None:
+        """Note that a call on `session`, which began after `answers` answers, has had none in time."""
+        if session is None or session is not self._ready:
+            return
+        if self._server.url is not None:
+            self._overdue += 1
+            if self._overdue == _MAX_OVERDUE:
+                await self._lose(session)
+        elif answers == self._answers and (self._probe is None or self._probe.done()):
+            self._probe = asyncio.create_task(self._lose_if_silent(session))
+
+    async def _lose_if_silent(self, session: asyncio.Future[Any]) -> None:
+        """Stop a process that answers nothing any more, since a call may block it without end."""
+        answers = self._answers
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await session.result().list_tools(cache_mode="bypass")
+        except TimeoutError:
+            if answers == self._answers:
+                await self._lose(session)
+        except Exception:  # an error is an answer, and the next call notices a connection that is closed
+            pass
+
     async def _lose(self, session: asyncio.Future[Any] | None) -> None:
         """Let the next call reconnect, unless another call has already done so.
 
@@ -398,6 +429,12 @@ class McpSession:
         if task is not None and ready is not None:
             self._end(ready)
             await asyncio.wait([task])
+
+    async def _shut_all(self) -> None:
+        """Close the session, and wait for the end of earlier processes, too."""
+        await self._shut()
+        if self._server.url is None and self._holds:
+            await asyncio.wait(self._holds)
 
     def _end(self, ready: asyncio.Future[Any]) -> None:
         self._stop.set()
