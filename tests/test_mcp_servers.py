@@ -139,7 +139,13 @@ def test_a_tool_is_offered_with_the_servers_own_schema(box: ToolBox) -> None:
     assert "get_secret" in box.names  # get-secret is no tag
 
 
-TEXT, NUMBER = {"type": "string"}, {"type": "number"}
+def tools_with(schema: dict[str, Any]) -> ToolSet:
+    """The tool `t` of a server, with a schema of its parameters."""
+    tool = Tool(name="t", input_schema={"type": "object", **schema})
+    return ToolSet([_as_function(McpSession.__new__(McpSession), tool)])
+
+
+TEXT, NUMBER, NULL = {"type": "string"}, {"type": "number"}, {"type": "null"}
 BY_ID = {"properties": {"id": TEXT, "kind": {"const": "id"}}, "required": ["id", "kind"]}
 BY_NAME = {"properties": {"name": TEXT, "kind": {"const": "name"}}, "required": ["name", "kind"]}
 KINDS = {"anyOf": [{"const": "id"}, {"const": "name"}]}
@@ -187,9 +193,7 @@ KINDS = {"anyOf": [{"const": "id"}, {"const": "name"}]}
 def test_arguments_are_those_of_all_parts_of_the_servers_schema(
     schema: dict[str, Any], properties: dict[str, Any], required: list[str], accepted: str | None, refused: str | None
 ) -> None:
-    tools = ToolSet(
-        [_as_function(McpSession.__new__(McpSession), Tool(name="t", input_schema={"type": "object", **schema}))]
-    )
+    tools = tools_with(schema)
     offered = tools.specs["t"].schema["function"]["parameters"]
     assert (offered["properties"], offered["required"]) == (properties, required)
     parts = schema.keys() - {"properties", "required", "additionalProperties"}
@@ -199,6 +203,59 @@ def test_arguments_are_those_of_all_parts_of_the_servers_schema(
         assert tools.refusal(ToolCall(name="t", arguments={**needed, accepted: "a"})) is None
     if refused is not None:
         assert tools.refusal(ToolCall(name="t", arguments={**needed, refused: "a"})) is not None
+
+
+COLOR = {"type": "string", "enum": ["red", "blue"], "title": "Color"}
+TO_COLOR, TO_TREE = {"$ref": "#/$defs/color"}, {"$ref": "#/$defs/tree"}
+TREE = {
+    "type": "object",
+    "properties": {"parts": {"type": "array", "items": TO_TREE}, "next": {"anyOf": [TO_TREE, NULL]}},
+}
+
+
+@pytest.mark.parametrize(
+    ("written", "offered"),
+    [
+        (TO_COLOR | {"title": "Of it"}, COLOR | {"title": "Of it"}),
+        ({"anyOf": [TO_COLOR, NULL], "default": None}, COLOR | {"default": None, "nullable": True}),
+        ({"oneOf": [NULL, NUMBER]}, NUMBER | {"nullable": True}),
+        ({"type": ["number", "null"]}, NUMBER | {"nullable": True}),
+        ({"allOf": [TO_COLOR]}, COLOR),
+        ({"anyOf": [TO_COLOR, NUMBER, NULL]}, {"anyOf": [COLOR, NUMBER, NULL]}),
+        ({"type": "array", "items": TO_COLOR}, {"type": "array", "items": COLOR}),
+        ({"properties": {"default": TO_COLOR, "$ref": TEXT}}, {"properties": {"default": COLOR, "$ref": TEXT}}),
+        ({"default": TO_COLOR}, {"default": TO_COLOR}),  # a value
+        (
+            TO_TREE,
+            TREE
+            | {"properties": {"parts": {"type": "array", "items": TO_TREE}, "next": TO_TREE | {"nullable": True}}},
+        ),
+        ({"$ref": "#/$defs/absent"}, {"$ref": "#/$defs/absent"}),
+        (TO_COLOR | {"enum": ["red"]}, TO_COLOR | {"enum": ["red"]}),  # both restrict it
+        (True, {}),
+    ],
+)
+def test_parameters_have_the_form_that_templates_and_parsers_know(written: Any, offered: dict[str, Any]) -> None:
+    schema = {"properties": {"it": written}, "$defs": {"color": COLOR, "tree": TREE}}
+    assert tools_with(schema).specs["t"].schema["function"]["parameters"]["properties"]["it"] == offered
+
+
+def test_a_parameter_with_a_reference_is_checked_and_can_be_that_of_a_tag() -> None:
+    tools = tools_with({"properties": {"it": TO_COLOR}, "required": ["it"], "$defs": {"color": COLOR}})
+    assert tools.specs["t"].tag_parameter == "it"
+    assert tools.refusal(ToolCall(name="t", arguments={"it": "red"})) is None
+    assert "must be one of 'red', 'blue'" in str(tools.refusal(ToolCall(name="t", arguments={"it": "tea"})))
+    assert "$defs" not in tools.specs["t"].schema["function"]["parameters"]  # nothing refers to it
+
+
+def test_references_that_double_at_each_level_stay_above_a_bound() -> None:
+    defs = {
+        f"d{n}": {"type": "object", "properties": {side: {"$ref": f"#/$defs/d{n + 1}"} for side in ("left", "right")}}
+        for n in range(40)
+    } | {"d40": TEXT}
+    offered = tools_with({"properties": {"it": {"$ref": "#/$defs/d0"}}, "$defs": defs}).specs["t"].schema
+    assert offered["function"]["parameters"]["properties"]["it"]["type"] == "object"
+    assert len(json.dumps(offered)) < 20_000
 
 
 @pytest.mark.parametrize("reference", ["#/$defs/absent", "#/oneOf/1", "https://example.org/a", "#/$defs/circle"])
