@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import gc
 import gzip
 import json
 import shlex
@@ -707,6 +709,17 @@ def test_a_closed_session_leaves_no_process() -> None:
     session.close()
     session.close()
     assert not server.is_running()
+
+
+def test_a_server_stops_when_none_of_its_tools_is_left() -> None:
+    tools = by_name(mcp_tools([{**COMMAND, "tools": ["echo", "process"]}]))
+    server = int(asyncio.run(tools["process"](text="")))
+    del tools["process"]
+    gc.collect()
+    assert asyncio.run(tools["echo"](text="a")) == "a"
+    del tools["echo"]
+    gc.collect()
+    until(lambda: has_ended(server))
 
 
 def test_servers_stop_with_their_process() -> None:

@@ -3,7 +3,7 @@
     server (a process, or an address) ── one session ── its tools as async functions ─▶ ToolBox
 
 Sessions run on the background event loop of the tools. If a server stops, its running calls fail with an error text,
-and the next call reconnects. Servers that this process started stop when it exits.
+and the next call reconnects. A server that this process started stops when its tools are released, or at the exit.
 
 With `per_path` each path has its own session, as an environment. A branch repeats the calls of its prefix in its own
 session.
@@ -22,6 +22,7 @@ import logging
 import os
 import re
 import tempfile
+import weakref
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextvars import ContextVar
@@ -182,7 +183,8 @@ def mcp_tools(servers: Sequence[Mapping[str, Any]], *, timeout_s: float = 15.0) 
                 session.close()
                 tools += _tools_per_path(server, timeout_s, where, wanted)
             else:
-                tools += [_as_function(session, tool) for tool in wanted]
+                shared = _Shared(session)
+                tools += [_as_function(shared, tool) for tool in wanted]
         opened.pop_all()
     return tools
 
@@ -218,6 +220,14 @@ def _tools_per_path(server: McpServer, timeout_s: float, where: str, tools: Sequ
     Session.__name__ = f"session of {server.shown}"
     kind = environment_kind(Session, START_TIMEOUT_S)
     return Environments(kind, timeout_s=timeout_s).tools
+
+
+class _Shared:
+    """The session to which the tools of a server refer. It is closed when there are no more references to this."""
+
+    def __init__(self, session: McpSession) -> None:
+        self.call = session.call
+        weakref.finalize(self, session.release).atexit = False  # the session has its own
 
 
 class McpSession:
@@ -278,7 +288,16 @@ class McpSession:
             background.start(self._shut_all()).result(_STOP_TIMEOUT_S)
         self._stderr.close()
 
+    def release(self) -> None:
+        """Close the session without waiting, because the garbage collector may call this in the loop's own thread."""
+        background.start(self._release())
+
     # All methods below run on the background loop.
+
+    async def _release(self) -> None:
+        await self._shut_all()
+        atexit.unregister(self.close)
+        self._stderr.close()
 
     async def _list_tools(self) -> list[Any]:
         async with asyncio.timeout(START_TIMEOUT_S):
@@ -630,7 +649,7 @@ async def _bound(response: Any) -> None:
     response.stream = Bounded()
 
 
-def _as_function(session: McpSession, tool: Any) -> Callable[..., Any]:
+def _as_function(session: _Shared | McpSession, tool: Any) -> Callable[..., Any]:
     """Return `tool` as a function with the tool's name, signature, docstring and schema."""
 
     async def call(**arguments: Any) -> str:
