@@ -7,6 +7,7 @@ import contextlib
 import gc
 import gzip
 import json
+import os
 import shlex
 import signal
 import socket
@@ -248,6 +249,12 @@ def test_a_parameter_with_a_reference_is_checked_and_can_be_that_of_a_tag() -> N
     assert tools.refusal(ToolCall(name="t", arguments={"it": "red"})) is None
     assert "must be one of 'red', 'blue'" in str(tools.refusal(ToolCall(name="t", arguments={"it": "tea"})))
     assert "$defs" not in tools.specs["t"].schema["function"]["parameters"]  # nothing refers to it
+
+
+def test_a_tool_that_tags_cannot_call_is_left_out_with_the_tools_of_its_server() -> None:
+    spec = tools_with({"properties": {"a": TEXT, "b": TEXT}, "required": ["a", "b"]}).specs["t"]
+    with pytest.raises(ToolSpecError, match=r"'t' has .* List only the others in its server's `tools`, or set tool_p"):
+        _ = spec.tag_parameter
 
 
 def test_references_that_double_at_each_level_stay_above_a_bound() -> None:
@@ -702,6 +709,20 @@ def test_the_servers_log_is_not_in_ours(capfd: pytest.CaptureFixture[str]) -> No
     assert capfd.readouterr() == ("", "")
 
 
+def test_the_servers_log_does_not_grow_between_calls() -> None:
+    flood = "import sys, threading, time\ndef flood():\n while True: time.sleep(0.02); sys.stderr.write('x' * 65536)\n"
+    code = f"{flood}threading.Thread(target=flood, daemon=True).start()\n{ODD_SERVER}"
+    session = McpSession(McpServer(command=sys.executable, args=["-c", code]), 60.0)
+    session.open("here")
+
+    def size() -> int:
+        return os.fstat(session._stderr.fileno()).st_size
+
+    until(lambda: size() > 1 << 20)
+    until(lambda: size() < 1 << 20)
+    session.close()
+
+
 def test_a_closed_session_leaves_no_process() -> None:
     session = McpSession(McpServer.of(COMMAND, "here"), 60.0)
     assert "process" in [tool.name for tool in session.open("here")]
@@ -757,7 +778,7 @@ def test_servers_stop_with_a_killed_process() -> None:
         ({"command": sys.executable, "args": ["-c", "raise SystemExit('bad')"]}, "it said: bad"),
         (
             {"url": "http://127.0.0.1:9/mcp"},
-            "All connection attempts failed. Check that the server runs and",
+            "All connection attempts failed. Check that the server runs, .* streamable HTTP; the older SSE is not",
         ),
         ({**COMMAND, "tools": ["sing"]}, r"has no tools \['sing'\]; it has \['die', 'echo'"),
         ({"command": "x", "url": "y"}, "either command or url"),

@@ -47,6 +47,7 @@ one, the library keeps a connection open for each of them."""
 _SHOWN_STDERR_CHARS = 500
 _MAX_ERROR_CHARS = 10_000
 _MAX_STDERR_BYTES = 1 << 20
+_STDERR_PERIOD_S = 1.0
 
 _LOST = (400, 404, 502, 503, 504)
 """The statuses of a server that does not know the session, and of a gateway that does not reach its server."""
@@ -264,7 +265,8 @@ class McpSession:
                 + (
                     "Check that the command runs in a shell, that it is in PATH and that its arguments are in args."
                     if self._server.command is not None
-                    else "Check that the server runs and that the url includes its path, such as /mcp."
+                    else "Check that the server runs, that the url includes its path, such as /mcp, and that its "
+                    "transport is streamable HTTP; the older SSE is not supported."
                 )
             ) from None
 
@@ -357,8 +359,6 @@ class McpSession:
 
     async def _connected(self) -> Any:
         """Return the connected client. A start continues even if the call that waits for it times out."""
-        if os.fstat(self._stderr.fileno()).st_size > _MAX_STDERR_BYTES:
-            os.truncate(self._stderr.fileno(), 0)
         if self._ready is None or self._task is None or self._task.done():
             self._ready = asyncio.get_running_loop().create_future()
             # asyncio logs exceptions that are never retrieved.
@@ -372,15 +372,24 @@ class McpSession:
     async def _hold(self, ready: asyncio.Future[Any], stop: asyncio.Event) -> None:
         """Keep a session open until `stop`. The library requires that the task that opened it also closes it."""
         try:
+            self._cut_stderr()
             async with contextlib.AsyncExitStack() as stack:
                 async with asyncio.timeout(START_TIMEOUT_S) as self._starting:
                     client = await stack.enter_async_context(await self._client_for(stack, ready))
                     client.session.validate_tool_result = _accept
                 ready.set_result(client)
-                await stop.wait()
+                while not stop.is_set():
+                    self._cut_stderr()
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(_STDERR_PERIOD_S):
+                            await stop.wait()
         except BaseException as error:
             if not ready.done():
                 ready.set_exception(error if isinstance(error, Exception) else ConnectionError("it was stopped"))
+
+    def _cut_stderr(self) -> None:
+        if os.fstat(self._stderr.fileno()).st_size > _MAX_STDERR_BYTES:
+            os.truncate(self._stderr.fileno(), 0)
 
     async def _client_for(self, stack: contextlib.AsyncExitStack, ready: asyncio.Future[Any]) -> Any:
         from mcp import Client, StdioServerParameters

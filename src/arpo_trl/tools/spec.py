@@ -66,6 +66,8 @@ class ToolSpec:
     parameters: tuple[str, ...]
     schema: dict[str, Any]
     """JSON schema of the function, in the format of chat templates."""
+    is_of_server: bool
+    """A server wrote the schema, and the function has no signature of its own."""
     is_async: bool
     deterministic: bool
     """Identical calls may share one execution."""
@@ -88,9 +90,12 @@ class ToolSpec:
             ToolSpecError: There is none, so tags cannot call the tool.
         """
         if self.single_text_parameter is None:
+            remedy = (
+                "List only the others in its server's `tools`" if self.is_of_server else "Change the signature to that"
+            )
             raise ToolSpecError(
                 f"The tool {self.name!r} has the parameters {list(self.parameters)}; a call between tags has exactly "
-                "one required `str` argument. Change the signature to that, or set tool_protocol to "
+                f"one required `str` argument. {remedy}, or set tool_protocol to "
                 '"chat_template", with which a tool may have several arguments.'
             )
         return self.single_text_parameter
@@ -194,6 +199,7 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
         name=name,
         parameters=tuple(p.name for p in named),
         schema=schema,
+        is_of_server=bool(offered),
         is_async=is_async,
         **declared,
         run_in=run_in,
