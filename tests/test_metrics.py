@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 
 from arpo_trl.logs.alarms import ALARMS, REPEAT_EVERY, Alarms
-from arpo_trl.logs.metrics import Tally, tally_rewards, tally_rollout
+from arpo_trl.logs.metrics import Tally, tally_functions, tally_rewards, tally_rollout
 from arpo_trl.logs.render import render_tree
 from arpo_trl.logs.trajectories import TrajectoryLog, logged_trees, read_trees
 from arpo_trl.rollout.batch import RolloutBatch, RolloutTimes, SampledGroup
@@ -319,6 +319,20 @@ def test_a_tool_of_which_every_call_fails_is_reported_after_50_calls():
     (message,) = alarms.check(heard(1.0, 30, "tools/python/failed"))
     assert message.startswith("arpo/tools/python/failed: 100% of the last calls of python failed. ")
     assert alarms.check(heard(0.99, 100, "tools/search/failed")) == []
+
+
+def test_a_reward_function_that_gives_nothing_is_reported_after_200_rewards():
+    alarms = Alarms(Random(), (), ["accuracy", "format", "tone"])
+    for rollouts in range(1, 6):
+        tally = Tally()
+        # accuracy applies to 80 of the 90 rollouts, format is always right, tone varies below 0 in the second
+        columns = {"accuracy": [0.0] * 80 + [math.nan] * 10, "format": [1.0] * 90, "tone": [-1.0] * 90}
+        columns["tone"][0] -= float(rollouts == 2)
+        tally_functions({**columns, "of_others": [math.nan] * 90}, tally)
+        assert "alarm/unrewarded/of_others" not in tally.values()
+        messages = alarms.check(tally)
+        assert len(messages) == (rollouts == 3)  # 240 rewards
+    assert tally.values()["alarm/unrewarded/accuracy"] == 1 and tally.values()["alarm/unrewarded/format"] == 0
 
 
 def test_a_ratio_without_a_denominator_is_left_out():

@@ -613,6 +613,27 @@ def test_silent_failures_are_logged(model_path, tmp_path, caplog):
         assert "100%" in said[0]
 
 
+def test_reward_functions_that_give_nothing_are_counted_beside_others(model_path, tmp_path):
+    def accuracy(completions, **columns):
+        return [float("solution" in columns)] * len(completions)
+
+    def length(completion_ids, **columns):
+        return [float(len(ids)) for ids in completion_ids]
+
+    def counted(rewards, **settings):
+        made = trainer(model_path, tmp_path, engine=scripted(), rewards=rewards, **settings)
+        batch_of(made)
+        start = "arpo/alarm/unrewarded/"
+        return {
+            name.removeprefix(start): values[-1]
+            for name, values in made._metrics["train"].items()
+            if name.startswith(start)
+        }
+
+    assert counted([accuracy, length]) == {"accuracy": 1, "length": 0}
+    assert counted([accuracy, length], reward_weights=[1.0, 0.0]) == counted([accuracy]) == {}
+
+
 @pytest.mark.parametrize("rounds", [0, 1])
 @pytest.mark.parametrize("calls_ours", [True, False])
 def test_all_that_reads_rewards_reads_those_of_a_subclass(model_path, tmp_path, calls_ours, rounds):

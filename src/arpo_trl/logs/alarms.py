@@ -58,17 +58,32 @@ def failure_alarm(tool: str) -> Alarm:
     )
 
 
+def reward_alarm(name: str) -> Alarm:
+    """The alarm about a reward function that never gives anything: the others hide it in the sum of the rewards."""
+    return Alarm(
+        metric=f"alarm/unrewarded/{name}",
+        limit=1.0,
+        advice=f"the reward function {name} gave one and the same reward, 0 or less, to all of the last rollouts, so it "
+        "teaches nothing beside the other functions. It may read a column (as in kwargs.get) or a text that is not "
+        "there: look at the rollouts (arpo-trl tree), and call it by hand. A penalty that no rollout deserves is fine.",
+        count=200,
+        again=False,
+    )
+
+
 class Alarms:
-    """Checks a run's tallies for the alarms of all runs, those of the branch rule and those about `tools`.
+    """Checks a run's tallies for the alarms of all runs, those of the branch rule and those about `tools` and
+    `rewards`.
 
     Args:
+        rewards: The names of reward functions whose sum is the reward.
         tags: Whether the model must write tags, for calls or for answers. Without them, a path that consists of plain
             text is in order.
     """
 
-    def __init__(self, rule: BranchRule, tools: Iterable[str] = (), *, tags: bool = True):
+    def __init__(self, rule: BranchRule, tools: Iterable[str] = (), rewards: Iterable[str] = (), *, tags: bool = True):
         of_all = [alarm for alarm in ALARMS if tags or alarm.metric != "alarm/unparsed"]
-        self._alarms = (*of_all, *rule.alarms, *map(failure_alarm, tools))
+        self._alarms = (*of_all, *rule.alarms, *map(failure_alarm, tools), *map(reward_alarm, rewards))
         self._counted = {alarm: [0.0, 0.0] for alarm in self._alarms}
         """Sum and count of each alarm's metric since its last check."""
         self._told = dict.fromkeys(self._alarms, 0)

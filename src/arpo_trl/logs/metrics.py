@@ -125,6 +125,18 @@ def tally_rewards(groups: Iterable[Sequence[float]], tally: Tally) -> None:
             tally.add("alarm/zero_variance_groups", float(equal))
 
 
+def tally_functions(columns: Mapping[str, Iterable[float]], tally: Tally) -> None:
+    """Counts the rewards of a rollout that a function gives without any difference and above 0 to none.
+
+    Args:
+        columns: Name of a reward function → its rewards in the rollout; NaN where it does not apply.
+    """
+    for name, column in columns.items():
+        if given := [reward for reward in column if not math.isnan(reward)]:
+            is_dead = given[0] <= 0 and all(reward == given[0] for reward in given)
+            tally.add(f"alarm/unrewarded/{name}", len(given) * is_dead, len(given))
+
+
 def branches(tree: RolloutTree) -> int:
     """The number of turns under observations beyond the first under each."""
     return sum(max(0, len(node.children) - 1) for node in tree.observations())

@@ -19,7 +19,7 @@ from arpo_trl.common.spans import Spans
 from arpo_trl.config import ARPOConfig
 from arpo_trl.errors import ConfigError
 from arpo_trl.logs.alarms import Alarms
-from arpo_trl.logs.metrics import Tally, tally_step
+from arpo_trl.logs.metrics import Tally, tally_functions, tally_step
 from arpo_trl.logs.traces import send_traces
 from arpo_trl.logs.trajectories import TrajectoryLog, logged_trees
 from arpo_trl.rollout.sampler import TreeSampler
@@ -53,6 +53,14 @@ class Reporting(GRPOTrainer):
     _logs: dict[str, Any]
     _counted: Tally
     """The counts of the rollout before `_log_rollout`."""
+
+    @property
+    def _summed_functions(self) -> list[str]:
+        """The names of the reward functions with a weight above 0 if there are several. The alarm about groups with
+        one reward is enough for a single one."""
+        weighted = zip(self.reward_func_names, self.reward_weights.tolist(), strict=True)
+        names = [name for name, weight in weighted if weight > 0]
+        return names if len(names) > 1 else []
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Like TRL's, but the output of `log_completions` contains no terminal control sequences, and its table can
@@ -121,6 +129,8 @@ class Reporting(GRPOTrainer):
         merged = Tally.merged(gather_object([tally.plain()]))
         if mode == "train":
             self._learn(last.rollout.trees, rewards.tolist(), merged)
+            # TRL has already logged the rewards of all ranks, and keeps those of one rollout.
+            tally_functions({name: self._logs["rewards"][name] for name in self._summed_functions}, merged)
         for name, value in merged.values().items():
             self._metrics[mode][f"arpo/{name}"].append(value)
         trees = logged_trees(

@@ -287,7 +287,10 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         self._scoring = ExitStack()
         """Keeps the `_loss_tokens` of a rollout open until its rows are scored."""
         self.alarms = Alarms(
-            self.tree_sampler.settings.rule, self.toolbox.names, tags=needs_tags(args, self.toolbox.names, rewards)
+            self.tree_sampler.settings.rule,
+            self.toolbox.names,
+            self._summed_functions,
+            tags=needs_tags(args, self.toolbox.names, rewards),
         )
         self._names = RolloutNames()
         self._sampled_with = sampled_with(self)
