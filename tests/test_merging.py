@@ -6,11 +6,12 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from arpo_trl.common.adapters import tokenizer_of
+from arpo_trl.common.adapters import check_adapter, tokenizer_of
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.publishing.merging import merge_adapter
 from loopback import Reply
@@ -57,6 +58,33 @@ def test_the_merged_model_is_base_plus_adapter_with_its_tokenizer(base, adapter,
     assert loaded.get_vocab() == tokenizer().get_vocab()
     assert (tmp_path / "merged/generation_config.json").is_file()
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "merged"}
+
+
+def test_an_adapter_on_another_base_than_its_own_is_reported(base, adapter, tmp_path, caplog):
+    other = save_tiny_model(tmp_path / "other")
+    merge_adapter(str(adapter), tmp_path / "merged", base=base)
+    assert "was trained on" not in caplog.text
+    merge_adapter(str(adapter), tmp_path / "of other", base=other)
+    assert f"The adapter {str(adapter)!r} was trained on {base!r}, but is added to {other!r}." in caplog.text
+    caplog.clear()
+    path = adapter / "adapter_config.json"
+    for named, is_other in {"/gone/base": False, "me/other": False, "me/another": True}.items():
+        path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": named}))
+        merge_adapter(str(adapter), tmp_path / f"without {Path(named).name}", base=other)
+        assert (f"was trained on {named!r}" in caplog.text) == is_other
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_adapter_on_a_model_that_was_merged_in_memory_is_reported(base, adapter, caplog, dtype):
+    def check(model):
+        check_adapter(get_peft_model(model, LoraConfig(target_modules=["q_proj"])), Accelerator(cpu=True))
+
+    loaded = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    check(loaded)
+    check(small_model(Qwen3Config, Qwen3ForCausalLM))  # has no name
+    assert "The adapter is trained on a model" not in caplog.text
+    check(PeftModel.from_pretrained(loaded, adapter).merge_and_unload())
+    assert f"weights are not those of {base!r} (model.layers.0.self_attn.q_proj.weight differs)" in caplog.text
 
 
 def test_an_adapter_without_a_tokenizer_gets_its_bases(base, adapter, tmp_path):

@@ -19,6 +19,7 @@ def launched(
     """What check_launch and check_adapter look at of an accelerator."""
     return SimpleNamespace(
         num_processes=ranks,
+        is_main_process=True,
         device=torch.device("cpu"),
         state=SimpleNamespace(
             deepspeed_plugin=None if zero is None else SimpleNamespace(zero_stage=zero),

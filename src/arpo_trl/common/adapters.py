@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 _TOKENIZER = "tokenizer_config.json"
+_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
 def of_revision(adapter: PeftConfig | None, revision: str | None) -> PeftConfig | None:
@@ -116,6 +117,53 @@ def check_adapter(model: Any, accelerator: Accelerator) -> None:
             "gradients of the head over the ranks. Use accelerate_configs/zero3.yaml or ddp.yaml, or remove the head "
             "from lora_modules_to_save."
         )
+    if accelerator.is_main_process:
+        _warn_of_changed_base(model)
+
+
+_COMPARED_LAYERS, _COMPARED_ROWS = 8, 16
+"""Of the adapted layers, as many as a block has, and of their weights, as many rows are compared with the files."""
+
+
+def _warn_of_changed_base(model: Any) -> None:
+    """Warns if weights under the adapter are not those of the files of the model's name, here or in the Hub's cache.
+
+    It skips weights that it cannot compare: quantized, sharded or converted ones, and those that the initialization
+    of the adapter changes.
+    """
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from safetensors import safe_open
+
+    base, starts_at_zero = model.get_base_model(), (True, False, "gaussian")
+    name, folder = base.name_or_path, Path(base.name_or_path)
+    if not name or getattr(model.active_peft_config, "init_lora_weights", True) not in starts_at_zero:
+        return
+    if not folder.is_dir() and _HUB_ID.fullmatch(name):
+        revision = getattr(base.config, "_commit_hash", None)
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
+        folder = Path(cached).parent if isinstance(cached, str) else folder
+    layers = [(key, layer) for key, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
+    weights = {f"{key.removeprefix('base_model.model.')}.weight": layer for key, layer in layers[:_COMPARED_LAYERS]}
+    digits = {torch.float32, torch.bfloat16, torch.float16}
+    for file in sorted(folder.glob("model*.safetensors")):
+        with safe_open(file, "pt") as saved:
+            for key in sorted(weights.keys() & set(saved.keys())):
+                given, original = weights[key].get_base_layer().weight.data, saved.get_slice(key)
+                if type(given) is not torch.Tensor or list(given.shape) != original.get_shape():
+                    continue
+                given, original = given[:_COMPARED_ROWS].cpu(), original[:_COMPARED_ROWS]
+                if not {given.dtype, original.dtype} <= digits:
+                    continue
+                # One may be the other in fewer digits.
+                if not any(torch.equal(given.to(dtype), original.to(dtype)) for dtype in digits):
+                    logger.warning(
+                        f"The adapter is trained on a model whose weights are not those of {name!r} ({key} differs), "
+                        "as after merging another adapter in memory. It fits only this model, but names the other one "
+                        "as its base, so arpo-trl eval and merge would use that one. Save this model and its "
+                        "tokenizer with save_pretrained, and pass the path of that folder as model."
+                    )
+                    return
 
 
 def check_saved(model: Any, weights: dict[str, Any] | None) -> None:
@@ -137,6 +185,25 @@ def check_saved(model: Any, weights: dict[str, Any] | None) -> None:
             )
 
 
+def _warn_of_other_base(model: str, adapter: str) -> None:
+    """Warns if the adapter names another base model than `model`, unless that is a folder that is gone. Of a folder
+    and a repository, the last parts of the names are compared: one may be a copy of the other."""
+    from peft import PeftConfig
+
+    trained_on = PeftConfig.from_pretrained(adapter).base_model_name_or_path or model
+    folders = [os.path.isdir(name) for name in (trained_on, model)]
+    if all(folders):
+        is_other = not os.path.samefile(trained_on, model)
+    else:
+        may_exist = folders[0] or _HUB_ID.fullmatch(trained_on) is not None
+        is_other = may_exist and Path(trained_on).name.lower() != Path(model).name.lower()
+    if is_other:
+        logger.warning(
+            f"The adapter {adapter!r} was trained on {trained_on!r}, but is added to {model!r}. Unless both have the "
+            "same weights, the result is of no use: name the adapter's own base model, or none."
+        )
+
+
 def adapted(model: Any, adapter: str) -> Any:
     """The model with the adapter in the folder or repository `adapter`, which computes as in training: not merged.
 
@@ -148,6 +215,7 @@ def adapted(model: Any, adapter: str) -> Any:
     """
     from peft import PeftModel, load_peft_weights
 
+    _warn_of_other_base(model.name_or_path, adapter)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {module: name for name, module in model.named_modules()}
     saved = load_peft_weights(adapter, device="cpu")

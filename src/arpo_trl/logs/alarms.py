@@ -63,9 +63,9 @@ def reward_alarm(name: str) -> Alarm:
     return Alarm(
         metric=f"alarm/unrewarded/{name}",
         limit=1.0,
-        advice=f"the reward function {name} gave one and the same reward, 0 or less, to all of the last rollouts, so it "
-        "teaches nothing beside the other functions. It may read a column (as in kwargs.get) or a text that is not "
-        "there: look at the rollouts (arpo-trl tree), and call it by hand. A penalty that no rollout deserves is fine.",
+        advice=f"the reward function {name} gave a single reward, 0 or less, to all of the last rollouts, so that it "
+        "teaches nothing beside the other functions. It may read a column (as by kwargs.get) or a text that is not "
+        "there: look at the rollouts (arpo-trl tree), and call it by hand. A penalty that none deserves is fine.",
         count=200,
         again=False,
     )
