@@ -22,7 +22,7 @@ from arpo_trl.rollout.protocols.sample import Template
 from arpo_trl.tools.calls import ToolCall
 from arpo_trl.tools.spec import tool_spec
 from arpo_trl.training.row_checks import _check_prompts_fit
-from support import cases, python, search, tokenizer
+from support import cases, python, search, tokenizer, with_template
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 ROWS = cases("templates")
@@ -332,3 +332,23 @@ def test_a_message_has_no_ending_token_whichever_it_was() -> None:
             before = made.encode_prompt([{"role": "user", "content": "hi"}])
             message = made.as_message([*made.tokenizer.encode("It rains."), end], before)
             assert message == {"role": "assistant", "content": "It rains."}
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("qwen3", {"enable_thinking": False}, None),
+        ("qwen3", {"documents": [], "continue_final_message": False}, None),  # apply_chat_template's own
+        ("llama3_1", {"date_string": "1 May"}, None),  # the template sets it if it is not given
+        ("gptoss", {"reasoning_effort": "low"}, None),  # read in a macro
+        ("qwen3", {"enable_thinkng": False}, "'enable_thinkng', .* did you mean 'enable_thinking'"),
+        ("qwen3", {"thinking": False}, "'thinking', .* did you mean 'enable_thinking'"),
+        ("phi3", {"enable_thinking": False}, "does not read. It reads no settings. Remove the setting"),
+    ],
+)
+def test_settings_that_a_template_does_not_read_are_refused(name, given, expected):
+    if expected is None:
+        TagProtocol(with_template(name), {}, chat_template_kwargs=given)
+        return
+    with pytest.raises(ConfigError, match=expected):
+        TagProtocol(with_template(name), {}, chat_template_kwargs=given)

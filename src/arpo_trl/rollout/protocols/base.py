@@ -7,6 +7,8 @@ tokens, so any content stays text, even if a page contains `<|im_end|>` or `</re
 from __future__ import annotations
 
 import copy
+import difflib
+import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -16,6 +18,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _get_template_variables
 
 from arpo_trl.common.user_files import is_deeper
 from arpo_trl.errors import ConfigError
@@ -134,6 +137,27 @@ _OPENING_TOKENS = 16
 """The most tokens that the tag of a thought, with white space after it, takes."""
 
 
+def _check_template_arguments(tokenizer: PreTrainedTokenizerBase, given: Mapping[str, Any], schemas: Any) -> None:
+    """Checks that the chat template, if there is one, reads each of the settings `given`: it ignores others.
+
+    Raises:
+        ConfigError: It does not read one.
+    """
+    if not given or tokenizer.chat_template is None:
+        return
+    read = _get_template_variables(tokenizer.get_chat_template(tools=schemas or None))
+    of_all = inspect.signature(tokenizer.apply_chat_template).parameters
+    if unread := [name for name in given if name not in read and name not in of_all]:
+        known = sorted(read - {"messages", *of_all, *tokenizer.special_tokens_map})
+        near = difflib.get_close_matches(unread[0], known, 1)
+        raise ConfigError(
+            f"chat_template_kwargs has {unread[0]!r}, which the tokenizer's chat template does not read"
+            + (f"; did you mean {near[0]!r}? " if near else ". ")
+            + (f"Its variables are {', '.join(known)}. Correct" if known else "It reads no settings. Remove")
+            + " the setting, or use a template that reads it."
+        )
+
+
 class ToolProtocol(ABC):
     """The interface of a tool protocol.
 
@@ -146,7 +170,8 @@ class ToolProtocol(ABC):
         tool_parser: Name of the parser for the calls of a chat template, see `parsers.py`.
 
     Raises:
-        ConfigError: The tokenizer has no EOS token or no fast backend, or changes text of the protocol.
+        ConfigError: The tokenizer has no EOS token or no fast backend, or changes text of the protocol, or its chat
+            template does not read one of `chat_template_kwargs`.
     """
 
     stop_strings: tuple[str, ...] = ()
@@ -176,6 +201,7 @@ class ToolProtocol(ABC):
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self._parser = tokenizer
         self._schemas = [spec.schema for spec in tools.values()]
+        _check_template_arguments(tokenizer, self.chat_template_kwargs, self._schemas)
         self._template = Template(tokenizer=tokenizer, tools=self._schemas, settings=self.chat_template_kwargs)
         known = dict.fromkeys((int(tokenizer.eos_token_id), *eos_ids))
         self._known_ends = tuple(tokenizer.convert_ids_to_tokens(list(known)))
