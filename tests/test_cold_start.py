@@ -231,6 +231,13 @@ def test_a_prompt_that_the_template_rejects_is_named_by_row():
         encode_dataset(rows, TagProtocol(with_template("gemma"), {}), None, "me/rows")
 
 
+def test_a_message_that_the_template_leaves_out_is_named_by_row():
+    developer = {"role": "developer", "content": "be brief"}
+    rows = Dataset.from_list([{"messages": MESSAGES}, {"messages": [developer, *MESSAGES]}])
+    with pytest.raises(DataError, match=r"row 1: .* leaves out the developer message 'be brief'"):
+        encode_dataset(rows, TagProtocol(with_template("qwen3"), {}), None, "me/rows")
+
+
 def test_a_prompt_may_be_text():
     row = encoded(prompt="what is the answer", text=TURNS[2])
     assert runs(row) == [(False, "what is the answer"), (True, TURNS[2] + "<|im_end|>")]

@@ -620,6 +620,20 @@ def test_a_model_without_a_chat_template_is_an_error(monkeypatch, capsys, here):
     assert status == 2 and "has no chat template; expected one, to render questions as prompts" in err
 
 
+def test_a_chat_template_that_leaves_out_the_system_message_is_an_error(monkeypatch, capsys, here):
+    import copy
+
+    data(here)
+    without = copy.deepcopy(tokenizer())
+    without.chat_template = "{% for each in messages if each.role == 'user' %}<|user|>{{ each.content }}{% endfor %}"
+    without.save_pretrained(here / "without")
+    with Loopback(completions(answers)) as server:
+        words = flags(here, server.url, **{"--model": str(here / "without")})
+        status, _, err = command_output(monkeypatch, capsys, *words)
+        assert status == 2 and "The first question: the tokenizer's chat template leaves out the system" in err
+        assert command_output(monkeypatch, capsys, *words, "--system-prompt", "")[0] == 0
+
+
 def test_the_folder_of_a_different_run_is_refused(monkeypatch, capsys, here):
     data(here)
     with Loopback(completions(answers)) as server:

@@ -16,12 +16,12 @@ from datasets import Dataset
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from arpo_trl.errors import ConfigError
+from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.rollout.protocols import BadCall, ChatTemplateProtocol, TagProtocol
 from arpo_trl.rollout.protocols.sample import Template
 from arpo_trl.tools.calls import ToolCall
 from arpo_trl.tools.spec import tool_spec
-from arpo_trl.training.row_checks import _check_prompts_fit
+from arpo_trl.training.row_checks import _check_prompts_fit, check_encoding
 from support import cases, python, search, tokenizer, with_template
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -332,6 +332,23 @@ def test_a_message_has_no_ending_token_whichever_it_was() -> None:
             before = made.encode_prompt([{"role": "user", "content": "hi"}])
             message = made.as_message([*made.tokenizer.encode("It rains."), end], before)
             assert message == {"role": "assistant", "content": "It rains."}
+
+
+def test_messages_that_a_template_leaves_out_are_found():
+    user, system = {"role": "user", "content": "hi"}, {"role": "system", "content": "/no_think"}
+    thought = {"role": "assistant", "content": "<think>they greet</think>hello"}
+    protocol_of("qwen3", "<|im_end|>").check_shown([system, user, thought, {**system, "content": " "}, user])
+    with pytest.raises(DataError, match="template leaves out the developer message '/no_think', so the model"):
+        protocol_of("qwen3", "<|im_end|>").check_shown([{**system, "role": "developer"}, user])
+    first_of_phi3 = copy.deepcopy(tokenizer())
+    first_of_phi3.chat_template = (
+        "{% for message in messages %}{% if message.role == 'user' %}<|user|>{{ message.content }}<|assistant|>"
+        "{% elif message.role == 'assistant' %}{{ message.content }}<|end|>{% endif %}{% endfor %}"
+    )
+    TagProtocol(first_of_phi3, {}).check_shown([user])
+    rows = Dataset.from_list([{"prompt": [user]}, {"prompt": [system, user]}])
+    with pytest.raises(DataError, match=r"Dataset row 1: .* leaves out the system message '/no_think'"):
+        check_encoding([rows], lambda rows: [TagProtocol(first_of_phi3, {})] * len(rows), 10_000)
 
 
 @pytest.mark.parametrize(

@@ -81,9 +81,17 @@ def encode_dataset(rows: Dataset, protocol: TagProtocol, max_length: int | None,
         DataError: A row cannot be encoded (the message contains its source and number), or all rows are too long.
     """
 
+    tried = set()
+
     def encode(row: dict[str, Any], number: int) -> dict[str, list[int]]:
         try:
-            return encode_trajectory(row, protocol)
+            encoded = encode_trajectory(row, protocol)
+            messages = row.get("messages") or row["prompt"]
+            roles = () if isinstance(messages, str) else tuple(message["role"] for message in messages)
+            if roles not in tried:
+                tried.add(roles)
+                protocol.check_shown(_split(row)[0])
+            return encoded
         except DataError as error:
             raise DataError(f"{source}, row {number}: {error}") from error
 

@@ -21,7 +21,7 @@ from rich.text import Text
 from arpo_trl.common.files import write_whole
 from arpo_trl.common.user_files import check_picture, repeated, short_names, user_path
 from arpo_trl.data.prompts import default_system_prompt
-from arpo_trl.errors import ConfigError, EngineError
+from arpo_trl.errors import ConfigError, DataError, EngineError
 from arpo_trl.evaluation import report, self_check
 from arpo_trl.evaluation.benchmarks import (
     BENCHMARKS,
@@ -324,12 +324,15 @@ class _ProgressBar:
 
 
 def _check_template(sampler: Any, chosen: Sequence[Questions]) -> None:
-    """Check once that the chat template can render a prompt, so that not every question fails."""
+    """Check once that the chat template can render a prompt with all its messages, so that not every question
+    fails."""
     prompt = chosen[0].rows[0]["prompt"]
     try:
-        sampler.protocol.encode_prompt(prompt)
+        sampler.protocol.check_shown(prompt)
     except ConfigError:
         raise
+    except DataError as error:
+        raise ConfigError(f"The first question: {error} The setting system_prompt sets the system message.") from error
     except Exception as error:
         raise ConfigError(
             f"The tokenizer's chat template cannot render the first question as a prompt ({type(error).__name__}: "

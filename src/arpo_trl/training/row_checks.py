@@ -74,10 +74,10 @@ def check_rows(datasets: Iterable[Any], reward_funcs: Collection[Any]) -> None:
 
 
 def check_encoding(datasets: Sequence[Any], protocols: Protocols, embeddings: int) -> None:
-    """Checks that the chat template accepts each prompt, and that the model has an embedding for each token of it.
+    """Checks that the chat template writes each prompt, and that the model has an embedding for each token of it.
 
-    A chat template may reject roles, or their order. The check tries each sequence of roles once. It skips streamed
-    datasets and None.
+    A chat template may reject roles or their order, or leave messages out. The check tries each sequence of roles
+    once. It skips streamed datasets and None.
 
     Raises:
         DataError: A prompt cannot be used. Names the row.
@@ -106,9 +106,11 @@ def _check_roles(dataset: Dataset, protocols: Protocols) -> None:
             continue
         tried.add(form)
         try:
-            protocol.encode_prompt(prompt)
+            protocol.check_shown(prompt)
         except ConfigError:
             raise
+        except DataError as error:
+            raise DataError(f"Dataset row {i}: {error}") from error
         except Exception as error:  # a template can raise anything
             raise DataError(f"Dataset row {i}: {why_rejected(prompt, error)}") from error
 

@@ -20,8 +20,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _get_template_variables
 
-from arpo_trl.common.user_files import is_deeper
-from arpo_trl.errors import ConfigError
+from arpo_trl.common.user_files import is_deeper, shown
+from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.rollout.protocols.parsers import AUTO
 from arpo_trl.rollout.protocols.sample import Template
 from arpo_trl.rollout.text import control_tokens, decode_exactly
@@ -215,6 +215,31 @@ class ToolProtocol(ABC):
     @abstractmethod
     def encode_prompt(self, prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
         """Return the prompt's ids. Each path starts with them."""
+
+    def check_shown(self, prompt: str | Sequence[Mapping[str, Any]]) -> None:
+        """Check that the chat template writes each message of a prompt, such as a system message with the tools.
+
+        The model's own earlier messages are not checked: many templates leave thoughts out.
+
+        Raises:
+            DataError: It leaves a message out: the prompt has the same ids with another text there.
+        """
+        if isinstance(prompt, str):
+            return
+        ids = self.encode_prompt(prompt)
+        for i, message in enumerate(prompt):
+            content = message["content"]
+            if message["role"] in ("assistant", "tool") or not isinstance(content, str) or not content.strip():
+                continue
+            if (
+                self.encode_prompt([*prompt[:i], {**message, "content": f"{content}\nand more"}, *prompt[i + 1 :]])
+                == ids
+            ):
+                raise DataError(
+                    f"the tokenizer's chat template leaves out the {message['role']} message {shown(content)}, so the "
+                    "model would not see it. Use a role that the template writes (for example, put a system message "
+                    "at the start of the first user message), or another template."
+                )
 
     @abstractmethod
     def parse_turn(self, text: str, end: int | None = None) -> Sequence[ToolCall | BadCall]:
