@@ -231,6 +231,23 @@ def test_a_prompt_that_the_template_rejects_is_named_by_row():
         encode_dataset(rows, TagProtocol(with_template("gemma"), {}), None, "me/rows")
 
 
+def test_calls_and_tools_of_a_chat_template_are_refused():
+    call = '<tool_call>\n{"name": "search", "arguments": {"query": "iron"}}\n</tool_call>'
+    turns = [MESSAGES[0], {"role": "assistant", "content": call}, {"role": "tool", "content": "1538"}, MESSAGES[-1]]
+    with pytest.raises(
+        DataError, match=r"a turn has '<tool_call>.*; expected calls by tags\. Write calls as <search>"
+    ):
+        encoded(messages=turns)
+    with pytest.raises(DataError, match="a turn has '<tool_call>"):
+        encoded(prompt="what is the answer", text=f"{call}<result>1538</result>{TURNS[2]}")
+    for tools in ([{"type": "function", "function": {"name": "search"}}], '[{"name": "search"}]'):
+        with pytest.raises(DataError, match="the row has `tools`, which no prompt of the tag protocol contains"):
+            encoded(messages=MESSAGES, tools=tools)
+    quoted = [*MESSAGES[:-1], {"role": "tool", "content": call}, MESSAGES[-1]]
+    for tools in (None, [], "", "[]", ["search"]):
+        encoded(messages=quoted, tools=tools)
+
+
 def test_a_message_that_the_template_leaves_out_is_named_by_row():
     developer = {"role": "developer", "content": "be brief"}
     rows = Dataset.from_list([{"messages": MESSAGES}, {"messages": [developer, *MESSAGES]}])

@@ -29,6 +29,7 @@ _CODE_OR_RESULT = re.compile(
 _OPENED = re.compile(rf"^\s*{THOUGHT}\s*")
 _DROPPED = ("tool_calls", "function_call", "reasoning_content", "thinking")
 """Fields of messages with text of the model that the tag protocol does not write."""
+_TEMPLATES_CALL = re.compile(r"<tool_call>.*?</tool_call>", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,11 +48,12 @@ def encode_trajectory(row: Mapping[str, Any], protocol: TagProtocol) -> dict[str
     except in the code of `<python>`. If the prompt ends with an open `<think>`, that of the first turn is left out.
 
     Raises:
-        DataError: The row has neither format, a message has calls or thoughts outside its content, the trajectory does
-            not end with a turn, it does not close the thought that the prompt opens, or the chat template rejects the
-            prompt.
+        DataError: The row has neither format, a message has calls or thoughts outside its content, the calls or tools
+            are those of a chat template, the trajectory does not end with a turn, it does not close the thought that
+            the prompt opens, or the chat template rejects the prompt.
     """
     prompt, segments = _split(row)
+    _check_calls_by_tags(row, segments)
     if not segments or not segments[-1].is_turn:
         raise DataError("the trajectory does not end with a turn of the model; expected its answer at the end.")
     ids = _encode_prompt(prompt, protocol)
@@ -150,6 +152,22 @@ def _split(row: Mapping[str, Any]) -> tuple[str | list[Mapping[str, Any]], list[
             check_prompt(prompt)
         return prompt, list(_turns_and_results(row["text"]))
     raise DataError(f"the row has {sorted(row)}; expected `messages`, or `prompt` and `text`, none of them empty.")
+
+
+def _check_calls_by_tags(row: Mapping[str, Any], segments: Sequence[Segment]) -> None:
+    way_out = (
+        "Write calls as <search>a query</search> and describe the tools in the system message, as "
+        "arpo_trl.tags_system_prompt(tools) does. A model that knows its template's calls needs no cold start: train "
+        "it with tool_protocol: chat_template."
+    )
+    for segment in segments:
+        if segment.is_turn and (call := _TEMPLATES_CALL.search(segment.text)):
+            raise DataError(
+                f"a turn has {shown(call.group())}, a call in the form of a chat template; expected calls by tags. "
+                + way_out
+            )
+    if "{" in str(row.get("tools")):  # schemas, not only names
+        raise DataError(f"the row has `tools`, which no prompt of the tag protocol contains. {way_out}")
 
 
 def _encode_prompt(prompt: str | list[Mapping[str, Any]], protocol: TagProtocol) -> list[int]:
