@@ -3,6 +3,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from arpo_trl.errors import ConfigError, ToolSpecError
@@ -452,3 +453,16 @@ def test_fields_that_only_other_messages_have_do_not_reach_the_template():
     own = {"role": "assistant", "content": "b", "thinking": "t", "calls": [1]}
     prompt = [{"role": "user", "content": "a", "thinking": None, "calls": []}, own]
     assert marked.decode(TagProtocol(marked, {}).encode_prompt(prompt)) == "ab!"
+
+
+def test_a_text_prompt_that_already_starts_with_the_added_token_is_reported_once(caplog):
+    made = copy.deepcopy(tokenizer())
+    made.add_special_tokens({"bos_token": made.eos_token})
+    bos, bos_id = made.bos_token, made.bos_token_id
+    made.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, bos_id)])
+    made = TagProtocol(made, {})
+    assert made.encode_prompt("what")[:2].count(bos_id) == 1 and caplog.text == ""
+    for _ in range(2):
+        assert made.encode_prompt(f"{bos}what")[:2] == [bos_id, bos_id]  # as TRL encodes it
+    (record,) = caplog.records
+    assert f"A text prompt starts with {bos!r}" in record.message

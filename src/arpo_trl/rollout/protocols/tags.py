@@ -23,7 +23,9 @@ from arpo_trl.rollout.protocols.parsers import AUTO
 from arpo_trl.rollout.text import decode_exactly
 from arpo_trl.tools.calls import ToolCall
 from arpo_trl.tools.spec import RESERVED_TAGS, ToolSpec
+from arpo_trl.visible import get_logger
 
+logger = get_logger(__name__)
 ANSWER, RESULT = "answer", "result"
 
 
@@ -39,6 +41,7 @@ class TagProtocol(ToolProtocol):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tools: Mapping[str, ToolSpec], **settings: Any):
         self._parameters = {name: spec.tag_parameter for name, spec in tools.items()}
+        self._told_of_two_starts = False
         super().__init__(tokenizer, tools, **settings)
         if self._wanted_parser != AUTO:
             raise ConfigError(
@@ -59,7 +62,15 @@ class TagProtocol(ToolProtocol):
     def encode_prompt(self, prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
         """Return the prompt's ids: messages with the chat template, plain text unchanged."""
         if isinstance(prompt, str):
-            return self.tokenizer(prompt)["input_ids"]
+            ids = self.tokenizer(prompt)["input_ids"]
+            if ids[:2] == [self.tokenizer.bos_token_id] * 2 and not self._told_of_two_starts:
+                self._told_of_two_starts = True
+                logger.warning(
+                    f"A text prompt starts with {self.tokenizer.bos_token!r}, as texts of apply_chat_template do, and "
+                    "the tokenizer adds it once more, in TRL's GRPOTrainer too. Models are trained with one. Give the "
+                    "messages as prompts, or remove the token from the texts."
+                )
+            return ids
         if self.tokenizer.chat_template is None:
             raise ConfigError(
                 "The prompts are messages, but the tokenizer has no chat template. Set `tokenizer.chat_template = …` "
