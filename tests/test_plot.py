@@ -12,6 +12,8 @@ from typing import Any
 import matplotlib.image
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.evaluation.engines import fingerprint
@@ -213,6 +215,23 @@ def test_a_timeline_is_no_part_of_the_runs_model(tmp_path: Path) -> None:
     assert fingerprint(EvalSettings(model=str(tmp_path))) == before
     with Snapshot(run=tmp_path, model=tmp_path) as pushed:
         assert [path.name for path in pushed.iterdir()] == ["config.json"]
+
+
+def test_a_fingerprint_differs_if_any_tensor_does(tmp_path: Path) -> None:
+    """As after merging an adapter without the first and the last tensors again."""
+
+    def saved(**changed: float) -> str | None:
+        tensors = {name: torch.zeros(1200, 1024) for name in "abc"} | {"scale": torch.ones(())}
+        for name, value in changed.items():
+            tensors[name] += value
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+        return fingerprint(EvalSettings(model=str(tmp_path)))
+
+    before = saved()
+    assert saved() == before
+    assert len({before, *(saved(**{name: 1.0}) for name in ("a", "b", "c", "scale"))}) == 5
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    assert fingerprint(EvalSettings(model=str(tmp_path))) is not None
 
 
 def test_trees_without_times_have_no_timeline(tmp_path: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
@@ -33,7 +34,9 @@ from arpo_trl.visible import get_logger
 
 logger = get_logger(__name__)
 
-READ_BYTES = 1 << 20
+READ_BYTES, TENSOR_BYTES = 1 << 20, 1 << 12
+HEADER_BYTES = 100_000_000
+"""The longest header that safetensors accepts."""
 
 
 def load_tokenizer(settings: EvalSettings) -> PreTrainedTokenizerBase:
@@ -100,8 +103,8 @@ def fingerprint(settings: EvalSettings) -> str | None:
     """Return a hash of the files in the local folders of model and adapter; None for models on the Hub, and with
     base_url, because the server has the weights.
 
-    It covers the name, the size, the beginning and the end of each file. This is sufficient, because training changes
-    all weights of a model.
+    It covers the name, the size, the beginning and the end of each file, and the beginning, the middle and the end of
+    each tensor in safetensors: training may change few of them, such as those under a merged adapter.
     """
     if settings.base_url is not None:
         return None
@@ -116,7 +119,26 @@ def fingerprint(settings: EvalSettings) -> str | None:
             digest.update(file.read(READ_BYTES))
             file.seek(max(0, size - READ_BYTES))
             digest.update(file.read(READ_BYTES))
+            for place in _places(file) if path.suffix == ".safetensors" else ():
+                file.seek(place)
+                digest.update(file.read(TENSOR_BYTES))
     return digest.hexdigest() if files else None
+
+
+def _places(file: BinaryIO) -> Iterator[int]:
+    """The positions of the beginning, the middle and the end of each tensor in a safetensors file; none if it cannot
+    be read as one."""
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    try:
+        tensors = json.loads(file.read(min(length, HEADER_BYTES)))
+    except ValueError:
+        return
+    tensors.pop("__metadata__", None)
+    for tensor in tensors.values():
+        start, end = (8 + length + offset for offset in tensor["data_offsets"])
+        last = max(start, end - TENSOR_BYTES)
+        yield from (start, (start + last) // 2, last)
 
 
 def _refuse_ignored_rules(settings: EvalSettings, saved: GenerationConfig | None) -> None:
