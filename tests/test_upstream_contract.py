@@ -58,6 +58,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK
+from transformers.utils.chat_template_utils import _get_template_variables
 from transformers.utils.hub import PushInProgress
 from trl import GRPOConfig, GRPOTrainer, TrlParser
 from trl.generation.vllm_client import VLLMClient
@@ -1166,6 +1167,15 @@ def test_a_model_whose_layers_differ_takes_a_mask_for_each_kind_by_name():
 def test_models_have_private_names_for_their_state_and_attention():
     assert MambaForCausalLM._is_stateful and not Qwen3ForCausalLM._is_stateful
     assert Qwen3ForCausalLM._supports_sdpa and not MambaForCausalLM._supports_sdpa
+
+
+def test_transformers_tells_which_variables_a_chat_template_reads():
+    template = (
+        "{% set x = 1 %}{% for m in messages %}{{ m.content }}{% generation %}{{ x }}{% endgeneration %}{% endfor %}"
+    )
+    assert _get_template_variables(template + "{% if thinking is defined %}{{ bos_token }}{% endif %}") == {
+        *("messages", "thinking", "bos_token")
+    }
 
 
 def test_every_setting_of_generate_is_applied_refused_or_irrelevant_to_the_distribution():
