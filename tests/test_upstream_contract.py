@@ -1170,12 +1170,9 @@ def test_models_have_private_names_for_their_state_and_attention():
 
 
 def test_transformers_tells_which_variables_a_chat_template_reads():
-    template = (
-        "{% set x = 1 %}{% for m in messages %}{{ m.content }}{% generation %}{{ x }}{% endgeneration %}{% endfor %}"
-    )
-    assert _get_template_variables(template + "{% if thinking is defined %}{{ bos_token }}{% endif %}") == {
-        *("messages", "thinking", "bos_token")
-    }
+    messages = "{% for m in messages %}{{ m.content }}{% generation %}{{ x }}{% endgeneration %}{% endfor %}"
+    template = "{% set x = 1 %}" + messages + "{% if thinking is defined %}{{ bos_token }}{% endif %}"
+    assert _get_template_variables(template) == {"messages", "thinking", "bos_token"}
 
 
 def test_every_setting_of_generate_is_applied_refused_or_irrelevant_to_the_distribution():
