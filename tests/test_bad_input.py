@@ -408,7 +408,7 @@ def test_arguments_that_grpo_accepts_train(make, given):
 
 @pytest.mark.parametrize("name", ["math/hard", "hard questions\n", " ", ""])
 def test_an_evaluation_dataset_may_have_any_text_as_its_name_as_in_trl(make, name):
-    settings = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": f"eval_{name}_loss"}
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": f"eval_{name}_runtime"}
     trainer = make(settings={"per_device_eval_batch_size": 4, **settings}, eval_dataset={name: [ROW] * 4})
     trainer.train()
     assert trainer.state.best_metric is not None

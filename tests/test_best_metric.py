@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 from datasets import Dataset
+from transformers import EarlyStoppingCallback
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import ConfigError
@@ -32,7 +33,7 @@ def model_path(tmp_path_factory) -> str:
 
 @pytest.fixture
 def make(model_path, tmp_path):
-    def made(metric, *, reward_funcs=reward, eval_dataset=ROWS, **settings) -> ARPOTrainer:
+    def made(metric, *, reward_funcs=reward, eval_dataset=ROWS, callbacks=None, **settings) -> ARPOTrainer:
         args = ARPOConfig(
             str(tmp_path / "run"),
             num_generations=4,
@@ -45,7 +46,7 @@ def make(model_path, tmp_path):
         )
         params = SamplingParams(eos_ids=(tokenizer().eos_token_id,))
         engine = ScriptedEngine(tokenizer(), params, lambda request, context: ANSWER)
-        return ARPOTrainer(model_path, reward_funcs, args, ROWS, eval_dataset, engine=engine)
+        return ARPOTrainer(model_path, reward_funcs, args, ROWS, eval_dataset, callbacks=callbacks, engine=engine)
 
     return made
 
@@ -53,7 +54,6 @@ def make(model_path, tmp_path):
 @pytest.mark.parametrize(
     ("metric", "given", "available"),
     [
-        ("loss", {"eval_dataset": SEVERAL}, "'eval_easy_loss', 'eval_hard_loss'"),
         ("eval_runtime", {"eval_dataset": SEVERAL}, "'eval_easy_runtime', 'eval_hard_runtime'"),
         ("rewards/rewrad/mean", {}, "'eval_rewards/reward/mean'"),
         (
@@ -72,9 +72,26 @@ def test_a_metric_that_cannot_exist_is_an_error_before_the_first_step(make, metr
     )
 
 
-def test_the_default_metric_for_the_best_model_is_the_loss_of_one_dataset(make):
-    with pytest.raises(ConfigError, match=r"metric_for_best_model is 'loss', .*'eval_easy_loss', 'eval_hard_loss'"):
-        make(None, eval_dataset=SEVERAL, load_best_model_at_end=True, save_strategy="steps", save_steps=1)
+BEST = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("metric", "given", "named"),
+    [
+        (None, BEST, "'loss'"),
+        (None, BEST | {"eval_dataset": SEVERAL}, "'loss'"),
+        (None, {"lr_scheduler_type": "reduce_lr_on_plateau"}, "'loss'"),
+        (None, {"save_strategy": "best"}, "None"),
+        ("eval_loss", {"save_strategy": "best"}, "'eval_loss'"),
+        ("loss", {"callbacks": [EarlyStoppingCallback()]}, "'loss'"),
+        ("hard_loss", {"eval_dataset": SEVERAL}, "'hard_loss'"),
+    ],
+)
+def test_a_loss_does_not_tell_which_model_is_better(make, metric, given, named):
+    with pytest.raises(
+        ConfigError, match=f"metric_for_best_model is {named} .*Set metric_for_best_model: eval_reward"
+    ):
+        make(metric, **given)
 
 
 @pytest.mark.parametrize("given", [{}, {"eval_dataset": SEVERAL}])
@@ -98,15 +115,12 @@ def test_a_metric_without_a_number_is_an_error(make):
 @pytest.mark.parametrize(
     ("metric", "given"),
     [
-        ("loss", {}),
-        ("eval_loss", {}),
         ("reward", {}),
         ("eval_rewards/reward/mean", {}),
         ("rewards/reward_2/std", {"reward_funcs": [reward, partial(reward)]}),
         ("completions/mean_length", {}),
         ("arpo/tree/leaves", {}),
-        ("hard_loss", {"eval_dataset": SEVERAL}),
-        ("eval_easy_loss", {"eval_dataset": SEVERAL}),
+        ("hard_runtime", {"eval_dataset": SEVERAL}),
         ("eval_reward", {"eval_dataset": SEVERAL}),
         ("half", {"reward_funcs": logs}),
         ("rewards/part/mean", {"reward_funcs": logs}),
@@ -130,10 +144,10 @@ def test_a_metric_that_a_subclass_adds_to_an_evaluation_can_choose_the_best_mode
 
 
 def test_other_evaluations_may_have_other_metrics(make):
-    trainer = make("hard_loss", eval_dataset=SEVERAL)
+    trainer = make("hard_runtime", eval_dataset=SEVERAL)
     trainer.is_in_train = True
     assert "eval_loss" in trainer.evaluate(ROWS)
-    assert "test_hard_loss" in trainer.evaluate(metric_key_prefix="test")
+    assert "test_hard_runtime" in trainer.evaluate(metric_key_prefix="test")
 
 
 def test_a_metric_that_nothing_reads_is_not_checked(make):

@@ -1,4 +1,4 @@
-"""Checks that an evaluation has the metric that `metric_for_best_model` names."""
+"""Checks that `metric_for_best_model` names a metric of the evaluations, and one that tells which model is better."""
 
 from __future__ import annotations
 
@@ -10,8 +10,27 @@ from arpo_trl.common.user_code import parameters_of
 from arpo_trl.config import ARPOConfig
 from arpo_trl.errors import ConfigError
 
-_OF_EACH_DATASET = ("loss", "runtime", "samples_per_second", "steps_per_second")
+_OF_EACH_DATASET = ("runtime", "samples_per_second", "steps_per_second")
 """The metrics whose names contain the name of the dataset, if there are several. The others are GRPO's."""
+
+
+def refuse_loss(args: ARPOConfig, eval_dataset: Any) -> None:
+    """Checks that `metric_for_best_model` is not a loss, which transformers sets if it is None.
+
+    The advantages of a group have a mean of 0, and so does GRPO's loss, up to rounding. It would choose an arbitrary
+    checkpoint, stop a run early, or lower the learning rate, whatever the model has learned.
+
+    Raises:
+        ConfigError: It is the loss of the evaluation, or of one of its datasets.
+    """
+    name = args.metric_for_best_model
+    losses = {"eval_loss"} | {f"eval_{each}_loss" for each in (eval_dataset if isinstance(eval_dataset, dict) else ())}
+    is_best_unset = name is None and args.save_strategy == "best"
+    if args.eval_strategy != "no" and (is_best_unset or (name is not None and _full(name) in losses)):
+        raise ConfigError(
+            f"metric_for_best_model is {name!r} (default: 'loss'), but GRPO's loss stays around 0, however good "
+            "the model is. Set metric_for_best_model: eval_reward."
+        )
 
 
 def check_best_metric(
@@ -20,7 +39,7 @@ def check_best_metric(
     """Checks at the start that `metric_for_best_model` can be a metric. Other metrics may come from `log_metric`.
 
     Raises:
-        ConfigError: It is the loss or the speed of one dataset, but there are several, or the reward of a function
+        ConfigError: It is the speed of one dataset, but there are several, or the reward of a function
             that does not exist.
     """
     if args.metric_for_best_model is None or args.eval_strategy == "no":

@@ -38,7 +38,7 @@ from arpo_trl.training.advantages import Advantages
 from arpo_trl.training.answers import check_answers
 from arpo_trl.training.arguments import check_arguments
 from arpo_trl.training.baselines import make_baseline
-from arpo_trl.training.best_metric import check_best_metric
+from arpo_trl.training.best_metric import check_best_metric, refuse_loss
 from arpo_trl.training.completions import completion_messages, reward_columns, tool_loop_output
 from arpo_trl.training.dealing import LEAF, leaves_per_tree
 from arpo_trl.training.environments import (
@@ -186,6 +186,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         )
         warn_of_version()
         args = made_args(args, model)
+        refuse_loss(args, eval_dataset)
         check_writable(Path(args.output_dir))
         check_names(Path(args.output_dir))
         if quantization_config is not None and isinstance(model, str):  # TRL ignores it for a loaded model
