@@ -5,6 +5,7 @@ import pytest
 import torch
 from accelerate import DistributedType, PartialState
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers.utils.import_utils import enable_tf32
 
 from arpo_trl import ARPOConfig, ARPOTrainer
@@ -106,16 +107,32 @@ def test_weights_too_coarse_for_the_steps_are_named_and_do_not_change(tmp_path, 
         (torch.float16, 1e-6, "paged_adamw_8bit", "NO", True),
         (torch.bfloat16, 1e-3, "adamw_torch", "NO", False),
         (torch.float32, 1e-6, "adamw_torch", "NO", False),
+        (torch.bfloat16, 1e-6, "adafactor", "NO", True),
+        (torch.bfloat16, 1e-6, "lion_32bit", "NO", True),
         (torch.bfloat16, 1e-6, "sgd", "NO", False),
         (torch.bfloat16, 1e-6, "adamw_torch", "DEEPSPEED", False),
         (torch.bfloat16, 1e-6, "adamw_torch", "FSDP", False),
+        (torch.bfloat16, 1e-6, "adamw_torch", "FSDP no", True),  # accelerate makes float32 copies for bf16 and fp16
     ],
 )
 def test_steps_that_rounding_undoes_are_a_warning(caplog, dtype, learning_rate, optim, distributed, warns):
-    state = SimpleNamespace(distributed_type=DistributedType[distributed])
+    kind, _, precision = distributed.partition(" ")
+    state = SimpleNamespace(distributed_type=DistributedType[kind], mixed_precision=precision or "bf16")
     args = SimpleNamespace(learning_rate=learning_rate, optim=optim)
     warn_of_lost_steps(tiny_model().to(dtype), state, args)
     assert len(said(caplog)) == warns
+
+
+@pytest.mark.parametrize(
+    ("is_new", "dtype", "warns"), [(False, "bfloat16", 1), (True, "bfloat16", 0), (False, "float32", 0)]
+)
+def test_steps_that_rounding_undoes_are_a_warning_for_an_adapter_whose_training_goes_on(caplog, is_new, dtype, warns):
+    # "down_proj" has more inputs than outputs: most weights of a new adapter, in its first matrices, are too coarse.
+    settings = LoraConfig(r=4, target_modules=["down_proj"], init_lora_weights=is_new)
+    model = get_peft_model(tiny_model(), settings).to(getattr(torch, dtype))
+    state = SimpleNamespace(distributed_type=DistributedType.NO)
+    warn_of_lost_steps(model, state, SimpleNamespace(learning_rate=1e-6, optim="adamw_torch"))
+    assert [text.endswith("Raise learning_rate.") for text in said(caplog)] == [True] * warns
 
 
 def test_unsupported_bf16_is_an_error_that_names_the_setting(monkeypatch, tmp_path):

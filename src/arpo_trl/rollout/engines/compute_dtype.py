@@ -73,14 +73,19 @@ def warn_of_emulation(model: Any, accelerator: Accelerator) -> None:
 def warn_of_lost_steps(model: Any, accelerator: Accelerator, args: TrainingArguments) -> None:
     """Warn if most of the trained weights are too coarse for the optimizer's steps, so that they would not change.
 
-    A step of Adam changes a weight by about the learning rate. The sum is rounded to the weight itself if that is less
-    than half the distance to the next number, which is at least a quarter of `eps` times the weight. DeepSpeed and
-    FSDP add the steps to float32 copies. An adapter is not checked: its second matrix starts at 0.
+    A step of Adam, Lion or Adafactor changes a weight by about the learning rate. The sum is rounded to the weight
+    itself if that is less than half the distance to the next number, which is at least a quarter of `eps` times the
+    weight. DeepSpeed, and FSDP with mixed precision, add the steps to float32 copies. A new adapter is not checked:
+    its second matrices start at 0, where no step is lost.
     """
-    sharded = accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
-    if sharded or is_peft_model(model) or "adam" not in args.optim:
-        return
+    kind = accelerator.distributed_type
+    has_copies = kind == DistributedType.DEEPSPEED or (
+        kind == DistributedType.FSDP and accelerator.mixed_precision != "no"
+    )
     trained = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
+    is_adapter = is_peft_model(model)
+    if has_copies or "sgd" in args.optim or (is_adapter and not all(weights.any() for weights in trained)):
+        return
     coarse = [weights for weights in trained if weights.dtype in (torch.bfloat16, torch.float16)]
     lost = sum(
         int((weights.abs() > 4 * args.learning_rate / torch.finfo(weights.dtype).eps).sum()) for weights in coarse
@@ -88,11 +93,16 @@ def warn_of_lost_steps(model: Any, accelerator: Accelerator, args: TrainingArgum
     share = lost / max(1, sum(weights.numel() for weights in trained))
     if share > 0.5:
         dtype = str(coarse[0].dtype).removeprefix("torch.")
+        remedy = (
+            "Raise learning_rate."
+            if is_adapter
+            else "Load the model in float32 (dtype='float32'; bf16: true still computes in bfloat16), train an "
+            "adapter (peft_config), or use DeepSpeed, or FSDP with mixed precision, which keep float32 copies."
+        )
         logger.warning(
-            f"The weights are {dtype}, and steps of learning_rate {args.learning_rate:g} leave at least {share:.0%} "
-            f"of them unchanged: a step is less than half the distance to the next {dtype} number. Load the model in "
-            "float32 (dtype='float32'; bf16: true still computes in bfloat16), train an adapter (peft_config), or use "
-            "DeepSpeed or FSDP, which keep float32 copies."
+            f"The trained weights are {dtype}, and steps of learning_rate {args.learning_rate:g} leave at least "
+            f"{share:.0%} of them unchanged: a step is less than half the distance to the next {dtype} number. "
+            f"{remedy}"
         )
 
 
