@@ -431,6 +431,13 @@ def test_a_cold_start_warns_of_prompts_without_the_chat_template(tmp_path, monke
 
 
 @pytest.mark.slow
+def test_a_cold_start_warns_of_a_warmup_that_is_not_shorter_than_the_run(tmp_path, monkeypatch, caplog):
+    save_tiny_model(tmp_path / "model")
+    train_one_step(tmp_path, monkeypatch, warmup_steps="9")
+    assert "warmup_steps is 9, but the run has 1 optimizer steps" in caplog.text
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

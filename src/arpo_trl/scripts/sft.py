@@ -60,7 +60,7 @@ from arpo_trl.scripts.start import (
     start_errors,
     until_first_step,
 )
-from arpo_trl.training.preflight import check_quantized_training
+from arpo_trl.training.preflight import check_quantized_training, warn_of_learning_rate
 from arpo_trl.visible import get_logger
 
 logger = get_logger(__name__)
@@ -115,8 +115,13 @@ class ColdStartConfig(SFTConfig):
 
 
 class ColdStartTrainer(WholeModels, SFTTrainer):
-    """TRL's `SFTTrainer`. It saves whole models, and does not warn of tied weights that a checkpoint has under one of
-    their names."""
+    """TRL's `SFTTrainer`. It saves whole models, warns of a learning rate that stays 0, and does not warn of tied
+    weights that a checkpoint has under one of their names."""
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        if self.lr_scheduler is None:
+            warn_of_learning_rate(self.args, num_training_steps)
+        return super().create_scheduler(num_training_steps, *args, **kwargs)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         super()._issue_warnings_after_load(without_tied_keys(self.model, load_result))

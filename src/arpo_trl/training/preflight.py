@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from importlib import metadata
@@ -18,7 +18,14 @@ from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from packaging.requirements import Requirement
-from transformers import AutoConfig, AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainingArguments,
+)
 from trl import GRPOConfig, GRPOTrainer
 
 from arpo_trl.common.pretrained import load_pretrained
@@ -42,6 +49,8 @@ logger = get_rank_logger(__name__)
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
+WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
+"""The values of `lr_scheduler_type` for which `warmup_steps` has no effect."""
 
 UNUSED_METHODS = ("_generate_single_turn", "_tokenize_prompts", "_get_tool_suffix_ids")
 """The methods of GRPOTrainer that sample, which ARPOTrainer does not call."""
@@ -136,20 +145,80 @@ def check_quantized_training(peft_config: Any) -> None:
         )
 
 
-def check_trainable(model: torch.nn.Module) -> None:
-    """Raises ConfigError if all weights are frozen, since training would then run to its end without effect.
+def trained_weights(model: Any) -> dict[str, torch.nn.Parameter]:
+    """The weights that an update changes, by name: those of adapters that are not active, such as TRL's frozen copy
+    "ref", have no gradient, whatever their `requires_grad`."""
+    idle = set(model.peft_config) - set(model.active_adapters) if is_peft_model(model) else set()
+    return {
+        name: weight
+        for name, weight in model.named_parameters()
+        if weight.requires_grad and not idle & set(name.split("."))
+    }
 
-    Args:
-        model: The model, perhaps with TRL's frozen copy "ref" of its adapter, which TRL may make trainable.
+
+def check_trainable(model: Any) -> None:
+    """Checks that weights are trained, and warns if these are less than half of a model without an adapter.
+
+    Raises:
+        ConfigError: All weights are frozen, or belong to adapters that are not active. Training would run to its end
+            without effect.
     """
-    if any(weight.requires_grad for name, weight in model.named_parameters() if ".ref." not in name):
-        return
-    remedy = (
-        "load it with PeftModel.from_pretrained(…, is_trainable=True)"
-        if is_peft_model(model)
-        else "call model.requires_grad_(), or pass a peft_config"
-    )
-    raise ConfigError(f"All weights of the model are frozen (requires_grad is False). To train it, {remedy}.")
+    trained = trained_weights(model)
+    has_adapter = is_peft_model(model) or getattr(model, "_hf_peft_config_loaded", False)
+    if not trained:
+        remedy = (
+            "load it with PeftModel.from_pretrained(…, is_trainable=True), or activate (set_adapter) another adapter "
+            f"than {model.active_adapters}"
+            if is_peft_model(model)
+            else "call model.requires_grad_(), or pass a peft_config"
+        )
+        raise ConfigError(f"All weights of the model are frozen (requires_grad is False). To train it, {remedy}.")
+    share = _size(trained.values()) / max(1, _size(model.parameters()))
+    if share < 0.5 and not has_adapter:
+        logger.warning(
+            f"Only {share:.1%} of the model's weights are trained, such as {next(iter(trained))}. The others are "
+            "frozen (requires_grad is False), as merge_and_unload leaves them. To train all: model.requires_grad_()."
+        )
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, model: Any) -> None:
+    """Checks that a given optimizer changes weights that are trained, and warns if these are only a part of them.
+
+    Raises:
+        ConfigError: It changes none of them.
+    """
+    trained = trained_weights(model).values()
+    changed = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    missed = [weight for weight in trained if id(weight) not in changed]
+    if trained and len(missed) == len(trained):
+        raise ConfigError(
+            "The optimizer in optimizers has none of the trained weights, so that they would not change: it was "
+            "created for another model, or before peft_config added an adapter. Pass the model for whose parameters "
+            "it was created, with its adapter (get_peft_model) and without a peft_config."
+        )
+    if missed:
+        logger.warning(
+            f"The optimizer in optimizers does not have {_size(missed) / max(1, _size(trained)):.1%} of the weights "
+            "that require gradients, so that these do not change. Add them, or freeze them (requires_grad_(False))."
+        )
+
+
+def warn_of_learning_rate(args: TrainingArguments, steps: int) -> None:
+    """Warns if the learning rate is 0, or its warm-up is not shorter than the run of `steps` optimizer steps."""
+    warmup = args.get_warmup_steps(steps)
+    if args.learning_rate == 0:
+        logger.warning("learning_rate is 0, so that the weights do not change.")
+    elif 0 < steps <= warmup and args.lr_scheduler_type not in WITHOUT_WARMUP:
+        logger.warning(
+            f"warmup_steps is {args.warmup_steps:g}, but the run has {steps} optimizer steps, so that its learning "
+            f"rate rises to at most {(steps - 1) / warmup:.1%} of learning_rate. Lower warmup_steps; below 1 it is a "
+            "share of the run."
+        )
+
+
+def _size(weights: Iterable[Any]) -> int:
+    """The number of weights in tensors, which are empty under ZeRO-3."""
+    return sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights)
 
 
 def listed_rewards(reward_funcs: Any) -> list[Any]:
@@ -328,6 +397,29 @@ def check_scores(model: PreTrainedModel, temperature: float) -> None:
             f"Training cannot score a model of type {model.config.model_type!r}: its logprobs from TRL's fused head "
             f"are {distance:.2g} standard deviations away from those of its logits; expected at most {limit}. Train "
             "another model."
+        )
+
+
+@torch.no_grad()
+def warn_of_other_reference(model: PreTrainedModel, reference: PreTrainedModel) -> None:
+    """Warns if the reference model is not the model at its start, which `model` is.
+
+    TRL loads the reference model from the path or id in the model's configuration. Both models have all weights on
+    this rank. Call it under the autocast of training.
+    """
+    ids = trial_ids(reference, 24)[None]
+    size = min(each.get_input_embeddings().num_embeddings for each in (model, reference))  # one may have new tokens
+    logits = []
+    for each in (model, reference):
+        with evaluating(each):
+            found = each(input_ids=ids.to(each.get_input_embeddings().weight.device) % size, use_cache=False).logits
+        logits.append(found[..., :size].float().to(ids.device))
+    distance, limit = rounding(model, *logits)
+    if not distance <= limit:
+        logger.warning(
+            f"The reference model of beta, loaded from {get_config_model_id(model.config)!r}, is another model than "
+            f"the one that is trained: their logits differ by {distance:.2g} standard deviations; expected at most "
+            f"{limit}. The KL term trains towards it. To start at the reference, save the model and pass its path."
         )
 
 

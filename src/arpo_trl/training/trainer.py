@@ -61,6 +61,7 @@ from arpo_trl.training.preflight import (
     check_ahead,
     check_bonus_tools,
     check_logprobs,
+    check_optimizer,
     check_quantized_training,
     check_scores,
     check_trainable,
@@ -74,6 +75,8 @@ from arpo_trl.training.preflight import (
     prepare_prefix_sharing,
     refuse_own_rollouts,
     tokenizer_for,
+    warn_of_learning_rate,
+    warn_of_other_reference,
     warn_of_unread,
     warn_of_version,
     without_trls_vllm_client,
@@ -249,7 +252,10 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         check_launch(self.accelerator, gathers=args.ds3_gather_for_generation)
         check_adapter(self.model, self.accelerator)
         warn_of_emulation(self.model, self.accelerator)
-        warn_of_lost_steps(self.model, self.accelerator, args)
+        if self.optimizer is None:
+            warn_of_lost_steps(self.model, self.accelerator, args)
+        else:  # it has its own learning rate
+            check_optimizer(self.optimizer, self.model)
         self._tokenizer = with_guarded_parser(self._tokenizer)
         self.use_vllm = args.use_vllm
         self.eos_token_ids: list[int] = list(self.protocol.eos_ids)  # TRL uses them to detect truncated completions
@@ -261,6 +267,8 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         if not sharded:
             with self.accelerator.autocast():
                 check_scores(self.accelerator.unwrap_model(self.model), args.temperature)
+                if self.ref_model is not None:
+                    warn_of_other_reference(self.model, self.accelerator.unwrap_model(self.ref_model))
         self._shares_prefixes = prepare_prefix_sharing(
             [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None],
             self.accelerator,
@@ -304,6 +312,11 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         check_trainable(self.model)
         prepare_again(self)
         return super().train(*args, **kwargs)
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        if self.lr_scheduler is None:
+            warn_of_learning_rate(self.args, num_training_steps)
+        return super().create_scheduler(num_training_steps, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         check_evaluable(self)
