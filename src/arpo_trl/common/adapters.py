@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 _TOKENIZER = "tokenizer_config.json"
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+"""A model that may be on the Hub; the oldest ones, such as gpt2, have no owner."""
 
 
 def of_revision(adapter: PeftConfig | None, revision: str | None) -> PeftConfig | None:

@@ -115,7 +115,7 @@ def prepare_branch(repo_id: str, branch: str, *, setting: str, token: str | None
     try:
         if not _retried(lambda: api.revision_exists(repo_id, branch)):
             _retried(lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))
-    except Exception as error:  # as in `prepare_repo`
+    except Exception as error:  # any error of the client means no branch, as in `prepare_repo`
         raise ConfigError(
             f"{setting} requires the branch {branch!r} of {repo_id}, which cannot be created: {reason_of(error)}. Set "
             f"{setting} to the name of a branch, or omit it to push to main."

@@ -232,7 +232,7 @@ class WebSearch:
             hits = _checked_hits(self._provider.read(answer))
         except Unanswered as error:
             raise RequestFailed(str(error)) from None
-        except Exception as error:
+        except Exception as error:  # a provider's own code, again
             about_account = mentions_account(str(answer)[:_ERROR_CHARS], query)
             reason = f"answered in an unexpected format: {_fault('read', error)}"
             raise RequestFailed(reason, status=200, about_account=about_account) from None

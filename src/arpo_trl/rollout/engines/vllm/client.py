@@ -196,6 +196,7 @@ class ServerClient:
 
     @_reads_json
     def has_adapter(self, name: str) -> bool:
+        """Whether the server has loaded an adapter of this name."""
         return name in (model["id"] for model in self._json("GET", "/v1/models", "")["data"])
 
     def unload_adapter(self, name: str) -> None:
