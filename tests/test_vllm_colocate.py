@@ -85,6 +85,7 @@ def test_an_adapter_trains_is_sampled_from_and_is_saved(findings):
     assert [row["sampling/sampling_logp_difference/mean"] < 0.02 for row in found["log"]] == [True, True]
     assert found["trained"]["logprobs"] < 0.01
     assert found["saved"]
+    assert found["base_changed"] == []
 
 
 @with_real_vllm

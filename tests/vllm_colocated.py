@@ -124,6 +124,9 @@ def with_adapter(folder: Path) -> dict[str, Any]:
     engine._weights._synced = None
     trained, _ = run(engine, requests())
     findings["trained"] = compare(trainer.model.eval(), trained)
+    saved = AutoModelForCausalLM.from_pretrained(model_path, dtype="bfloat16").state_dict()
+    base = trainer.model.unload().state_dict()
+    findings["base_changed"] = [name for name, weight in base.items() if not torch.equal(weight, saved[name])]
     return findings
 
 

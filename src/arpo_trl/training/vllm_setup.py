@@ -21,6 +21,7 @@ from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.compute_dtype import warn_of_other_dtype
 from arpo_trl.rollout.engines.vllm.client import CANARY_TEXT, ServerClient, check_server
 from arpo_trl.rollout.engines.vllm.colocate import ColocatedWeights
+from arpo_trl.rollout.engines.vllm.merged import keep_base
 from arpo_trl.rollout.engines.vllm.weights import DiskTransfer, NcclTransfer, ServedWeights, Transfer, from_main
 from arpo_trl.trl_seam import VLLMGeneration
 from arpo_trl.visible import get_rank_logger
@@ -42,6 +43,7 @@ def colocated_weights(
     dtype = str(generation.llm.llm_engine.model_config.dtype).removeprefix("torch.")
     way_out = "another dtype in the model's config.json, which vLLM uses unless it is float32"
     warn_of_other_dtype(generation.model, generation.accelerator, {"vLLM": dtype}, way_out)
+    keep_base(generation)
     return ColocatedWeights(generation, trained, reference, _canary(tokenizer), args.weight_sync_tolerance)
 
 

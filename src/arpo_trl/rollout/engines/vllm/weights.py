@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from arpo_trl.common.files import whole_folder
 from arpo_trl.errors import ArpoError, ConfigError, EngineError, Interrupted
 from arpo_trl.rollout.engines.vllm.client import ATTEMPTS, FRESH, ServerClient, ServerFacts, ServerLost
+from arpo_trl.rollout.engines.vllm.merged import keep_base
 from arpo_trl.rollout.engines.weights import mean_difference
 from arpo_trl.trl_seam import VLLMGeneration
 from arpo_trl.visible import get_logger
@@ -423,6 +424,7 @@ class DiskTransfer:
         self, model: Any, accelerator: Accelerator, tokenizer: Any, folder: Path, facts: Sequence[ServerFacts]
     ):
         self._parameters = _Parameters(model, accelerator, tokenizer, mode="server")
+        keep_base(self._parameters)
         self._model = model
         self._accelerator = accelerator
         self._folder = folder.resolve()
@@ -522,6 +524,8 @@ class NcclTransfer:
             )
             for i, url in enumerate(urls)
         ]
+        for group in self._groups:
+            keep_base(group)
 
     def prepare(self, version: str) -> None:
         for group in self._groups:
