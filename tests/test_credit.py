@@ -492,6 +492,21 @@ def test_once_wraps_the_credit_that_gives_the_advantages():
         torch.testing.assert_close(made[0, :3], per_token[:, :3].mean(dim=0))
 
 
+def test_once_keeps_the_advantages_of_single_tokens():
+    """A shared token has the mean of its own advantages in its leaves, not that of its turn."""
+    # Column 0: (1 + 3) / 2, column 1: (2 − 4) / 2, column 2: (5 + 6) / 2; row 1 has its last two columns alone.
+    given = torch.tensor([[1.0, 2.0, 5.0, 7.0, 0.0], [3.0, -4.0, 6.0, 8.0, 9.0], [0.5, 1.5, 0.0, 0.0, 0.0]])
+    expected = [[2.0, -1.0, 5.5, 7.0, 0.0], [2.0, -1.0, 5.5, 8.0, 9.0], [0.5, 1.5, 0.0, 0.0, 0.0]]
+    assert mean_over_leaves(given, NODES).tolist() == expected
+
+    class PerToken(Credit):
+        def __call__(self, trees, rewards, advantages):
+            return given[:2], None
+
+    made, _ = Once(PerToken())([tree()], ADVANTAGES[:2], ADVANTAGES[:2])
+    assert made.tolist() == expected[:2]
+
+
 def test_the_weights_of_a_wrapped_credit_apply_to_the_first_copies():
     advantages = torch.tensor([1.0, -0.5])
     _, weights = Once(LoneTokens())([tree()], advantages, advantages)

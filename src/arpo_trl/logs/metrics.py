@@ -151,13 +151,12 @@ def _tally_shape(tree: RolloutTree, tally: Tally) -> None:
     tally.add("tree/branches", branches(tree))
     tally.add("tree/generated_tokens", sum(len(node.ids) for node in tree.turns()))
     for node in tree.observations():
-        if node.decision is None or not node.calls:
+        if node.decision is None or node.decision.fires is None or not node.calls:
             continue
-        if node.decision.fires is not None:
-            depth = sum(step.kind is NodeKind.OBSERVATION for step in tree.path(node.index))
-            tally.add(f"tree/forks_depth_{depth}", float(node.decision.granted > 0))
-            tally.add("tree/fire_rate", float(node.decision.fires))
-            tally.add(f"tree/fire_rate_{node.tool}", float(node.decision.fires))
+        depth = sum(step.kind is NodeKind.OBSERVATION for step in tree.path(node.index))
+        tally.add(f"tree/forks_depth_{depth}", float(node.decision.granted > 0))
+        tally.add("tree/fire_rate", float(node.decision.fires))
+        tally.add(f"tree/fire_rate_{node.tool}", float(node.decision.fires))
         if node.decision.delta is not None:
             tally.add("entropy/delta", node.decision.delta)
 

@@ -175,19 +175,21 @@ def counted_nodes(token_nodes: torch.Tensor, trained: torch.Tensor | None) -> tu
 def mean_over_leaves(
     advantages: torch.Tensor, token_nodes: torch.Tensor, trained: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """(B, T) advantages: each token has the mean over the leaves that share its node; 0 on padding.
+    """(B, T) advantages: each token has the mean over the leaves that share it; 0 on padding.
 
     Args:
-        advantages: (B,), or (B, T) with one value per leaf and node.
+        advantages: (B,), or (B, T).
         trained: `Credit.trained`. The other leaves do not count, and get 0.
     """
     real, node = counted_nodes(token_nodes, trained)
     per_token = (advantages if advantages.dim() == 2 else advantages.unsqueeze(1)).expand_as(token_nodes)[real]
-    # A node has the same number of tokens in each of its leaves, so the mean over tokens equals the mean over leaves.
-    count = torch.bincount(node)
-    total = torch.zeros(len(count), dtype=per_token.dtype, device=per_token.device).index_add_(0, node, per_token)
+    # A shared token is in the same column of each of its leaves.
+    column = torch.arange(token_nodes.size(1), device=token_nodes.device).expand_as(token_nodes)[real]
+    token = torch.unique(node * token_nodes.size(1) + column, return_inverse=True)[1]
+    count = torch.bincount(token)
+    total = torch.zeros(len(count), dtype=per_token.dtype, device=per_token.device).index_add_(0, token, per_token)
     result = torch.zeros_like(token_nodes, dtype=advantages.dtype)
-    result[real] = (total / count)[node]
+    result[real] = (total / count)[token]
     return result
 
 
