@@ -42,7 +42,7 @@ from trl import GRPOConfig, GRPOTrainer
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import ConfigError, DataError, RewardError
 from arpo_trl.rollout.engines.base import SamplingParams
-from arpo_trl.rollout.engines.scripted import ScriptedEngine
+from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from support import small_model, with_template
 
 M = 3
@@ -482,6 +482,55 @@ def test_tools_are_counted_and_shown_to_rewards_as_by_trls_own_loop(tool, wrong,
     # What a model reads of its mistakes is our own text.
     assert "error" in str(theirs[1][1].pop("content")).lower() and "Error" in ours[1][1].pop("content")
     assert ours[1] == theirs[1]
+
+
+def test_a_call_without_room_for_its_result_counts_as_in_trls_own_loop(models, tmp_path):
+    tok = AutoTokenizer.from_pretrained(models["qwen3"])
+    call = written(0, 0, "multiply", "")
+    ids = tok(call)["input_ids"] + [tok.eos_token_id]
+
+    class TrlsLoop(GRPOTrainer):
+        def _generate_single_turn(self, prompt_ids, *args: Any, **kwargs: Any):
+            return [ids for _ in prompt_ids], None
+
+    engine = ScriptedEngine(tok, SamplingParams(eos_ids=(tok.eos_token_id,)), lambda request, context: call)
+    for kind, given in ((TrlsLoop, {}), (ARPOTrainer, {"engine": engine})):
+        protocol = {"tool_protocol": "chat_template"} if kind is ARPOTrainer else {}
+        case = Case(
+            {"max_completion_length": len(ids) + 2, **protocol},
+            _with(model=models["qwen3"], train_dataset=CHAT, tools=[multiply], reward_funcs=letters, **given),
+            moves=False,
+        )
+        log = trained(kind, tmp_path / kind.__name__, case, models).state.log_history[0]
+        assert (log["tools/call_frequency"], log["tools/failure_frequency"]) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("shared_prefix_forward", ["auto", "on"])
+def test_a_group_without_a_token_in_the_loss_does_not_lower_the_metrics_of_the_others(
+    shared_prefix_forward, models, tmp_path
+):
+    """Whole trees in one micro-batch: the first group's completions are all truncated."""
+    tok = AutoTokenizer.from_pretrained(models["qwen2"])
+
+    def script(request, context):
+        return ScriptedTurn(text="the answer is " + "iron " * (request.key[1] + 1), ends=request.key[0] % 2 == 1)
+
+    logs = []
+    for forward in ("off", shared_prefix_forward):
+        case = Case(
+            {
+                **{"mask_truncated_completions": True, "gradient_accumulation_steps": 2, "max_completion_length": 20},
+                **{"beta": 0.1, "bf16": False},
+            },
+            _with(engine=ScriptedEngine(tok, SamplingParams(eos_ids=(tok.eos_token_id,)), script)),
+            moves=False,
+        )
+        own = {"shared_prefix_forward": forward}
+        run = trained(ARPOTrainer, tmp_path / forward, case, models, own=own)
+        logs.append(run.state.log_history[0])
+    assert logs[0]["completions/clipped_ratio"] == 0.5
+    for name in ("loss", "grad_norm", "entropy", "kl"):
+        assert logs[1][name] == pytest.approx(logs[0][name], rel=1e-3, abs=1e-5), name
 
 
 class Counter:

@@ -34,7 +34,7 @@ def tool_loop_output(
     logprobs: list[list[float]] | None,
 ) -> tuple[Any, ...]:
     """The return value of TRL's `_tool_call_loop`, for leaves whose tools were called during the rollout."""
-    calls = [call for leaf in leaves for call in leaf.calls]
+    calls = [call for leaf in leaves for call in (*leaf.calls, *leaf.nodes[-1].unread)]
     failures = sum(not call.ok for call in calls)
     masks = [leaf.mask for leaf in leaves]
     return masks, completions, completion_ids, logprobs, len(calls), failures, [[] for _ in leaves]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from math import nan
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class SharedPrefixUpdate(GRPOTrainer):
     It changes the following parts of `GRPOTrainer`, and no others:
 
     - `_get_per_token_logps_and_entropies`: computes packs instead of padded rows, if packs save time.
-    - `_compute_loss`: sets which tokens the loss uses.
+    - `_compute_loss`: sets which tokens the loss uses, and leaves micro-batches without any out of the metrics.
     - `_prepare_inputs`: regroups the rows of one optimizer step into its micro-batches, so that trees stay together.
     """
 
@@ -98,12 +99,21 @@ class SharedPrefixUpdate(GRPOTrainer):
         )
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        mask, before = loss_mask(inputs), {name: len(values) for name, values in self._metrics["train"].items()}
         self._in_loss = True
         try:
-            with self._loss_tokens(loss_mask(inputs)):
-                return super()._compute_loss(model, inputs)
+            with self._loss_tokens(mask):
+                loss = super()._compute_loss(model, inputs)
         finally:
             self._in_loss = False
+        deals = self.model.training and self._micro_batches_dealt_together > 1
+        if deals and not self.accelerator.reduce(mask.sum(), reduction="sum"):
+            # TRL's means over no token are 0, and `log` would average them in. Dealt trees make this frequent: one
+            # micro-batch has a whole group whose paths are all truncated. `log` leaves out NaN.
+            for name, values in self._metrics["train"].items():
+                if len(values) > before.get(name, 0) and not name.startswith("arpo/"):
+                    values[-1] = nan
+        return loss
 
     @contextmanager
     def _loss_tokens(self, mask: torch.Tensor) -> Iterator[None]:
