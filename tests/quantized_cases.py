@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from arpo_trl.runs.identity import frozen_weights
 from shipped import check, replaced, run
 from support import ANSWER, save_sharp_model, save_tiny_model
 from test_shipped import QUANTIZED, data, models  # noqa: F401
@@ -38,6 +39,30 @@ def test_a_cold_start_trains_an_adapter_on_quantized_weights(tmp_path, monkeypat
     (trainer,) = seen
     assert "Linear4bit" in {type(module).__name__ for module in trainer.model.modules()}
     assert (tmp_path / "sft" / "adapter_model.safetensors").exists()
+
+
+def test_a_checkpoint_knows_its_quantized_base(tmp_path):
+    path = save_tiny_model(tmp_path / "model")
+    other = AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad():  # as after merging an adapter: embeddings and norms stay
+        other.get_submodule("model.layers.0.self_attn.q_proj").weight.neg_()
+    other.save_pretrained(tmp_path / "other")
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+
+    def digest(folder=path, **settings):
+        config = BitsAndBytesConfig(**settings)
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
+        return frozen_weights(get_peft_model(model, LoraConfig(target_modules=["v_proj"])))
+
+    assert digest(**four) == digest(**four)
+    others = [
+        digest(tmp_path / "other", **four),
+        digest(**four | {"bnb_4bit_quant_type": "fp4"}),
+        digest(**four | {"bnb_4bit_use_double_quant": False}),
+        digest(load_in_8bit=True),
+        digest(tmp_path / "other", load_in_8bit=True),
+    ]
+    assert len({digest(**four), *others}) == 6
 
 
 def test_qlora_trains_the_adapter_on_quantized_weights(tmp_path):

@@ -491,6 +491,8 @@ def test_space_is_the_remedy_of_a_full_disk_only(model, tmp_path):
     trainer = made(model, tmp_path)
     error = trainer._could_not_save(3, PermissionError(errno.EACCES, "Permission denied", "optimizer.pt"))
     assert "'optimizer.pt'). There is no earlier checkpoint. Correct the cause, then resume" in str(error)
+    lost = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+    assert "Another process has ended or lost its connection" in str(trainer._could_not_save(3, lost))
     full = str(trainer._could_not_save(3, OSError(errno.ENOSPC, "No space left on device")))
     assert "MB are free there. There is no earlier checkpoint. Free some space, then resume" in full
 

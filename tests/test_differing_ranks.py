@@ -46,6 +46,7 @@ def test_rows_that_differ_between_ranks_are_an_error_on_all(said):
 def test_an_output_folder_that_is_not_shared_is_an_error_on_all(said):
     for number, rank in enumerate(said):
         errors = rank["folders"]
-        assert f"node{number} of rank 1 is not the folder of rank 0, so each checkpoint would lack" in errors["output"]
+        assert errors["output"].startswith("output_dir of rank 1 is not the folder of rank 0, so each")
+        assert f"This is rank {number}, with " in errors["output"] and f"node{number}. Put it on" in errors["output"]
         assert f"node{number}/checkpoint-2: rank 0 step 2, rank 1 an error. Put it on" in errors["checkpoint"]
     assert [rank["folders"]["left"] for rank in said] == ["['checkpoint-2']", "[]"]

@@ -58,7 +58,7 @@ def test_a_suite_runs_every_n_steps_and_is_logged_and_in_the_model_card(trainer,
     assert logged[0]["eval/sums/math"] == pytest.approx(0.5)
     assert logged[0]["eval/sums/pass@2"] == pytest.approx(2 / 3)
     assert logged[0]["eval/sums/failed"] == 0
-    (training,) = [row for row in trainer.state.log_history if "reward" in row]
+    (training,) = [row for row in trainer.state.log_history if "loss" in row]
     assert training["step"] == 4 and training["reward"] == 0.5  # the mean over all four steps, not cleared in between
     card = (tmp_path / "run/README.md").read_text()
     assert card.count("## Evaluation") == 1

@@ -6,10 +6,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from arpo_trl.rollout.engines.vllm.merged import keep_base
 from arpo_trl.trl_seam import VLLMGeneration
-from support import tiny_model, tokenizer
+from support import small_model, tiny_model, tokenizer
 
 
 class Unconnected(VLLMGeneration):
@@ -23,9 +24,11 @@ def sent(generation):
 
 
 def adapted(**settings):
+    experts = "target_parameters" in settings
+    base = small_model(Qwen3MoeConfig, Qwen3MoeForCausalLM, **EXPERTS) if experts else tiny_model()
     torch.manual_seed(0)
     settings = {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": False} | settings
-    model = get_peft_model(tiny_model().to(torch.bfloat16), LoraConfig(r=2, **settings), autocast_adapter_dtype=False)
+    model = get_peft_model(base.to(torch.bfloat16), LoraConfig(r=2, **settings), autocast_adapter_dtype=False)
     return model, Unconnected(model, Accelerator(cpu=True), tokenizer(), mode="server")
 
 
@@ -33,12 +36,14 @@ def changed(model, before):
     return [name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])]
 
 
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "head_dim": 16}
 SETTINGS = [
     {},
     {"use_dora": True},
     {"modules_to_save": ["norm"]},
     {"target_modules": ["embed_tokens", "v_proj"]},
     {"target_modules": "all-linear"},
+    {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
 ]
 
 

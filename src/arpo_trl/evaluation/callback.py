@@ -95,8 +95,10 @@ class EvaluationCallback(TrainerCallback):
             values |= {f"pass@{k}": value for k, value in summary.get("pass_at_k", {}).items()}
             values["failed"] = summary["failed"] + summary["unjudged"]
             logs |= {f"eval/{name}/{key}": value for key, value in values.items() if value is not None}
+        step_is_logged = trainer.control.should_log
         # GRPOTrainer.log would add the metrics of the current training step, and clear them.
         Trainer.log(trainer, logs)
+        trainer.control.should_log = step_is_logged  # after any log, transformers considers the step logged
         trainer.evaluation = "\n".join(
             [f"At step {trainer.state.global_step}:", "", *table({"benchmarks": summaries})]
         )

@@ -110,7 +110,7 @@ def model_identity(model: Any) -> dict[str, Any]:
 
 def frozen_weights(model: Any) -> str | None:
     """A digest of a reference model, or of the model under an adapter: a run uses these weights, and no checkpoint
-    contains them. Reads the first values of each weight, except of quantized and sharded ones.
+    contains them. Reads the first values of each weight, packed or not, except of sharded ones.
 
     None if it read none, or if the adapter changes the weights under it when it is created, as PiSSA does.
     """
@@ -119,13 +119,16 @@ def frozen_weights(model: Any) -> str | None:
         return None
     digest, is_empty = hashlib.sha256(), True
     for name, weight in model.named_parameters():
-        is_whole = (
-            type(weight) is torch.nn.Parameter and weight.is_floating_point() and not hasattr(weight, "ds_shape")
-        )
+        is_packed = type(weight).__module__.startswith("bitsandbytes.")
+        is_plain = type(weight) is torch.nn.Parameter and weight.is_floating_point()
+        is_whole = (is_plain or is_packed) and not hasattr(weight, "ds_shape")
         # Not what is trained, TRL's copy of the adapter, and what a trained copy of a module replaces.
         of_adapter = adapters and (weight.requires_grad or ".ref." in name or ".original_module." in name)
         if is_whole and not of_adapter:
-            digest.update(weight.detach().flatten()[:_HASHED_VALUES].float().cpu().numpy().tobytes())
+            scales = getattr(getattr(weight, "quant_state", None), "absmax", None)
+            for values in (weight.detach(), scales):
+                if values is not None:
+                    digest.update(values.flatten()[:_HASHED_VALUES].float().cpu().numpy().tobytes())
             is_empty = False
     return None if is_empty else digest.hexdigest()[:16]
 

@@ -521,6 +521,8 @@ class Resumable(GRPOTrainer):
         if is_full_disk(error):
             cause = f"; {as_free_space(self.args.output_dir)}"
             remedy = "Free some space"
+        elif isinstance(error, torch.distributed.DistError) or "gloo" in str(error):  # gloo raises RuntimeError
+            remedy = "Another process has ended or lost its connection: see its output. Correct the cause there"
         return CheckpointError(
             f"checkpoint-{step} could not be written to {self.args.output_dir} ({type(error).__name__}: {error})"
             f"{cause}. {kept}. {remedy}, then resume with --resume_from_checkpoint true."

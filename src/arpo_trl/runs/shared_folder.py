@@ -47,8 +47,8 @@ def check_shared(folder: Path, accelerator: Accelerator) -> None:
     if not all(sees):
         blind = ", ".join(str(rank) for rank, does in enumerate(sees) if not does)
         raise ConfigError(
-            f"output_dir {folder} of rank {blind} is not the folder of rank 0, so each checkpoint would lack files. "
-            f"{_REMEDY}"
+            f"output_dir of rank {blind} is not the folder of rank 0, so each checkpoint would lack files. This is "
+            f"rank {accelerator.process_index}, with {folder}. {_REMEDY}"
         )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -18,10 +19,10 @@ def keep_base(generation: VLLMGeneration) -> None:
     """Let `generation`, which moves weights to vLLM, leave the base of an adapter as it is.
 
     TRL adds the adapter to the base in place, and subtracts it again. In 16 bits both are rounded, so each sync would
-    change the base a little. Under FSDP, TRL's way stays; under ZeRO-3 it only changes a copy.
+    change the base a little. Under FSDP and for quantized models, TRL's way stays. Under ZeRO-3 it changes copies.
     """
-    backend = generation._dist
-    if is_peft_model(generation.model) and not (backend.is_fsdp or backend.is_zero3):
+    backend, model = generation._dist, generation.model
+    if is_peft_model(model) and not (backend.is_fsdp or backend.is_zero3 or getattr(model, "is_quantized", False)):
         generation._iter_named_params = partial(_merged_params, generation)
 
 
@@ -30,14 +31,15 @@ def _merged_params(generation: VLLMGeneration) -> Iterator[tuple[str, torch.Tens
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     model: Any = generation.model
-    layers = {
-        id(weight): layer
-        for layer in model.modules()
-        if isinstance(layer, BaseTunerLayer)
-        for weight in layer.get_base_layer().parameters()
-    }
-    for layer, named in groupby(model.named_parameters(), key=lambda item: layers.get(id(item[1]))):
-        with nullcontext() if layer is None else _merged(layer):
+    layers: dict[int, list[Any]] = defaultdict(list)
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            for weight in layer.get_base_layer().parameters():
+                layers[id(weight)].append(layer)  # several: adapters of several weights of one module (`ParamWrapper`)
+    for adapted, named in groupby(model.named_parameters(), key=lambda item: layers[id(item[1])]):
+        with ExitStack() as merges:
+            for layer in adapted:
+                merges.enter_context(_merged(layer))
             for key, weight in named:
                 name = key.removeprefix("base_model.model.").replace(".base_layer", "")
                 if model.prefix in name or "original_module" in name:
