@@ -421,6 +421,21 @@ def test_evaluation_does_not_branch(model_path, tmp_path):
     assert addresses == [(0,), (1,), (2,), (3,)]
 
 
+def test_evaluation_metrics_are_means_over_the_rows_also_with_a_smaller_last_batch(model_path, tmp_path):
+    rows = Dataset.from_list([{"prompt": f"what is {i}", "value": float(i == 1)} for i in range(3)])
+    for batch in (4, 8, 12):
+        made = ARPOTrainer(
+            model=model_path,
+            reward_funcs=lambda completions, value, **_: value,
+            args=config(tmp_path, per_device_eval_batch_size=batch),
+            train_dataset=ROWS,
+            eval_dataset=rows,
+            tools=[search],
+            engine=scripted(),
+        )
+        assert made.evaluate()["eval_reward"] == pytest.approx(1 / 3)
+
+
 def test_an_evaluation_group_that_lies_on_several_ranks_is_one_tree_a_row(model_path, tmp_path):
     made = trainer(model_path, tmp_path, engine=scripted())
     made._rows = [ROWS[i // 4] for i in range(6)]  # a group of four, and the half of one

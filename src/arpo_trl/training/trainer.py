@@ -322,6 +322,16 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         check_evaluable(self)
         return super().evaluation_loop(*args, **kwargs)
 
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        before = {name: len(values) for name, values in self._metrics["eval"].items()}
+        result = super().prediction_step(model, inputs, *args, **kwargs)
+        # `log` takes the mean over the batches, of which the last may be smaller. So that it is the mean over the rows,
+        # a batch's values count once per row.
+        for name, values in self._metrics["eval"].items():
+            start = before.get(name, 0)
+            values[start:] = values[start:] * len(inputs)
+        return result
+
     def get_train_dataloader(self) -> Any:
         check_same_rows(self._datasets, self.accelerator)
         check_enough_prompts(self.train_dataset, self.args)
