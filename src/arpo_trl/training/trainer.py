@@ -325,8 +325,8 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         before = {name: len(values) for name, values in self._metrics["eval"].items()}
         result = super().prediction_step(model, inputs, *args, **kwargs)
-        # `log` takes the mean over the batches, of which the last may be smaller. So that it is the mean over the rows,
-        # a batch's values count once per row.
+        # `log` takes the mean over the batches, and the last may be smaller. Here a batch's values count once per row,
+        # so that it is the mean over the rows.
         for name, values in self._metrics["eval"].items():
             start = before.get(name, 0)
             values[start:] = values[start:] * len(inputs)
