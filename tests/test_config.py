@@ -412,6 +412,17 @@ def test_a_token_is_rejected_in_every_position_and_not_quoted(tmp_path, capsys, 
     assert "planted" not in str(refused.value) + "".join(capsys.readouterr())
 
 
+@pytest.mark.parametrize("token", ["hf_planted0123456789", True])
+def test_a_token_in_model_init_kwargs_is_rejected_unless_it_names_the_saved_one(tmp_path, token):
+    given = {"model_init_kwargs": {"token": token}}
+    if token is True:
+        assert ARPOConfig(str(tmp_path), use_cpu=True, **given).model_init_kwargs == {"token": True}
+        return
+    with pytest.raises(ConfigError, match=r"the token of model_init_kwargs is set, .* HF_TOKEN") as refused:
+        ARPOConfig(str(tmp_path), use_cpu=True, **given)
+    assert "planted" not in str(refused.value)
+
+
 def test_a_trajectories_dataset_wants_a_push(tmp_path):
     with pytest.raises(ConfigError, match="hub_trajectories_id is set without push_to_hub"):
         parse("train", written(tmp_path, hub_trajectories_id="me/trees"))

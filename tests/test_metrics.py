@@ -321,6 +321,12 @@ def test_a_tool_of_which_every_call_fails_is_reported_after_50_calls():
     assert alarms.check(heard(0.99, 100, "tools/search/failed")) == []
 
 
+def test_an_alarm_that_waits_for_a_count_is_repeated_every_50_rollouts_too():
+    alarms = Alarms(Random(), ["python"])
+    heard_in = [i for i in range(1, 121) if alarms.check(heard(1.0, 10, "tools/python/failed"))]
+    assert heard_in == [5, 55, 105]
+
+
 def test_a_reward_function_that_gives_nothing_is_reported_after_200_rewards():
     alarms = Alarms(Random(), (), ["accuracy", "format", "tone"])
     for rollouts in range(1, 6):

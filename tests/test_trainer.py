@@ -436,6 +436,19 @@ def test_evaluation_metrics_are_means_over_the_rows_also_with_a_smaller_last_bat
         assert made.evaluate()["eval_reward"] == pytest.approx(1 / 3)
 
 
+def test_a_log_row_has_the_metrics_of_the_steps_before_an_evaluation(model_path, tmp_path):
+    made = trainer(
+        *(model_path, tmp_path),
+        engine=scripted(),
+        eval_dataset=ROWS.select(range(1)),
+        **{"per_device_eval_batch_size": 4, "eval_strategy": "steps", "eval_steps": 2, "logging_steps": 3},
+        max_steps=4,
+    )
+    made.train()
+    rows = [(row["step"], "reward" in row) for row in made.state.log_history if "eval_reward" not in row]
+    assert rows == [(3, True), (4, True)]  # an evaluation came after step 2, and one before the last row
+
+
 def test_an_evaluation_group_that_lies_on_several_ranks_is_one_tree_a_row(model_path, tmp_path):
     made = trainer(model_path, tmp_path, engine=scripted())
     made._rows = [ROWS[i // 4] for i in range(6)]  # a group of four, and the half of one

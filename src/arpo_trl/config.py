@@ -83,13 +83,19 @@ def refuse_token(args: TrainingArguments) -> None:
     """Checks that `args` contain no token.
 
     Raises:
-        ConfigError: `hub_token` is set.
+        ConfigError: `hub_token`, or a token in `model_init_kwargs`, is set.
     """
-    if args.hub_token is not None:
-        raise ConfigError(
-            "hub_token is set, but settings are logged and saved in files. Remove it, and set the environment "
-            "variable HF_TOKEN or log in with `hf auth login`."
-        )
+    options = getattr(args, "model_init_kwargs", None)
+    options = options if isinstance(options, dict) else {}
+    given = {"hub_token": args.hub_token} | {
+        f"the {name} of model_init_kwargs": options.get(name) for name in ("token", "use_auth_token")
+    }
+    for name, token in given.items():
+        if token is not None and not isinstance(token, bool):  # True means the token of `hf auth login`
+            raise ConfigError(
+                f"{name} is set, but settings are logged and saved in files. Remove it, and set the environment "
+                "variable HF_TOKEN or log in with `hf auth login`."
+            )
 
 
 def take_the_cpu_if_alone(args: TrainingArguments) -> None:

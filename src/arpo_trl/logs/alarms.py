@@ -87,10 +87,10 @@ class Alarms:
         self._counted = {alarm: [0.0, 0.0] for alarm in self._alarms}
         """Sum and count of each alarm's metric since its last check."""
         self._told = dict.fromkeys(self._alarms, 0)
-        """The number of checks from each alarm's last message on, that one included; 0: there was none."""
+        """The number of rollouts from each alarm's last message on, that one included; 0: there was none."""
 
     def state_dict(self) -> list[list[float]]:
-        """For each alarm: sum and count since its last check, and the checks from its last message on."""
+        """For each alarm: sum and count since its last check, and the rollouts from its last message on."""
         return [[*self._counted[alarm], self._told[alarm]] for alarm in self._alarms]
 
     def load_state_dict(self, state: Sequence[Sequence[float]]) -> None:
@@ -103,6 +103,7 @@ class Alarms:
         """The messages to log after this rollout."""
         messages = []
         for alarm in self._alarms:
+            self._told[alarm] += self._told[alarm] > 0
             counted = self._counted[alarm]
             for i, new in enumerate(tally.sums.get(alarm.metric, (0.0, 0.0))):
                 counted[i] += new
@@ -110,10 +111,8 @@ class Alarms:
                 continue
             share = counted[0] / counted[1]
             self._counted[alarm] = [0.0, 0.0]
-            is_due = self._told[alarm] == 0 or (alarm.again and self._told[alarm] >= REPEAT_EVERY)
+            is_due = self._told[alarm] == 0 or (alarm.again and self._told[alarm] > REPEAT_EVERY)
             if is_due and (share <= alarm.limit if alarm.below else share >= alarm.limit):
                 messages.append(f"arpo/{alarm.metric}: {alarm.advice.replace('{share}', f'{share:.0%}')}")
                 self._told[alarm] = 1
-            elif self._told[alarm]:
-                self._told[alarm] += 1
         return messages

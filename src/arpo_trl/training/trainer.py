@@ -318,6 +318,24 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
             warn_of_learning_rate(self.args, num_training_steps)
         return super().create_scheduler(num_training_steps, *args, **kwargs)
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        with self._mode_kept():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        with self._mode_kept():
+            return super().predict(*args, **kwargs)
+
+    @contextmanager
+    def _mode_kept(self) -> Iterator[None]:
+        """A context after which the model is in training mode if it was before. By this mode, TRL's `log` chooses the
+        metrics: after an evaluation it would drop those of the training steps since the last row."""
+        training = self.model.training
+        try:
+            yield
+        finally:
+            self.model.train(training)
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         check_evaluable(self)
         return super().evaluation_loop(*args, **kwargs)
