@@ -147,6 +147,27 @@ def test_an_evaluation_after_the_last_step_that_is_interrupted_twice_costs_no_ro
     assert outcome(tmp_path) == left_alone(max_steps=9, **settings)
 
 
+@pytest.mark.slow
+def test_an_interrupted_evaluation_of_a_users_callback_costs_nothing_but_itself(model, left_alone, tmp_path):
+    """It begins when a step has ended, but not the one before it: a generation batch serves four steps."""
+    settings = {**BUFFERED, "max_steps": STEPS, "save_steps": 100, "per_device_eval_batch_size": 8}
+    made = make_trainer(model, tmp_path, **settings)
+
+    class Evaluates(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+                made.evaluate(resuming.ROWS.select(range(4)))
+
+    made.add_callback(Evaluates())
+    with pytest.raises(Interrupted, match="Step 2 is saved"):
+        made.train()
+    train(model, tmp_path, True, **settings)
+    found, expected = outcome(tmp_path), left_alone(**settings)
+    assert (found["weights"], found["trees"]) == (expected["weights"], expected["trees"])
+    assert found["history"][-2]["num_tokens"] == expected["history"][-2]["num_tokens"]
+
+
 def test_an_interrupt_in_the_first_step_leaves_no_checkpoint(model, tmp_path, monkeypatch):
     monkeypatch.setattr(resuming, "wait_while_told", interrupting("reward", 1))
     with pytest.raises(Interrupted, match="No step was finished yet"):

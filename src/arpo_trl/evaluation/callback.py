@@ -76,19 +76,20 @@ class EvaluationCallback(TrainerCallback):
         """Evaluate, log, and return the summary of each benchmark. A collective: all ranks must call it."""
         trainer = self._trainer
         rank, ranks = trainer.accelerator.process_index, trainer.accelerator.num_processes
-        trainer.pause_rollouts()
         summaries: dict[str, Any] = {}
-        for questions in self._benchmarks:
-            mine: list[Record] = []
-            with trainer.interruptible():
-                self._evaluator.run(questions, self._evaluator.keys(questions)[rank::ranks], mine.append)
-            summaries[questions.benchmark.name] = summarise(
-                questions.benchmark,
-                gather_object([counted(record) for record in mine]),
-                questions=len(questions.rows),
-                samples=self._samples,
-                seed=trainer.args.seed,
-            )
+        with trainer.from_this_moment():
+            trainer.pause_rollouts()
+            for questions in self._benchmarks:
+                mine: list[Record] = []
+                with trainer.interruptible():
+                    self._evaluator.run(questions, self._evaluator.keys(questions)[rank::ranks], mine.append)
+                summaries[questions.benchmark.name] = summarise(
+                    questions.benchmark,
+                    gather_object([counted(record) for record in mine]),
+                    questions=len(questions.rows),
+                    samples=self._samples,
+                    seed=trainer.args.seed,
+                )
         logs: dict[str, float] = {}
         for name, summary in summaries.items():
             values = {metric: value["mean"] for metric, value in summary["metrics"].items()}

@@ -49,6 +49,7 @@ class Resumable(GRPOTrainer):
 
     - `train`: finds and checks the checkpoint to resume from. SIGTERM and Ctrl-C stop it with a checkpoint.
     - `training_step`, `_evaluate`: check for interrupts. A subclass may check at more places.
+    - `evaluate`, `predict`: an interrupt restores the state at their begin.
     - `_maybe_log_save_evaluate`, `_evaluate`: what a callback decides on one rank, all ranks do.
     - `_save_checkpoint`, `_get_output_dir`, `_push_from_checkpoint`: write a checkpoint to a temporary folder, then
       move it to its final path and push it.
@@ -72,6 +73,8 @@ class Resumable(GRPOTrainer):
     """How many times training has begun or a checkpoint has replaced the weights. With the step, it identifies the
     weights: the step begins anew with each training."""
     _evaluation_is_owed = False
+    _evaluates = False
+    """Whether an evaluation runs."""
     _is_restored = True
     """Whether the state in memory is that of the checkpoint, in a run that resumes from one."""
     _passes = 0
@@ -369,10 +372,30 @@ class Resumable(GRPOTrainer):
         self.stop_together()
         return super().training_step(*args, **kwargs)
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.from_this_moment():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        with self.from_this_moment():
+            return super().predict(*args, **kwargs)
+
+    @contextmanager
+    def from_this_moment(self) -> Iterator[None]:
+        """A context for an evaluation, perhaps of a user's callback, of which others may be parts. An interrupt in it
+        restores the state at its begin."""
+        if self._evaluates or not self._is_restored:  # the second in a resumed run's `eval_on_start`
+            yield
+            return
+        self._remember_moment()
+        self._evaluates = True
+        try:
+            yield
+        finally:
+            self._evaluates = False
+
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self._evaluation_is_owed = True
-        if self._is_restored:  # False in a resumed run's `eval_on_start`
-            self._remember_moment()
         metrics = super()._evaluate(*args, **kwargs)
         self._evaluation_is_owed = False
         self._decide_together()
@@ -424,7 +447,7 @@ class Resumable(GRPOTrainer):
             "tokens": self.state.num_input_tokens_seen,
             "flos": (self.current_flos, self.state.total_flos),
             "logged": len(self.state.log_history),
-            "owed": self._evaluation_is_owed,
+            "owed": self._evaluation_is_owed or self.control.should_evaluate,
         }
         self._epoch_generators = None
 
