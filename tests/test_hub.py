@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -23,7 +24,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from arpo_trl import ARPOConfig, ARPOTrainer
-from arpo_trl.errors import ConfigError, DataError, HubError
+from arpo_trl.errors import ConfigError, DataError, HubError, Interrupted
 from arpo_trl.logs.curves import PANELS
 from arpo_trl.publishing import push as hub_module
 from arpo_trl.publishing.model_card import drop_paths
@@ -353,10 +354,29 @@ def test_a_snapshot_that_cannot_be_taken_does_not_stop_training(hub, model_path,
     assert not list((tmp_path / "run").glob(".push-*"))
 
 
-def test_files_of_a_killed_process_are_removed_at_the_next_start(hub, model_path, tmp_path):
-    (tmp_path / "run/.push-left").mkdir(parents=True)
-    trainer(model_path, tmp_path / "run")
-    assert not list((tmp_path / "run").glob(".push-*"))
+def test_files_of_a_killed_process_are_removed_at_the_next_start_and_not_those_of_another_push(
+    hub, model_path, tmp_path
+):
+    run = whole_run(tmp_path / "run", model_path)
+    (run / ".push-left").mkdir()
+    with Snapshot(run=run, model=run) as living:
+        trainer(model_path, run)
+        assert list(run.glob(".push-*")) == [living]
+        assert (living / "model.safetensors").exists()
+    assert not living.exists()
+
+
+def test_a_snapshot_that_cannot_be_taken_leaves_that_of_another_push(tmp_path, model_path, monkeypatch):
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    run = whole_run(tmp_path / "run", model_path)
+    with Snapshot(run=run, model=run) as living:
+        monkeypatch.setattr(hub_module, "_take", full)
+        with pytest.raises(HubError, match="could not be written"):
+            Snapshot(run=run, model=run)
+        assert list(run.glob(".push-*")) == [living]
+        assert (living / "model.safetensors").exists()
 
 
 @pytest.mark.slow
@@ -385,6 +405,30 @@ def test_a_failed_push_in_the_background_names_the_command_that_works_later(
     assert waiting == [made._push]
     (message,) = [record.getMessage() for record in caplog.records if "Pushing to" in record.getMessage()]
     assert message.endswith(f"push it later with: arpo-trl push {tmp_path / 'run'} --repo me/policy")
+
+
+def test_a_signal_ends_a_push_at_once_and_its_line_names_the_command_that_works_later(hub, model_path, tmp_path):
+    made, ended = trainer(model_path, tmp_path / "run", hub_strategy="end", hub_revision="v1"), threading.Event()
+
+    def silent(asked):
+        if "/commit/" in asked.path:
+            os.kill(os.getpid(), signal.SIGTERM)
+            ended.wait(60)
+
+    hub.fault = silent
+    try:
+        with made.interrupts.listening(), pytest.raises(Interrupted) as stopped:
+            made.push_to_hub()
+    finally:
+        ended.set()
+        made._push.wait()
+    assert stopped.value.exit_status == 143
+    assert str(stopped.value).endswith(
+        f"The run is complete in {tmp_path / 'run'}; push it later with: arpo-trl push {tmp_path / 'run'} "
+        "--repo me/policy --revision v1"
+    )
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.model_type == "qwen3"
+    assert not list((tmp_path / "run").glob(".push-*"))
 
 
 @pytest.mark.slow

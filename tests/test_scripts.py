@@ -1,16 +1,19 @@
 """The paper's configuration on rows of its layout, as a user starts it."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 from safetensors import SafetensorError
-from transformers import modeling_utils
+from transformers import AutoModelForCausalLM, modeling_utils
 
 from arpo_trl.logs.trajectories import read_trees
+from arpo_trl.runs.interrupts import Interrupts
 from shipped import replacements, run, save_data
 from support import save_tiny_model
 
@@ -147,6 +150,29 @@ def test_a_disk_that_is_full_at_the_end_is_one_line_that_names_the_last_checkpoi
     monkeypatch.undo()
     run(*started, "--save_strategy", saves, "--save_steps", "1", "--resume_from_checkpoint", "true", name=name)
     assert (out / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["train", "sft"])
+def test_a_signal_during_the_final_save_ends_the_run_when_the_model_is_saved(tmp_path, monkeypatch, capsys, name):
+    started, save, out = starts(name, tmp_path), modeling_utils.safe_save_file, tmp_path / "out"
+
+    def interrupted(*args: object, **more: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        save(*args, **more)
+
+    def leave(status: int) -> NoReturn:
+        raise SystemExit(status)
+
+    monkeypatch.setattr(modeling_utils, "safe_save_file", interrupted)
+    monkeypatch.setattr("arpo_trl.runs.interrupts.leave", leave)  # it would end the tests, too
+    monkeypatch.setattr(Interrupts, "stopped", False)
+    with pytest.raises(SystemExit, match="130"):
+        run(*started, "--save_strategy", "no", name=name)
+    said = capsys.readouterr().err
+    assert "SIGINT: stopping when the model is saved. Ctrl-C again stops immediately." in said
+    assert said.splitlines()[-1] == f"Interrupted by SIGINT. The trained model is saved in {out}."
+    assert AutoModelForCausalLM.from_pretrained(out).config.model_type
+    assert (out / "README.md").exists() == (name == "train")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,20 @@ from trl import GRPOTrainer
 
 from arpo_trl.config import ARPOConfig
 from arpo_trl.data.layouts import shared_system_prompt
-from arpo_trl.errors import HubError
+from arpo_trl.errors import HubError, Interrupted
 from arpo_trl.publishing.model_card import Card, as_path, describe, write_settings
 from arpo_trl.publishing.push import (
     LAST_CHECKPOINT,
     BackgroundPush,
     Snapshot,
+    Unfinished,
+    command_to_push,
     prepare_branch,
     prepare_repo,
     push_snapshot,
     push_trajectories,
     reason_of,
+    remove_left_snapshots,
 )
 from arpo_trl.trl_seam import get_config_model_id
 from arpo_trl.visible import get_logger, without_credentials
@@ -82,8 +84,7 @@ class Publishing(GRPOTrainer):
                 kind="dataset",
                 token=token,
             )
-        for left in Path(args.output_dir).glob(".push-*"):  # old weights that a killed process has left
-            shutil.rmtree(left, ignore_errors=True)
+        remove_left_snapshots(Path(args.output_dir))
         self._push = BackgroundPush()
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
@@ -109,16 +110,34 @@ class Publishing(GRPOTrainer):
         Raises:
             ConfigError: The branch `revision` does not exist and cannot be created. Everything is saved.
             HubError: The push failed. Everything is saved, and the message contains the command to push later.
+            Interrupted: As in `push_saved`.
         """
-        self._say_push_begins()
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
         if self.hub_model_id is None:
             self.init_hf_repo(token, private)
-        self.create_model_card(**card)
         self.state.save_to_json(os.path.join(self.args.output_dir, TRAINER_STATE_NAME))
-        self._push.wait()
+        return self.push_saved(commit_message, blocking, token, revision, **card)
+
+    def push_saved(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        **card: Any,
+    ) -> Any:
+        """`push_to_hub` without saving the model and the log, which are on disk. Runs only on the main process.
+
+        Raises:
+            Interrupted: A signal has come to a run that listens to signals. The message contains the command to push
+                later.
+        """
+        if not self.is_world_process_zero():
+            return None
+        self._say_push_begins()
+        self.create_model_card(**card)
         run, repo_id = Path(self.args.output_dir), str(self.hub_model_id)
         if revision is None:
             revision = self.args.hub_revision
@@ -135,10 +154,25 @@ class Publishing(GRPOTrainer):
             return commit
 
         if blocking:
-            return push()
+            try:
+                return self._push.result(push, self._is_interrupted)
+            except Unfinished:
+                later = self.command_to_push(revision)
+                raise Interrupted(
+                    self._interrupts.told,
+                    f"Interrupted before the push to {repo_id} was finished. The run is complete in {run}; push it "
+                    f"later with: {later}",
+                ) from None
         self._push.start(push)
         self._push.wait_at_exit()
         return None
+
+    def command_to_push(self, revision: str | None = None) -> str:
+        """The command that pushes the saved run as `push_to_hub` does, for users."""
+        args = self.args
+        return command_to_push(
+            Path(args.output_dir), str(self.hub_model_id), revision or args.hub_revision, args.hub_trajectories_id
+        )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         strategy = HubStrategy(self.args.hub_strategy)
@@ -178,7 +212,7 @@ class Publishing(GRPOTrainer):
 
     def _is_interrupted(self) -> bool:
         interrupts = getattr(self, "_interrupts", None)  # a trainer of demonstrations has none
-        return interrupts is not None and interrupts.told is not None
+        return interrupts is not None and interrupts.active and interrupts.told is not None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Also saves the settings of the run beside each saved model. So a checkpoint, or a copy of it, is evaluated,

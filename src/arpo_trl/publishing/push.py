@@ -21,6 +21,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -217,15 +218,18 @@ class Snapshot:
     ) -> None:
         self.run, self.model = run, model
         try:
-            self.folder = Path(tempfile.mkdtemp(prefix=".push-", dir=run))
-            self._fill(model, checkpoint)
-            if card is not None:
-                card.write(self.folder)
-            elif (self.folder / "README.md").is_file():
-                drop_paths(self.folder / "README.md")
+            self._made = _PushFolder(run)
+            self.folder = Path(self._made.name)
+            try:
+                self._fill(model, checkpoint)
+                if card is not None:
+                    card.write(self.folder)
+                elif (self.folder / "README.md").is_file():
+                    drop_paths(self.folder / "README.md")
+            except OSError:
+                self._made.cleanup()
+                raise
         except OSError as error:
-            for left in run.glob(".push-*"):
-                shutil.rmtree(left, ignore_errors=True)
             raise HubError(f"The snapshot of {model} for a push could not be written: {error}.") from error
 
     def _fill(self, model: Path, checkpoint: tuple[Path, str] | None) -> None:
@@ -246,7 +250,54 @@ class Snapshot:
         return self.folder
 
     def __exit__(self, *exc_info: object) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._made.cleanup()
+
+
+class _PushFolder(tempfile.TemporaryDirectory[str]):
+    """A new folder `.push-…` in `run`, locked until it is removed: `remove_left_snapshots` leaves it."""
+
+    def __init__(self, run: Path):
+        super().__init__(prefix=".push-", dir=run, ignore_cleanup_errors=True)
+        self._lock = _locked(self.name)
+
+    def cleanup(self) -> None:
+        super().cleanup()
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            os.close(lock)
+
+
+def remove_left_snapshots(run: Path) -> None:
+    """Removes the snapshots, which can contain old weights, that killed processes have left in `run`."""
+    for left in run.glob(".push-*"):
+        try:
+            lock = _locked(left)
+        except OSError:  # of a push that still runs
+            continue
+        shutil.rmtree(left, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked(folder: str | Path) -> int | None:
+    """A descriptor of `folder`, which is locked until it is closed or this process ends. None: no locks on Windows.
+
+    Raises:
+        BlockingIOError: Another one has it locked.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:  # a file system without locks
+        pass
+    return descriptor
 
 
 def _top_files(folder: Path) -> list[Path]:
@@ -340,11 +391,15 @@ def push_snapshot(
     except Exception as error:  # any error of the client; everything is on disk
         kept = f"The files are in {snapshot.model}."
         if snapshot.model == run:
-            command = shlex.join(["arpo-trl", "push", str(run), "--repo", repo_id])
-            if revision is not None:
-                command += f" --revision {shlex.quote(revision)}"
-            kept = f"The run is complete in {run}; push it later with: {command}"
+            kept = f"The run is complete in {run}; push it later with: {command_to_push(run, repo_id, revision)}"
         raise HubError(f"Pushing to {repo_id} failed: {reason_of(error)}. {kept}") from None
+
+
+def command_to_push(run: Path, repo_id: str, revision: str | None = None, trajectories: str | None = None) -> str:
+    """The command that pushes a finished run."""
+    flags = {"--repo": repo_id, "--revision": revision, "--trajectories": trajectories}
+    given = [word for flag, value in flags.items() if value is not None for word in (flag, value)]
+    return shlex.join(["arpo-trl", "push", str(run), *given])
 
 
 def push_trajectories(repo_id: str, run: Path, token: str | None = None) -> Any:
@@ -360,7 +415,7 @@ def push_trajectories(repo_id: str, run: Path, token: str | None = None) -> Any:
     command = f"arpo-trl push {shlex.quote(str(run))} --trajectories {shlex.quote(repo_id)}"
     try:
         refuse_secrets([log.path for log in logs])
-        with tempfile.TemporaryDirectory(prefix=".push-", dir=run) as name:
+        with _PushFolder(run) as name:
             splits = export_rows(logs, Path(name) / "data")
             (Path(name) / "README.md").write_text(dataset_card(repo_id, splits), "utf-8")
             return _retried(
@@ -446,6 +501,17 @@ def push_run(
 _JOIN_S = 0.2
 
 
+class Unfinished(Exception):
+    """A push did not end before its caller stopped waiting."""
+
+
+def _fulfil(pushed: Future[Any], push: Callable[[], Any]) -> None:
+    try:
+        pushed.set_result(push())
+    except BaseException as error:
+        pushed.set_exception(error)
+
+
 class BackgroundPush:
     """Runs one push at a time on a daemon thread. A failure is logged as a warning."""
 
@@ -468,6 +534,19 @@ class BackgroundPush:
         self.wait()
         self._thread = threading.Thread(target=run, name="arpo-push", daemon=True)
         self._thread.start()
+
+    def result(self, push: Callable[[], Any], stops: Callable[[], bool]) -> Any:
+        """Waits for the current push, then runs this one and returns its result. Its error is raised.
+
+        Raises:
+            Unfinished: `stops` has returned True before its end.
+        """
+        if self.wait(stops) and not stops():
+            pushed: Future[Any] = Future()
+            self.start(lambda: _fulfil(pushed, push))
+            if self.wait(stops):
+                return pushed.result()
+        raise Unfinished
 
     def wait(self, stops: Callable[[], bool] = lambda: False) -> bool:
         """Waits for the current push, until `stops` returns True. Returns whether no push is running."""

@@ -34,6 +34,8 @@ from types import FrameType
 from typing import Any, ClassVar, NoReturn
 
 import psutil
+import torch
+from accelerate import Accelerator
 from torch import distributed
 
 from arpo_trl.common.per_process import one_per_process
@@ -52,6 +54,8 @@ EXIT_S = 3.0
 """Seconds that an interrupted process may take for its cleanup."""
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}
 """Environment variables that `accelerate launch` and torchrun set."""
+STOPS = "stopping with a checkpoint"
+"""What the run says that it does after a signal, unless it is at its end."""
 _PR_SET_PDEATHSIG = 1
 ASK_EVERY_S = 0.5
 """Seconds between a rank's checks of whether another rank has received a signal."""
@@ -69,6 +73,7 @@ class Interrupts:
         self.active = False
         self.told: int | None = None
         """The first signal that requested a stop; None if there was none."""
+        self.plan = STOPS
         self._told_at = 0.0
         self._raises = False
         self._shared: _SharedFlag | None = None
@@ -83,6 +88,7 @@ class Interrupts:
             yield
             return
         self.told, self.active, self._shared = None, True, _SharedFlag.of_this_run()
+        self.plan = STOPS
         # Python runs handlers only when the main thread returns from library code. The second Ctrl-C must not wait
         # for that, so a thread reads the pipe to which the interpreter writes each signal's number.
         reader, writer = os.pipe()
@@ -117,6 +123,16 @@ class Interrupts:
         """Raises `Interrupted` if this rank has received a signal, or has been notified that another rank has."""
         if self.active and self.told is not None:
             raise Interrupted(self.told)
+
+    def stop_together(self, accelerator: Accelerator) -> None:
+        """Raises `Interrupted` on all ranks if one of them has received a signal. A collective."""
+        if not self.active:
+            return
+        told = self.told or 0
+        if accelerator.num_processes > 1:
+            told = int(accelerator.gather(torch.tensor([told], device=accelerator.device)).max())
+        if told:
+            raise Interrupted(told)
 
     @contextmanager
     def over_errors(self) -> Iterator[None]:
@@ -190,7 +206,7 @@ class Interrupts:
             self._told_at = time.monotonic()
             self.told = signum
             again = " Ctrl-C again stops immediately." if signum == signal.SIGINT else ""
-            say(f"\n{signal.Signals(signum).name}: stopping with a checkpoint.{again}", to=sys.stderr)
+            say(f"\n{signal.Signals(signum).name}: {self.plan}.{again}", to=sys.stderr)
 
 
 @contextmanager

@@ -421,6 +421,11 @@ class Resumable(GRPOTrainer):
 
     # Interrupts ------------------------------------------------------------------------------------------------------
 
+    @property
+    def interrupts(self) -> Interrupts:
+        """The signals to this run. A program that listens to them also after `train` can save the model first."""
+        return self._interrupts
+
     @contextmanager
     def interruptible(self) -> Iterator[None]:
         """A context. If its code is interrupted on a rank, or fails on it after a signal, all ranks raise
@@ -431,13 +436,7 @@ class Resumable(GRPOTrainer):
 
     def stop_together(self) -> None:
         """Raises `Interrupted` on all ranks if one of them has received a signal. A collective."""
-        if not self._interrupts.active:
-            return
-        told = self._interrupts.told or 0
-        if self.accelerator.num_processes > 1:
-            told = int(self.accelerator.gather(torch.tensor([told], device=self.accelerator.device)).max())
-        if told:
-            raise Interrupted(told)
+        self._interrupts.stop_together(self.accelerator)
 
     def _remember_moment(self) -> None:
         """Stores the state that an interrupt of the next step or evaluation restores."""

@@ -48,12 +48,13 @@ from arpo_trl.logs.progress import closed_bars, show_compactly
 from arpo_trl.publishing.model_card import is_hub_id
 from arpo_trl.rollout.engines.compute_dtype import warn_of_lost_steps
 from arpo_trl.rollout.protocols import TagProtocol
-from arpo_trl.runs.interrupts import follow_launcher
+from arpo_trl.runs.interrupts import Interrupts, follow_launcher
 from arpo_trl.runs.output_folder import check_output, last_checkpoint, sole_run, wants_to_resume
 from arpo_trl.runs.tied_weights import without_tied_keys
 from arpo_trl.runs.whole_models import WholeModels
 from arpo_trl.scripts.start import (
     final_save,
+    finished_first,
     loading_arguments,
     overwrite,
     required_model,
@@ -306,7 +307,7 @@ def _train(arguments: ColdStartArguments, config: ColdStartConfig, model_config:
         resume = False
     with closed_bars(trainer), naming(Path(config.output_dir)), until_first_step(trainer):
         trainer.train(resume_from_checkpoint=resume)
-    with final_save(config.output_dir):
+    with finished_first(trainer, Interrupts()), final_save(config.output_dir):
         if config.push_to_hub:
             named = arguments.dataset if is_hub_id(arguments.dataset) else None  # the Hub rejects cards with paths
             trainer.push_to_hub(dataset_name=named)  # also saves the model

@@ -18,7 +18,8 @@ from arpo_trl.common.full_disk import as_free_space, is_full_disk
 from arpo_trl.common.settings import Range, changed, check_fields
 from arpo_trl.common.user_files import model_name
 from arpo_trl.common.waiting import is_first_rank
-from arpo_trl.errors import ArpoError, CheckpointError, ConfigError
+from arpo_trl.errors import ArpoError, CheckpointError, ConfigError, Interrupted
+from arpo_trl.runs.interrupts import Interrupts
 from arpo_trl.runs.output_folder import last_checkpoint, remove_earlier_run
 from arpo_trl.visible import get_logger
 
@@ -130,6 +131,25 @@ def until_first_step(trainer: Trainer) -> Iterator[None]:
     trainer.add_callback(begun)
     with start_errors(lambda: not begun.yet):
         yield
+
+
+@contextmanager
+def finished_first(trainer: Trainer, interrupts: Interrupts, hint: str = "") -> Iterator[None]:
+    """A context for the final save. SIGTERM or Ctrl-C in it, or since the last step, ends the run after it, on all
+    ranks. A second Ctrl-C ends it at once.
+
+    Args:
+        hint: Ends the message of `Interrupted`, which says where the model is.
+    """
+    with interrupts.listening():
+        interrupts.plan = "stopping when the model is saved"
+        yield
+        try:
+            interrupts.stop_together(trainer.accelerator)
+        except Interrupted as interrupted:
+            Interrupts.stopped = True
+            saved = f"{interrupted} The trained model is saved in {trainer.args.output_dir}. {hint}".rstrip()
+            raise Interrupted(interrupted.signum, saved) from None
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from arpo_trl.runs.interrupts import follow_launcher
 from arpo_trl.runs.output_folder import check_output, sole_run
 from arpo_trl.scripts.start import (
     final_save,
+    finished_first,
     loading_arguments,
     overwrite,
     required_model,
@@ -184,16 +185,17 @@ def _train(
         overwrite(config)
     trainer.other_settings = (model_config, arguments, tool_arguments)
     show_compactly(trainer)
-    with closed_bars(trainer), until_first_step(trainer):
-        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    with final_save(config.output_dir):
-        trainer.save_state()
+    later = f"Push it with: {trainer.command_to_push()}" if config.push_to_hub else ""
+    with trainer.interrupts.listening():
+        with closed_bars(trainer), until_first_step(trainer):
+            trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+        with finished_first(trainer, trainer.interrupts, later):
+            with final_save(config.output_dir):
+                trainer.save_state()
+                trainer.save_model(config.output_dir, _internal_call=True)  # else it pushes
+            trainer.create_model_card()
         if config.push_to_hub:
-            trainer.push_to_hub()  # also saves the model
-        else:
-            trainer.save_model(config.output_dir)
-    if not config.push_to_hub:
-        trainer.create_model_card()
+            trainer.push_saved()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from arpo_trl.logs.progress import show_compactly, show_log
 from arpo_trl.quickstart.shop.environment import Shop
 from arpo_trl.quickstart.task import read_lines
 from arpo_trl.runs.interrupts import follow_launcher
-from arpo_trl.scripts.start import final_save, required_model, start_errors, until_first_step
+from arpo_trl.scripts.start import final_save, finished_first, required_model, start_errors, until_first_step
 
 
 @dataclass(kw_only=True)
@@ -52,11 +52,12 @@ def main() -> None:
         )
     trainer.other_settings = (model_config, arguments)
     show_compactly(trainer)
-    with until_first_step(trainer):
-        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    with final_save(config.output_dir):
-        trainer.save_state()
-        trainer.save_model(config.output_dir)
+    with trainer.interrupts.listening():
+        with until_first_step(trainer):
+            trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+        with finished_first(trainer, trainer.interrupts), final_save(config.output_dir):
+            trainer.save_state()
+            trainer.save_model(config.output_dir)
 
 
 if __name__ == "__main__":
