@@ -10,6 +10,7 @@ from arpo_trl.common.full_disk import as_free_space, full_disk_message, is_full_
 from arpo_trl.errors import ConfigError
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
+OF_A_LIMIT = SafetensorError("Error while serializing: I/O error: File too large (os error 27)")
 OF_SAFETENSORS = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
@@ -34,6 +35,8 @@ def raised_during(first: BaseException, *, hidden: bool = False) -> Exception:
         OSError(errno.EDQUOT, "Disk quota exceeded"),
         OF_SAFETENSORS,
         RuntimeError("Disk quota exceeded (os error 122)"),
+        OSError(errno.EFBIG, "File too large"),
+        OF_A_LIMIT,
         sqlite3.OperationalError("database or disk is full"),
         OSError("300000 requested and 16352 written"),  # numpy
         raised_during(RuntimeError("basic_ios::clear: iostream error")),  # torch
@@ -52,6 +55,7 @@ def test_a_full_disk_is_recognized(error):
         PermissionError(errno.EACCES, "Permission denied"),
         OSError(errno.EACCES, "No space left on device"),  # the number counts
         RuntimeError("cannot write"),
+        RuntimeError("the server answered 413: File too large"),
         raised_during(FULL, hidden=True),
         KeyboardInterrupt(),
     ],
@@ -115,6 +119,22 @@ def test_a_command_says_in_one_line_that_the_disk_is_full_if_no_file_is_named(ca
     assert ends(OF_SAFETENSORS) == 2
     assert capsys.readouterr().err == f"SafetensorError: The disk is full ({OF_SAFETENSORS}). Free some space.\n"
     assert "free there" in full_disk_message(OSError(errno.ENOSPC, "No space left on device", b"bytes"))
+
+
+@pytest.mark.parametrize("error", [OF_A_LIMIT, OSError(errno.EFBIG, "File too large")], ids=["rust", "python"])
+def test_a_file_over_a_limit_is_no_full_disk_and_has_a_remedy_of_its_own(error, tmp_path):
+    with pytest.raises(OSError) as raised, naming(tmp_path / "a"):
+        raise error
+    assert full_disk_message(raised.value) == (
+        f"A file is too large: {tmp_path / 'a'} cannot be written (File too large); it exceeds the size of a file "
+        "that ulimit -f or the file system allows. Raise the limit (ulimit -f unlimited), or write to another "
+        "file system."
+    )
+
+
+def test_the_file_of_a_copy_that_does_not_fit_is_the_one_that_is_written(tmp_path):
+    error = OSError(errno.ENOSPC, "No space left on device", "source", None, str(tmp_path / "target"))
+    assert full_disk_message(error).startswith(f"The disk is full: {tmp_path / 'target'} cannot be written")
 
 
 def test_a_traceback_is_kept_on_demand(monkeypatch):

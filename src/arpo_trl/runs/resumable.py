@@ -19,7 +19,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl import GRPOTrainer
 
-from arpo_trl.common.full_disk import as_free_space, is_full_disk
+from arpo_trl.common.full_disk import cause_and_remedy, is_full_disk
 from arpo_trl.common.run_files import ADAPTER_CONFIG, TRAINER_STATE
 from arpo_trl.common.user_files import read_json
 from arpo_trl.common.working_folder import return_to, working_folder
@@ -541,8 +541,8 @@ class Resumable(GRPOTrainer):
         kept = f"{last.folder} is complete" if last else "There is no earlier checkpoint"
         cause, remedy = "", "Correct the cause"
         if is_full_disk(error):
-            cause = f"; {as_free_space(self.args.output_dir)}"
-            remedy = "Free some space"
+            cause, remedy = cause_and_remedy(error, self.args.output_dir)
+            cause = f"; {cause}"
         elif isinstance(error, torch.distributed.DistError) or "gloo" in str(error):  # gloo raises RuntimeError
             remedy = "Another process has ended or lost its connection: see its output. Correct the cause there"
         return CheckpointError(
