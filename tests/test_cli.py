@@ -42,6 +42,17 @@ def test_a_terminal_without_a_character_shows_a_question_mark(log, monkeypatch):
     assert b"question 0\n+-- path 0\n|   +-- ? <search>iron</search>" in printed.getvalue()  # ? for the triangle
 
 
+@pytest.mark.parametrize("command", ["doctor", "new", "tree", "train"])
+def test_a_working_folder_that_was_removed_is_an_error_of_every_command(tmp_path, monkeypatch, capsys, command):
+    folder = tmp_path / "removed"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    status, _, error = command_output(monkeypatch, capsys, command, "x")
+    assert status == 2
+    assert error == "ConfigError: The current folder no longer exists. Change to one that does (cd).\n"
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -17,6 +17,7 @@ from arpo_trl.common.full_disk import full_disk_message, is_full_disk
 from arpo_trl.common.interrupted import say_interrupted
 from arpo_trl.common.pipes import discard, is_unread
 from arpo_trl.common.waiting import is_first_rank
+from arpo_trl.common.working_folder import working_folder
 from arpo_trl.errors import ArpoError, ConfigError, DataError, Interrupted
 from arpo_trl.visible import say
 
@@ -48,6 +49,8 @@ def report_errors(main: Callable[[], T]) -> Callable[[], T]:
         if os.getpid() == 1:
             signal.signal(signal.SIGTERM, _end)
         try:
+            if working_folder() is None:  # libraries fail in many ways without one
+                raise ConfigError("The current folder no longer exists. Change to one that does (cd).")
             value = main()
             if sys.stdout is not None:
                 sys.stdout.flush()
