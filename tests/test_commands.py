@@ -31,7 +31,7 @@ from arpo_trl.common.shipped import ACCELERATE_CONFIGS, CONFIGS, file_or_shipped
 from arpo_trl.common.trl_settings import MEANINGS
 from arpo_trl.data.loading import load_arpo_dataset
 from arpo_trl.data.prompts import tags_system_prompt
-from arpo_trl.errors import ConfigError
+from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.evaluation.settings import EvalSettings
 from arpo_trl.quickstart.task import write_lines
 from arpo_trl.tools.builtin import ToolArguments, build_tools
@@ -87,6 +87,15 @@ def test_a_flag_is_accelerates_or_a_setting_but_not_both() -> None:
 def test_a_configuration_that_is_not_there_is_an_error_before_the_launch(words, message) -> None:
     with pytest.raises(ConfigError, match=message):
         split_words(words)
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_pipe_is_no_configuration(tmp_path, is_there) -> None:
+    pipe = tmp_path / "pipe" if is_there else Path("/dev/fd/987654")  # of another process
+    if is_there:
+        os.mkfifo(pipe)
+    with pytest.raises(DataError, match=f"{pipe} is a pipe, which cannot be read here; expected a file. Save"):
+        split_words(["--config", str(pipe)])
 
 
 @pytest.mark.parametrize("given", ["quickstart_shop", str(shipped_file(CONFIGS, "quickstart_shop"))])

@@ -3,7 +3,9 @@
 import difflib
 import json
 import logging
+import os
 import re
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +22,7 @@ from arpo_trl.data.loading import load_arpo_dataset, validate_rows
 from arpo_trl.data.prompts import SYSTEM_PROMPTS, default_system_prompt, tags_system_prompt
 from arpo_trl.errors import ConfigError, DataError, ToolSpecError
 from arpo_trl.evaluation.benchmarks import load_dataset_questions
+from arpo_trl.scripts import sft
 from support import python, search
 
 REASONING = {"role": "system", "content": SYSTEM_PROMPTS["reasoning"]}
@@ -512,6 +515,14 @@ def test_a_folder_without_a_part_of_a_split_or_with_one_too_many_is_an_error(
 )
 def test_parts_of_a_split_count_from_0_or_from_1_and_each_series_by_itself(tmp_path: Path, names: list[str]) -> None:
     assert len(load_arpo_dataset(save_parts(tmp_path, *names))) == len(names)
+
+
+@pytest.mark.parametrize("load", [lambda name: load_arpo_dataset(name), lambda name: sft.load_rows(name, "train")])
+def test_a_pipe_is_no_dataset(tmp_path: Path, load: Callable[[str], Any]) -> None:
+    os.mkfifo(tmp_path / "rows.jsonl")
+    for pipe in (tmp_path / "rows.jsonl", "/dev/fd/987654"):  # the second is one of another process
+        with pytest.raises(DataError, match=f"dataset {pipe} is a pipe, which cannot be read here; expected a file"):
+            load(str(pipe))
 
 
 @pytest.mark.parametrize("missing", ["missing.jsonl", "/no/where", "./folder", "a/b/c"])

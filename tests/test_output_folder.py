@@ -18,7 +18,13 @@ from arpo_trl.publishing.push import Snapshot
 from arpo_trl.quickstart import stages
 from arpo_trl.quickstart.__main__ import main as quickstart
 from arpo_trl.runs.checkpoints import Checkpoints
-from arpo_trl.runs.output_folder import check_output, remove_earlier_run, sole_run, wants_to_resume
+from arpo_trl.runs.output_folder import (
+    check_output,
+    last_whole_checkpoint,
+    remove_earlier_run,
+    sole_run,
+    wants_to_resume,
+)
 
 
 def fill(folder: Path, *names: str) -> Path:
@@ -90,6 +96,19 @@ def test_a_name_that_no_folder_can_have_is_refused(tmp_path):
 def test_the_newest_checkpoint_is_named_and_not_the_last_by_name(tmp_path):
     with pytest.raises(ConfigError, match="contains checkpoint-10 of an earlier run"):
         prepare(fill(tmp_path, "checkpoint-2/a", "checkpoint-10/a", "checkpoint-best/a"))
+
+
+def test_the_last_whole_checkpoint_has_its_state_and_weights(tmp_path):
+    fill(tmp_path, "checkpoint-2/model.safetensors", "checkpoint-4/model.safetensors", "checkpoint-8/optimizer.pt")
+    assert last_whole_checkpoint(tmp_path)[0] is None
+    for step in (2, 8):
+        (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text('{"global_step": 2}', "utf-8")
+    whole, faults = last_whole_checkpoint(tmp_path)
+    assert whole == tmp_path / "checkpoint-2"
+    assert faults[0] == f"{tmp_path / 'checkpoint-8'} contains no weights."
+    assert faults[1].startswith(f"{tmp_path / 'checkpoint-4' / 'trainer_state.json'} cannot be read: ")
+    (tmp_path / "checkpoint-8/pytorch_model_fsdp_0").mkdir()
+    assert last_whole_checkpoint(tmp_path) == (tmp_path / "checkpoint-8", [])
 
 
 def test_a_folder_without_a_run_is_accepted(tmp_path):

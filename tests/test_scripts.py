@@ -152,6 +152,24 @@ def test_a_disk_that_is_full_at_the_end_is_one_line_that_names_the_last_checkpoi
     assert (out / "model.safetensors").exists()
 
 
+def test_a_cold_start_that_was_killed_in_a_checkpoint_resumes_from_the_one_before(tmp_path, caplog, capsys):
+    started, out = starts("sft", tmp_path), tmp_path / "out"
+    saves = ("--save_strategy", "steps", "--save_steps", "1", "--max_steps")
+    run(*started, *saves, "2", name="sft")
+    torn = out / "checkpoint-2" / "trainer_state.json"
+    torn.write_text(torn.read_text("utf-8")[:100], "utf-8")
+    run(*started, *saves, "3", "--resume_from_checkpoint", "true", name="sft")
+    assert f"A checkpoint is not used: {torn}: not valid JSON" in caplog.text
+    assert json.loads((out / "checkpoint-3" / "trainer_state.json").read_text("utf-8"))["global_step"] == 3
+    for path in out.glob("checkpoint-*"):
+        (path / "trainer_state.json").unlink()
+    with pytest.raises(SystemExit, match="2"):
+        run(*started, *saves, "4", "--resume_from_checkpoint", "true", name="sft")
+    said = capsys.readouterr().err
+    assert f"CheckpointError: No checkpoint in {out} is complete. {out / 'checkpoint-3'}" in said
+    assert "Delete its checkpoint folders to start a new run." in said
+
+
 @pytest.mark.parametrize("name", ["train", "sft"])
 def test_a_signal_during_the_final_save_ends_the_run_when_the_model_is_saved(tmp_path, monkeypatch, capsys, name):
     started, save, out = starts(name, tmp_path), modeling_utils.safe_save_file, tmp_path / "out"

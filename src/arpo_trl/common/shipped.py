@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from arpo_trl.common.user_files import user_path
+from arpo_trl.common.user_files import refuse_pipe, user_path
 from arpo_trl.errors import ConfigError
 
 _PACKAGE = Path(__file__).parents[1]
@@ -43,13 +43,14 @@ def file_or_shipped(kind: str, name: str) -> Path:
 
     Raises:
         ConfigError: Neither exists, or the path is a folder.
-        DataError: The system refuses the path.
+        DataError: It is a pipe, or the system refuses the path.
     """
     path = user_path(name, "--config")
     if path.is_dir() and name not in shipped_names(kind):
         raise ConfigError(f"The configuration {name} is a folder; expected a YAML file in it.")
     if path.is_file():
         return path
+    refuse_pipe(path, f"The configuration {name}")
     if path.name != name or name.endswith((".yaml", ".yml")):
         raise ConfigError(f"The configuration {name} does not exist. Check the path.")
     return shipped_file(kind, name)

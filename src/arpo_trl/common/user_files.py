@@ -58,6 +58,15 @@ def user_path(name: str | Path, setting: str) -> Path:
     return path
 
 
+def refuse_pipe(path: Path, what: str) -> None:
+    """Checks that `path`, called `what`, is no pipe, as of `<(command)`. Raises `DataError`.
+
+    A pipe can be read only once, and a process that the shell's has started, such as a rank, does not find it.
+    """
+    if path.is_fifo() or (path.parent == Path("/dev/fd") and not path.exists()):
+        raise DataError(f"{what} is a pipe, which cannot be read here; expected a file. Save its content to one.")
+
+
 def model_name(name: str, setting: str) -> str:
     """The folder or the Hub id of a model that a user named, with the path in place of ~. Raises as `user_path`."""
     return str(user_path(name, setting)) if name.startswith("~") else name

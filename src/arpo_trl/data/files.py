@@ -14,7 +14,16 @@ import pyarrow
 import pyarrow.parquet
 
 from arpo_trl.common.short_floats import as_written
-from arpo_trl.common.user_files import is_url, json_lines, not_utf_8, read_json, repeated, shown, user_path
+from arpo_trl.common.user_files import (
+    is_url,
+    json_lines,
+    not_utf_8,
+    read_json,
+    refuse_pipe,
+    repeated,
+    shown,
+    user_path,
+)
 from arpo_trl.data.fields import SUFFIXES
 from arpo_trl.data.layouts import QUESTION_FIELDS
 from arpo_trl.errors import DataError
@@ -44,6 +53,7 @@ def read_rows(path_or_hub_id: str | Path, split: str) -> Places:
             f"{path_or_hub_id} is a web address; expected a file, a folder or a Hub id. Download the file."
         )
     path, name = user_path(path_or_hub_id, "dataset"), str(path_or_hub_id)
+    refuse_pipe(path, f"dataset {name}")
     if not isinstance(split, str):
         raise DataError(f"split is {shown(split)}; expected the name of a split, as text.")
     if any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):

@@ -12,10 +12,10 @@ from io import FileIO
 from os import PathLike
 from pathlib import Path
 
-from arpo_trl.common.run_files import FILES, FOLDERS, TRAJECTORIES
-from arpo_trl.common.user_files import user_path
+from arpo_trl.common.run_files import FILES, FOLDERS, TRAINER_STATE, TRAJECTORIES
+from arpo_trl.common.user_files import expect, read_json, user_path
 from arpo_trl.common.waiting import is_first_rank
-from arpo_trl.errors import ConfigError
+from arpo_trl.errors import ConfigError, DataError
 
 _WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 _PARTIAL_WEIGHTS = re.compile(r"\.tmp[A-Za-z0-9]{6}")
@@ -218,6 +218,30 @@ def checkpoints_of(output: Path) -> dict[int, Path]:
 def last_checkpoint(output: Path) -> Path | None:
     """The checkpoint of the highest step in `output`, complete or not; None if there is none."""
     return next((path for path in reversed(checkpoints_of(output).values()) if path.is_dir()), None)
+
+
+def last_whole_checkpoint(output: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint of the highest step in `output` that is complete, and the faults of those of higher steps.
+
+    Unlike `Checkpoints.last`, it also takes those that transformers wrote, which may have been killed meanwhile.
+    """
+    faults: list[str] = []
+    for path in reversed(checkpoints_of(output).values()):
+        if path.is_dir():
+            try:
+                _check_whole(path)
+                return path, faults
+            except DataError as error:
+                faults.append(str(error))
+    return None, faults
+
+
+def _check_whole(checkpoint: Path) -> None:
+    state = checkpoint / TRAINER_STATE  # transformers writes it last
+    expect(read_json(state), {"global_step": int}, str(state))
+    # FSDP and DeepSpeed write shards into folders.
+    if not _weights(checkpoint) and not any(path.is_dir() for path in checkpoint.iterdir()):
+        raise DataError(f"{checkpoint} contains no weights.")
 
 
 def _check_that_the_model_stays(output: Path, model: str | None) -> None:

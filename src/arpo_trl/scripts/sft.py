@@ -33,7 +33,8 @@ from arpo_trl.common.hub_cache import cache_remedy, can_write
 from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.common.settings import changed, check_fields, setting, template_arguments
 from arpo_trl.common.trl_settings import OF_TRLS_ENCODING
-from arpo_trl.common.user_files import is_url, model_name, user_path
+from arpo_trl.common.user_files import is_url, model_name, refuse_pipe, user_path
+from arpo_trl.common.waiting import is_first_rank
 from arpo_trl.config import (
     INHERITED,
     refuse_best_without_evaluation,
@@ -43,13 +44,13 @@ from arpo_trl.config import (
 )
 from arpo_trl.data.demonstrations import encode_dataset, has_text_prompts
 from arpo_trl.data.files import read_file
-from arpo_trl.errors import ConfigError, DataError
+from arpo_trl.errors import CheckpointError, ConfigError, DataError
 from arpo_trl.logs.progress import closed_bars, show_compactly
 from arpo_trl.publishing.model_card import is_hub_id
 from arpo_trl.rollout.engines.compute_dtype import warn_of_lost_steps
 from arpo_trl.rollout.protocols import TagProtocol
 from arpo_trl.runs.interrupts import Interrupts, follow_launcher
-from arpo_trl.runs.output_folder import check_output, last_checkpoint, sole_run, wants_to_resume
+from arpo_trl.runs.output_folder import check_output, last_whole_checkpoint, sole_run, wants_to_resume
 from arpo_trl.runs.tied_weights import without_tied_keys
 from arpo_trl.runs.whole_models import WholeModels
 from arpo_trl.scripts.start import (
@@ -146,6 +147,7 @@ def load_rows(name: str, split: str) -> Dataset:
     path = user_path(name, "dataset")
     loader = {".jsonl": "json", ".parquet": "parquet"}.get(path.suffix)
     missing = f"dataset {name} does not exist. Check the path."
+    refuse_pipe(path, f"dataset {name}")
     _refuse_special_path(path)
     cache = _cache_of_local_files() if path.exists() else None
     try:
@@ -303,8 +305,8 @@ def _train(arguments: ColdStartArguments, config: ColdStartConfig, model_config:
         overwrite(config)
     show_compactly(trainer)
     resume = wants_to_resume(config.resume_from_checkpoint)
-    if resume is True and last_checkpoint(Path(config.output_dir)) is None:
-        resume = False
+    if resume is True:
+        resume = _whole_checkpoint(Path(config.output_dir))
     with closed_bars(trainer), naming(Path(config.output_dir)), until_first_step(trainer):
         trainer.train(resume_from_checkpoint=resume)
     with finished_first(trainer, Interrupts()), final_save(config.output_dir):
@@ -313,6 +315,23 @@ def _train(arguments: ColdStartArguments, config: ColdStartConfig, model_config:
             trainer.push_to_hub(dataset_name=named)  # also saves the model
         else:
             trainer.save_model(config.output_dir)
+
+
+def _whole_checkpoint(output: Path) -> str | bool:
+    """The last complete checkpoint in `output`; False if there is no checkpoint. transformers would take the last one,
+    also if a kill has left it incomplete.
+
+    Raises:
+        CheckpointError: All are incomplete.
+    """
+    whole, faults = last_whole_checkpoint(output)
+    if whole is None and faults:
+        raise CheckpointError(
+            f"No checkpoint in {output} is complete. {faults[0]} Delete its checkpoint folders to start a new run."
+        )
+    for fault in faults if is_first_rank() else ():
+        logger.warning(f"A checkpoint is not used: {fault}")
+    return False if whole is None else str(whole)
 
 
 if __name__ == "__main__":

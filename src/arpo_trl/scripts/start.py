@@ -14,13 +14,13 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import ModelConfig
 
 from arpo_trl.command_line import keeps_tracebacks
-from arpo_trl.common.full_disk import as_free_space, is_full_disk
+from arpo_trl.common.full_disk import cause_and_remedy, is_full_disk
 from arpo_trl.common.settings import Range, changed, check_fields
 from arpo_trl.common.user_files import model_name
 from arpo_trl.common.waiting import is_first_rank
 from arpo_trl.errors import ArpoError, CheckpointError, ConfigError, Interrupted
 from arpo_trl.runs.interrupts import Interrupts
-from arpo_trl.runs.output_folder import last_checkpoint, remove_earlier_run
+from arpo_trl.runs.output_folder import last_whole_checkpoint, remove_earlier_run
 from arpo_trl.visible import get_logger
 
 logger = get_logger(__name__)
@@ -163,17 +163,18 @@ def final_save(output_dir: str) -> Iterator[None]:
     except Exception as error:
         if not is_full_disk(error):
             raise
-        last = last_checkpoint(Path(output_dir))
-        remedy = (
-            f"The last checkpoint is {last}. Free some space, then resume with --resume_from_checkpoint true, which "
-            "saves the model."
+        last, _ = last_whole_checkpoint(Path(output_dir))
+        cause, remedy = cause_and_remedy(error, output_dir)
+        way_out = (
+            f"The last checkpoint is {last}. {remedy}, then resume with --resume_from_checkpoint true, which saves "
+            "the model."
             if last
-            else "There is no checkpoint, so the model is lost. Free some space, and set save_strategy to steps or "
-            "epoch before you train again."
+            else f"There is no checkpoint, so the model is lost. {remedy}, and set save_strategy to steps or epoch "
+            "before you train again."
         )
         raise CheckpointError(
             f"The trained model could not be saved to {output_dir} ({type(error).__name__}: {error}); "
-            f"{as_free_space(output_dir)}. {remedy}"
+            f"{cause}. {way_out}"
         ) from error
 
 
