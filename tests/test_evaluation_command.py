@@ -481,12 +481,21 @@ def test_two_runs_are_compared(monkeypatch, capsys, here):
             words = flags(here, server.url, **{"--output": str(here / name)})
             assert command_output(monkeypatch, capsys, *words, *(["--top-p", "0.5"] if name == "b" else []))[0] == 0
     _, out, _ = command_output(monkeypatch, capsys, "compare", "a", "a")
-    assert "settings" not in out
+    assert "reason for a difference" not in out
     status, out, _ = command_output(monkeypatch, capsys, "compare", "a", "b")
     assert "reason for a difference:\n- top_p: 0.95 in A, 0.5 in B\n\n" in out
     assert status == 0
     assert "| gsm8k | math equality | 4 | 0.250 | 0.750 | +0.500 | " in out and "| 0 | 2 | 0.5000 |" in out
     assert (here / "b/against-a.png").exists()
+    file = data(here)
+    file.write_text(file.read_text().replace("#### 3", "#### 7"))
+    with Loopback(completions(answers)) as server:
+        words = flags(
+            here, server.url, **{"--output": str(here / "c"), "--top-p": "0.5", "--system-prompt": "Add them."}
+        )
+        assert command_output(monkeypatch, capsys, *words)[0] == 0
+    _, out, _ = command_output(monkeypatch, capsys, "compare", "b", "c")
+    assert "\n- golds of gsm8k: different for 1 of 4 common question(s)\n- prompts of gsm8k: different for 4 of" in out
     status, _, err = command_output(monkeypatch, capsys, "compare", "a", "nowhere")
     assert status == 2 and "nowhere contains no results.json" in err
 

@@ -239,6 +239,42 @@ def test_runs_are_compared_on_the_questions_they_share(tmp_path):
     assert (one.mcnemar.only_a, one.mcnemar.only_b, one.mcnemar.p) == (1, 4, pytest.approx(2 * 6 / 32))
 
 
+def test_a_row_that_one_file_lacks_leaves_the_other_questions_in_common(tmp_path):
+    texts = ["q0", "q1", "again", "q3", "again"]
+
+    def run(name: str, rows: list[int]) -> Path:
+        folder = run_of(tmp_path / name, [])
+        lines = [record(number, float(row == 2), question=texts[row]) for number, row in enumerate(rows)]
+        write_lines(folder / "samples.jsonl", lines)
+        return folder
+
+    for name, rows in (("first", [1, 2, 3, 4]), ("middle", [0, 2, 3, 4])):
+        (one,) = compare(run(f"{name}-a", [0, 1, 2, 3, 4]), run(name, rows))
+        # the two questions "again" score 1 and 0 in both runs, so swapping them would count in McNemar's test
+        assert (one.questions, one.unpaired, one.difference.mean, one.mcnemar.only_a) == (4, 1, 0, 0)
+
+
+def test_common_questions_with_other_golds_or_prompts_are_counted(tmp_path):
+    def run(name: str, *changed: dict) -> Path:
+        folder = run_of(tmp_path / name, [])
+        write_lines(folder / "samples.jsonl", [record(i, 1.0, **other) for i, other in enumerate(changed)])
+        return folder
+
+    a = run("a", {"prompt_hash": "x"}, {"prompt_hash": "x"}, {"golds": ["1", "2"]}, {"golds": ["1"]})
+    b = run(
+        "b", {"prompt_hash": "y"}, {"prompt_hash": "x"}, {"golds": ["2", "1"], "prompt_hash": "x"}, {"golds": ["9"]}
+    )
+    (one,) = compare(a, b)
+    assert (one.questions, one.other_golds, one.other_prompts) == (4, 1, 1)
+
+
+def test_a_run_without_a_finished_sample_is_not_compared(tmp_path):
+    a = run_of(tmp_path / "a", [1, 0])
+    failed = run_of(tmp_path / "failed", [None, None], metric=None)
+    with pytest.raises(ConfigError, match=r"failed has no finished sample of gsm8k; .*--output .*failed --resume"):
+        compare(a, failed)
+
+
 def test_a_run_does_not_differ_from_itself(tmp_path):
     a = run_of(tmp_path / "a", [1, 0, 1])
     (one,) = compare(a, a)
@@ -259,11 +295,15 @@ def test_settings_in_which_compared_runs_differ_are_listed(tmp_path):
     of_a = {
         "settings": settings,
         "tools": {"tools": ["search"], "search_top_k": 3},
+        "versions": {"sympy": "1.13", "torch": "2.8"},
+        "git_commit": "abc",
         "system_prompts": {"gsm8k": None, "math": "Solve it."},
     }
     of_b = {
         "settings": {**settings, "model": "rl", "temperature": 0.0, "system_prompt": "tools", "limit": 20},
         "tools": {"tools": ["search"], "search_top_k": 10},
+        "versions": {"sympy": "1.14", "torch": "2.8"},
+        "git_commit": "def",
         "system_prompts": {"gsm8k": "Solve it.", "math": "Solve it.", "aime24": "Think."},
     }
     a, b = run_of(tmp_path / "a", [1]), run_of(tmp_path / "b", [1])
@@ -274,6 +314,8 @@ def test_settings_in_which_compared_runs_differ_are_listed(tmp_path):
     assert differing_settings(a, b) == [
         "temperature: 0.6 in A, 0.0 in B",
         "search_top_k: 3 in A, 10 in B",
+        "sympy: '1.13' in A, '1.14' in B",
+        "git_commit: 'abc' in A, 'def' in B",
         "system prompt of gsm8k: None in A, 'Solve it.' in B (whole in results.json)",
     ]
 

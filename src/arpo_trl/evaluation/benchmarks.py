@@ -217,7 +217,12 @@ class Questions:
     @property
     def fingerprint(self) -> str:
         """A hash of the questions, the golds and their order."""
-        return hashlib.blake2b(json.dumps(self.rows, sort_keys=True).encode(), digest_size=8).hexdigest()
+        return hash_of(self.rows)
+
+
+def hash_of(value: Any) -> str:
+    """A hash of a value that JSON can express."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def find_benchmarks(names: Iterable[str], custom: Sequence[Benchmark] = ()) -> list[Benchmark]:

@@ -268,8 +268,14 @@ def compare_runs(a: Path, b: Path, picture: Path | None) -> int:
     _print(console, f"A is {a}, B is {b}.", "", *report.pipe_table(headings, rows))
     if unpaired := sum(one.unpaired for one in comparisons):
         _print(console, f"{unpaired} question(s) are in only one of the runs and are excluded.")
-    if different := differing_settings(a, b):
-        _print(console, "", "The runs differ in their settings too, which can be the reason for a difference:")
+    different = differing_settings(a, b) + [
+        f"{what} of {one.benchmark}: different for {count} of {one.questions} common question(s)"
+        for one in comparisons
+        for what, count in (("golds", one.other_golds), ("prompts", one.other_prompts))
+        if count
+    ]
+    if different:
+        _print(console, "", "The runs also differ in the following, which can be the reason for a difference:")
         _print(console, *(f"- {line}" for line in different))
     picture = picture or b / f"against-{a.resolve().name}.png"
     draw(comparisons, short_names([a, b]), picture)

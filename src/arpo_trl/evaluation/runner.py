@@ -24,7 +24,7 @@ from arpo_trl.common.full_disk import is_full_disk
 from arpo_trl.common.tags import CODE_PARAMETER
 from arpo_trl.common.user_files import expect, read_json, user_path
 from arpo_trl.errors import ConfigError, DataError
-from arpo_trl.evaluation.benchmarks import Questions
+from arpo_trl.evaluation.benchmarks import Questions, hash_of
 from arpo_trl.evaluation.samples import Key, Record, SampleLog, key_of, repair, trajectory
 from arpo_trl.evaluation.scoring import NOT_ASKED, Judge, predicted, score
 from arpo_trl.rewards.hierarchical import format_fault
@@ -168,6 +168,7 @@ class Evaluator:
             "id": row["id"],
             "level": row["level"],
             "question": question_of(row["prompt"]),
+            "prompt_hash": hash_of(row["prompt"]),
             "golds": row["answer"],
             "error": finished.error,
         }

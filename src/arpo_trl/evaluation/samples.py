@@ -2,8 +2,9 @@
 
 A sample that the judge scores later has a second line, which replaces the first.
 
-A line is a dict: benchmark, number (index of the question), sample, id, level, question, golds, task, prediction,
-scores, fault, stop, trajectory, tokens, seconds, error. A failed sample has an error and no field after `golds`.
+A line is a dict: benchmark, number (index of the question), sample, id, level, question, prompt_hash (of all messages
+of the prompt), golds, task, prediction, scores, fault, stop, trajectory, tokens, seconds, error. A failed sample has
+an error and no field after `golds`.
 """
 
 from __future__ import annotations
@@ -128,8 +129,8 @@ def repair(path: Path) -> tuple[set[Key], list[Record]]:
 
 
 _HEAD = {
-    "benchmark": str, "number": int, "sample": int, "level": str | None, "question": str, "golds": [str],
-    "error": str | None,
+    "benchmark": str, "number": int, "sample": int, "level": str | None, "question": str, "prompt_hash?": str,
+    "golds": [str], "error": str | None,
 }  # fmt: skip
 _CALL = {"name": str, "text": str, "failure": str | None, "seconds": float, "source": str}
 _SCORED = {
