@@ -18,6 +18,7 @@ from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.protocols import ChatTemplateProtocol
 from evaluating import Evaluating, asked_number, boxed, questions, record, write_lines
 from loopback import Loopback, Reply
+from support import search
 
 IDENTITY = {"settings": {"temperature": 0.6}, "model": "m"}
 
@@ -94,6 +95,9 @@ def test_a_tag_in_the_code_of_a_chat_templates_call_is_no_fault():
 def test_an_answer_in_a_bad_format_counts_by_the_papers_rule_and_its_fault_is_reported():
     (one,) = Evaluating(lambda r, c: f"{boxed(0)} and more")(questions("0"))
     assert (one["prediction"], one["scores"]["math"], one["fault"]) == ("0", 1.0, "text_after_answer")
+    # the paper's format also checks the tags of python, which this run lacks
+    (open_tag,) = Evaluating(lambda r, c: f"done</python> {boxed(0)}", tools=[search])(questions("0"))
+    assert (open_tag["scores"]["math"], open_tag["fault"]) == (1.0, "unbalanced_tags")
     (none,) = Evaluating(lambda r, c: "it is 0")(questions("0"))
     assert (none["prediction"], none["scores"]["math"], none["fault"]) == (None, 0.0, "no_answer")
 

@@ -27,7 +27,7 @@ from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.evaluation.benchmarks import Questions, hash_of
 from arpo_trl.evaluation.samples import Key, Record, SampleLog, key_of, repair, trajectory
 from arpo_trl.evaluation.scoring import NOT_ASKED, Judge, predicted, score
-from arpo_trl.rewards.hierarchical import format_fault
+from arpo_trl.rewards.hierarchical import BONUS_TOOLS, format_fault
 from arpo_trl.rewards.judge import LLMJudge, question_of
 from arpo_trl.rollout.batch import Finished, GroupRequest, error_text
 from arpo_trl.rollout.sampler import TreeSampler
@@ -191,7 +191,7 @@ class Evaluator:
             "task": row["task"],
             "prediction": prediction,
             "scores": score(prediction, row, judge),
-            "fault": format_fault(turns, leaf.stop, self.sampler.toolbox.names, code_tools),
+            "fault": format_fault(turns, leaf.stop, BONUS_TOOLS, code_tools),  # as in the reward's default
             "stop": leaf.stop.value,
             "trajectory": trajectory(tree),
             "tokens": {
