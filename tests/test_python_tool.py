@@ -979,6 +979,27 @@ def test_a_closed_worker_leaves_no_process_and_no_folder(tier: Tier) -> None:
     assert not folder.exists()
 
 
+# Prints the limits of a call under lower limits of the trainer.
+LIMITED = """
+import resource
+from arpo_trl.tools.python.sandbox import Limits, Tier, Worker
+resource.setrlimit(resource.RLIMIT_FSIZE, (10 << 20, 10 << 20))
+resource.setrlimit(resource.RLIMIT_NOFILE, (1000, 1000))
+worker = Worker(Limits(timeout_s=60.0, file_mb=64, open_files=2000), tier=Tier({tier!r}), preload=False)
+print(worker.run("import resource\\nprint(resource.getrlimit(1), resource.getrlimit(7))").output)
+worker.close()
+"""
+
+
+@pytest.mark.parametrize("tier", list(Tier))
+def test_limits_stay_within_the_hard_limits_of_the_trainer(tier: Tier) -> None:
+    if not can_isolate(tier):
+        pytest.skip(f"this kernel cannot isolate by {tier}")
+    script = LIMITED.format(tier=str(tier))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.stdout.split("\n")[0], done.returncode) == ("(10485760, 10485760) (1000, 1000)", 0), done.stderr
+
+
 # Prints the ids of a worker and of the call that hangs in it.
 HANGING = """
 import os, sys, threading, time

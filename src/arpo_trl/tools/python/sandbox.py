@@ -240,6 +240,7 @@ class Worker:
             (resource.RLIMIT_NOFILE, limits.open_files),
             (resource.RLIMIT_CORE, 0),
         ):
+            value = python_worker.within(resource.prlimit(pid, kind)[1], value)
             resource.prlimit(pid, kind, (value, value))
 
     @property

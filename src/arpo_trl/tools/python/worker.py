@@ -89,6 +89,11 @@ def _syscall(*arguments: object) -> int:
     return value
 
 
+def within(hard: int, value: int) -> int:
+    """Return `value`, or the hard limit if that is lower: only a process with more rights could raise it."""
+    return value if hard == resource.RLIM_INFINITY else min(hard, value)
+
+
 class _Call:
     """An isolated fork that waits for the signal to read the cells and run them."""
 
@@ -214,7 +219,8 @@ class _Worker:
                     break
             else:
                 return
-        resource.setrlimit(resource.RLIMIT_NPROC, (self._threads, self._threads))
+        threads = within(resource.getrlimit(resource.RLIMIT_NPROC)[1], self._threads)
+        resource.setrlimit(resource.RLIMIT_NPROC, (threads, threads))
 
     def become_call(self, waiting: int, result_end: int, token: bytes) -> None:
         """Isolate this fork from the worker, wait for the signal, run the cells and exit with the last one's
