@@ -122,6 +122,20 @@ def test_why_there_is_no_verdict_is_logged_once(caplog: pytest.LogCaptureFixture
     assert caplog.text.count("An answer has no verdict: the judge") == 1 and reason in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("<think>Paris is", "the reply was cut at 256 tokens. If the model thinks before it replies, turn this off"),
+        ("", "answered with no text in its 256 tokens, which it may have used for thinking"),
+    ],
+)
+def test_a_reply_that_is_cut_is_named(caplog: pytest.LogCaptureFixture, text: str, reason: str) -> None:
+    cut = Reply({"choices": [{"message": {"content": text}, "finish_reason": "length"}]})
+    with Loopback(lambda asked: cut) as server:
+        assert LLMJudge(server.url, "wise").verdicts([of("Paris")]) == [None]
+    assert reason in caplog.text
+
+
 def test_an_unreachable_judge_is_no_verdict() -> None:
     with Loopback(paris) as server:
         gone = server.url

@@ -13,6 +13,14 @@ from arpo_trl.visible import encodable
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reply:
+    """The text of a reply, and whether it ended at `max_tokens`."""
+
+    text: str
+    is_cut: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class ChatModel:
     """The model `model` on the server at `url`.
 
@@ -39,7 +47,7 @@ class ChatModel:
         server_key(self.key_variable)
         check_client()
 
-    def ask(self, prompt: str, timeout_s: float) -> str:
+    def ask(self, prompt: str, timeout_s: float) -> Reply:
         """Return the model's reply to `prompt`, sampled at temperature 0.
 
         Raises:
@@ -62,9 +70,11 @@ class ChatModel:
         )
         answer = fetch_json(request, timeout_s=timeout_s)
         try:
-            content = answer["choices"][0]["message"]["content"]
+            choice = answer["choices"][0]
+            content, is_cut = choice["message"]["content"], choice.get("finish_reason") == "length"
         except (KeyError, IndexError, TypeError):
             raise RequestFailed("answered in another layout than expected", status=200) from None
         if not isinstance(content, str) or not content.strip():
-            raise RequestFailed("answered with no text", status=200)
-        return without(key, content.strip())
+            cut = f" in its {self.max_tokens} tokens, which it may have used for thinking" if is_cut else ""
+            raise RequestFailed(f"answered with no text{cut}", status=200)
+        return Reply(text=without(key, content.strip()), is_cut=is_cut)

@@ -158,9 +158,13 @@ class LLMJudge:
                 )
             return None
         self._breaker.succeeded()
-        verdict = read_verdict(reply)
+        verdict = read_verdict(reply.text)
         if verdict is None:
-            self._tell_once("replied without Correct or Incorrect as its last line")
+            cut = (
+                f"; the reply was cut at {self._model.max_tokens} tokens. If the model thinks before it replies, turn "
+                "this off on its server, or use another model"
+            )
+            self._tell_once(f"replied without Correct or Incorrect as its last line{cut if reply.is_cut else ''}")
         else:
             self._remember(self._key(judgement), verdict)
         return verdict

@@ -123,7 +123,7 @@ def visit_tool(
             raise ToolError("Error: the page has no text.")
         if summariser is not None and longer:
             try:
-                return summariser.ask(_PROMPT.format(goal=goal, text=longer[0]), deadline - time.monotonic())
+                return summariser.ask(_PROMPT.format(goal=goal, text=longer[0]), deadline - time.monotonic()).text
             except RequestFailed as error:
                 logger.warning("The model that summarises pages %s. The text of the page is shown instead.", error)
         return text
