@@ -307,16 +307,20 @@ def test_a_tool_and_a_reward_are_imported_from_the_current_folder(tmp_path, monk
     (tmp_path / "own_code.py").write_text(
         "def weather(city: str) -> str:\n    return city\ndef good(**_): ...\nclass Good: ...\nn = 1\n"
     )
+    (tmp_path / "site-packages").mkdir()
     for name, text in (
         ("broken", "import broken_part"),
         ("broken_part", "\nn"),
         ("cut", "("),
         ("ends", "import argparse\nargparse.ArgumentParser().parse_args(['--port'])"),
         ("needs", "import no_such"),
+        ("reads", "import os\n\nKEY = os.environ['NO_SUCH_KEY']"),
+        ("asks", "import site_library\n\nsite_library.ask()"),
+        ("site-packages/site_library", "def ask():\n    raise OSError('no server')"),
     ):
         (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend("unrelated")
+    monkeypatch.syspath_prepend(tmp_path / "site-packages")
     (tool,) = build_tools(ToolArguments(tools=["own_code:weather"]))
     assert tool("Oslo") == "Oslo"
     arguments = script("train").TrainArguments(dataset="rows.jsonl", reward="own_code:good")
@@ -333,6 +337,8 @@ def test_a_tool_and_a_reward_are_imported_from_the_current_folder(tmp_path, monk
         ("ends:f", r"'ends:f', but ends ends the program when .* \(2\)\. It fails in .*ends.py, line 2\. .*__main__"),
         ("cut:f", r"cut cannot be imported \(SyntaxError: .*cut.py, line 1\)\)\.$"),
         ("needs:f", r"No module named 'no_such'\)\. It fails in .*needs.py, line 1\."),
+        ("reads:f", r"\(KeyError: 'NO_SUCH_KEY'\)\. It fails in .*reads.py, line 3\."),
+        ("asks:f", r"\(OSError: no server\)\. It fails in .*asks.py, line 3\."),
     ):
         with pytest.raises(ConfigError, match=message):
             load_callable(path, "reward")

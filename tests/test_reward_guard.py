@@ -78,6 +78,18 @@ def test_an_awaitable_that_a_sync_function_returns_is_awaited():
         checked_reward(fails, interrupts)(completions=["x"])
 
 
+def test_the_place_of_an_error_is_the_innermost_line_of_the_users_code(tmp_path, monkeypatch):
+    (tmp_path / "own_scores.py").write_text("import json\n\ndef read(text):\n    return json.loads(text)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    from own_scores import read
+
+    def scores(completions):
+        return [read(text) for text in completions]
+
+    with pytest.raises(RewardError, match=r"'scores' raised JSONDecodeError: .* \(.*own_scores.py, line 4\)"):
+        checked_reward(scores, Interrupts())(completions=["{"])
+
+
 def test_an_error_before_an_async_function_awaits_names_the_function():
     async def scores(completions, *, gold):
         return [0.0]

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from arpo_trl.common.user_code import place_in
 from arpo_trl.errors import ConfigError
 
 _PACKAGE = str(Path(__file__).parents[1])
@@ -63,7 +64,7 @@ def load_callable(path: str, setting: str) -> Any:
 
 
 def _place(error: BaseException, at_import: bool = False) -> str:
-    """A sentence with the line at which the user's code of a module has failed; empty if there is none.
+    """A sentence with the line at which the user's code has failed to import a module; empty if there is none.
 
     Args:
         at_import: Return the line of the imported module itself, and not the line in a function that it has called.
@@ -75,7 +76,7 @@ def _place(error: BaseException, at_import: bool = False) -> str:
     ]
     if not frames:
         return ""
-    place = frames[0 if at_import else -1]
+    place = frames[0] if at_import else place_in(frames)
     return f" It fails in {place.filename}, line {place.lineno}."
 
 

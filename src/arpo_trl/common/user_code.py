@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Mapping
+import sysconfig
+from collections.abc import Awaitable, Mapping, Sequence
+from pathlib import Path
+from traceback import FrameSummary
 from typing import Any
+
+_NOT_USERS = (Path(__file__).parents[1], Path(sysconfig.get_path("stdlib")))
+_INSTALLED = {"site-packages", "dist-packages"}
 
 
 def parameters_of(function: Any) -> Mapping[str, inspect.Parameter] | None:
@@ -24,6 +30,18 @@ def text_of(value: object) -> str:
         raise
     except BaseException:
         return "(its text cannot be made)"
+
+
+def place_in(frames: Sequence[FrameSummary]) -> FrameSummary:
+    """Return the innermost frame of a traceback in the user's code, or the innermost one if all are of libraries."""
+    return next((frame for frame in reversed(frames) if _is_users(frame.filename)), frames[-1])
+
+
+def _is_users(filename: str) -> bool:
+    """Whether a file belongs neither to this package, nor to the standard library or an installed package."""
+    path = Path(filename)
+    is_of_library = any(map(path.is_relative_to, _NOT_USERS)) or not _INSTALLED.isdisjoint(path.parts)
+    return not is_of_library and not filename.startswith("<frozen ")
 
 
 async def outcome_of(value: Awaitable[Any]) -> tuple[Any, BaseException | None]:

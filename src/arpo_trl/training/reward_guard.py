@@ -16,9 +16,8 @@ from typing import Any, SupportsFloat
 
 import torch
 
-import arpo_trl
 from arpo_trl.common.per_process import one_per_process
-from arpo_trl.common.user_code import outcome_of, parameters_of, text_of
+from arpo_trl.common.user_code import outcome_of, parameters_of, place_in, text_of
 from arpo_trl.errors import ArpoError, Interrupted, RewardError
 from arpo_trl.net.background import LoopThread
 from arpo_trl.rewards.hierarchical import HierarchicalReward
@@ -26,7 +25,6 @@ from arpo_trl.rollout.credit.base import LARGEST
 from arpo_trl.runs.interrupts import Interrupts
 from arpo_trl.trl_seam import get_callable_name, is_async_callable
 
-_PACKAGE = str(Path(arpo_trl.__file__).parent)
 REWARD_POLL_S = 0.2
 """Seconds between checks for an interrupt while an async reward function runs."""
 
@@ -66,7 +64,7 @@ def checked_reward(function: Any, interrupts: Interrupts, *, removes_columns: bo
             if not rows:
                 return [None] * len(completions)
             logging = _checked_logs(given, wrapper.__name__, rows, len(completions))
-            with _told(function, wrapper.__name__):
+            with _told(wrapper.__name__):
                 made = function(**select({**given, **logging}, wrapper.__name__))
             # Not on TRL's loop, which a SystemExit in a task of the function would end.
             running = _loop().start(outcome_of(made))
@@ -74,7 +72,7 @@ def checked_reward(function: Any, interrupts: Interrupts, *, removes_columns: bo
                 while not (await asyncio.wait([asyncio.wrap_future(running)], timeout=REWARD_POLL_S))[0]:
                     interrupts.check()
                 with interrupts.over_errors():
-                    with _told(function, wrapper.__name__):
+                    with _told(wrapper.__name__):
                         rewards, error = running.result()
                         if error is not None:
                             raise error
@@ -93,7 +91,7 @@ def checked_reward(function: Any, interrupts: Interrupts, *, removes_columns: bo
             logging = _checked_logs(given, wrapper.__name__, rows, len(completions))
             try:
                 with interrupts.over_errors():
-                    with _told(function, wrapper.__name__), interrupts.raising():
+                    with _told(wrapper.__name__), interrupts.raising():
                         rewards = function(**select({**given, **logging}, wrapper.__name__))
                         if inspect.isawaitable(rewards):  # a sync decorator around an async function
                             rewards = _awaited(rewards)
@@ -188,18 +186,14 @@ def _selection(function: Any, removes_columns: bool) -> Callable[[Mapping[str, A
 
 
 @contextmanager
-def _told(function: Any, name: str) -> Iterator[None]:
+def _told(name: str) -> Iterator[None]:
     """A context in which an error of the user's function becomes a RewardError with the place of the error."""
     try:
         yield
     except (ArpoError, KeyboardInterrupt):
         raise
     except BaseException as error:  # also SystemExit: a library may call sys.exit
-        frames = traceback.extract_tb(error.__traceback__)
-        code = getattr(getattr(function, "__wrapped__", function), "__code__", None)
-        file = None if code is None or code.co_filename.startswith(_PACKAGE) else code.co_filename
-        in_function = [frame for frame in frames if frame.filename == file]
-        place = in_function[-1] if in_function else frames[-1]
+        place = place_in(traceback.extract_tb(error.__traceback__))
         raise RewardError(
             f"The reward function {name!r} raised {type(error).__name__}: {text_of(error)} ({place.filename}, line "
             f"{place.lineno}). Correct the function; for a completion that it cannot score it may return None."

@@ -21,6 +21,7 @@ from typing import Any
 
 import httpx
 
+from arpo_trl.common.user_code import place_in
 from arpo_trl.errors import ConfigError, ToolError, ToolUnavailable
 from arpo_trl.net.addresses import server_key
 from arpo_trl.net.circuit_breaker import CircuitBreaker
@@ -275,9 +276,11 @@ def _fault(method: str, error: Exception) -> str:
     if isinstance(error, _WrongResult):
         return str(error)
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
-    lines = [frame.lineno for frame in frames if frame.filename == frames[0].filename]  # not those of its libraries
-    place = f" ({Path(frames[0].filename).name}, line {lines[-1]})" if lines else ""
-    return f"`{method}` raised {type(error).__name__}{place}"
+    raised = f"`{method}` raised {type(error).__name__}"
+    if not frames:
+        return raised
+    place = place_in(frames)
+    return f"{raised} ({Path(place.filename).name}, line {place.lineno})"
 
 
 def _key(provider: Provider) -> str:
