@@ -903,6 +903,8 @@ def test_an_unusable_row_for_a_reward_of_ones_own_is_an_error(
 def test_a_missing_field_that_columns_names_is_an_error_for_a_reward_of_ones_own_too(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"line 2: the row has no field 'gold', to which the column map maps answer"):
         load_own(tmp_path, {"question": "Who?", "gold": "Ann"}, {"question": "Who?"}, columns={"answer": "gold"})
+    with pytest.raises(DataError, match=r"line 2: 'gold', to which the column map maps answer, is null"):
+        load_own(tmp_path, *({"question": "Who?", "gold": gold} for gold in ("Ann", None)), columns={"answer": "gold"})
 
 
 def test_a_field_of_several_types_is_no_column(tmp_path: Path) -> None:

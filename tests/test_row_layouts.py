@@ -87,6 +87,15 @@ def test_an_integer_with_more_digits_than_python_writes_is_an_error() -> None:
         convert({"row": {"question": "q", "answer": 10**10_000}})
 
 
+@pytest.mark.parametrize("meta", [None, {"level": None, "n": None, "kind": None, "opts": None}])
+def test_a_null_that_a_column_map_names_for_an_optional_key_is_no_value(meta: Any) -> None:
+    columns = {"level": "meta.level", "id": "meta.n", "task": "meta.kind", "choices": "meta.opts"}
+    row = convert_row({"question": "q", "answer": "5", "meta": meta, "level": 2}, 7, None, columns=columns)
+    assert row is not None
+    assert (row["level"], row["id"], row["task"]) == (None, "7", None)
+    assert (row["prompt"][-1]["content"], row["answer"]) == ("q", ["5"])
+
+
 def test_a_blank_field_that_a_column_map_names_is_not_replaced_by_another() -> None:
     row = {"body": " ", "problem": "What is 5 + 5?", "messages": [{"role": "user", "content": "?"}], "answer": "3"}
     for name in ("question", "prompt"):

@@ -59,13 +59,21 @@ def named(row: Mapping[str, Any], fields: Sequence[str], meaning: str) -> str:
 
 
 def at(row: Mapping[str, Any], field: str) -> Any:
-    """The value of a field, or of nested fields with dots between their names; None if there is none."""
+    """The value of a field, or of nested fields with dots between their names. A field in a null is null.
+
+    Raises:
+        KeyError: There is no such field.
+    """
     if field in row:
         return row[field]
     value: Any = row
     for part in field.split("."):
         value = decoded(value)
-        value = value.get(part) if isinstance(value, Mapping) else None
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            raise KeyError(field)
+        value = value[part]
     return value
 
 

@@ -52,6 +52,8 @@ _ID_FIELDS = (
     "Record ID",
 )
 _LEVEL_FIELDS = ("level", "Level")
+_REQUIRED = ("prompt", "question", "answer")
+"""The keys of a column map whose fields cannot be null."""
 _REPLACED = {
     "prompt": (*QUESTION_FIELDS, "messages"),
     "question": (*QUESTION_FIELDS, "messages", *_STORY_FIELDS.values()),  # the mapped text is the whole question
@@ -259,11 +261,17 @@ def _renamed(raw: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, An
     """The row with the fields that the column map names also under their usual names."""
     row = dict(raw)
     for name, field in columns.items():
-        if (value := at(raw, field)) is None:
+        try:
+            row[name] = at(raw, field)
+        except KeyError:
             raise DataError(
                 f"the row has no field {field!r}, to which the column map maps {name}; it has {sorted(map(str, raw))}."
+            ) from None
+        if row[name] is None and name in _REQUIRED:
+            raise DataError(
+                f"{field!r}, to which the column map maps {name}, is null; expected a value. Correct or "
+                "remove the row."
             )
-        row[name] = value
     for name in columns:  # a mapped field that is blank must not fall back to another one
         for other in {*_REPLACED.get(name, ())}.difference(columns):
             row.pop(other, None)
