@@ -479,6 +479,8 @@ def test_missing_tags_in_the_prompt_are_logged(model_path, tmp_path, caplog, sys
     if is_said:
         assert "does not name <search>, <python>" in said[0]
         assert "calls a tool with <search>…</search>" in said[0] and "tags_system_prompt(tools)" in said[0]
+        assert "set it as system_prompt in the YAML file, or pass it to load_arpo_dataset" in said[0]
+        assert "without such a prompt, ignore this warning" in said[0]
 
 
 @pytest.mark.slow

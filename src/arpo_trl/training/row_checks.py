@@ -230,6 +230,7 @@ def _warn_of_unexplained_tags(tools: Collection[str], dataset: Any) -> None:
             f"{', '.join(f'<{name}>' for name in missing)}. The model must already know that it calls a tool with "
             f"<{missing[0]}>…</{missing[0]}> and reads the result in <result>…</result>: from demonstrations (sft.py) "
             "or from a system prompt. arpo_trl.tags_system_prompt(tools) writes one for these tools; "
-            "pass it to load_arpo_dataset as system_prompt. For a model that was trained to call tools in its own "
-            "format, set tool_protocol to 'chat_template'."
+            "set it as system_prompt in the YAML file, or pass it to load_arpo_dataset as system_prompt. If the model "
+            "has learned the tags without such a prompt, ignore this warning. For a model that was trained to call "
+            "tools in its own format, set tool_protocol to 'chat_template'."
         )
