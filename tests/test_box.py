@@ -221,6 +221,20 @@ def named(name: str) -> Callable[[str], str]:
     return tool
 
 
+def _positional(text: str, /) -> str:
+    return text
+
+
+class Searcher:
+    def find(self, text: str) -> str:
+        """Find it.
+
+        Args:
+            text: What.
+        """
+        return text
+
+
 @pytest.mark.parametrize(
     ("tool", "message"),
     [
@@ -229,6 +243,11 @@ def named(name: str) -> Callable[[str], str]:
         (_undescribed, "describes each parameter"),
         (_without_description, "with a description and, after it, an `Args:` section"),
         (_variadic, "Name each parameter"),
+        (_positional, "its parameter 'text' is positional-only, .* Remove the `/`"),
+        (len, "its parameter 'obj' is positional-only, .* in a `def` of your own"),
+        (max, "tool 'max': it has no signature. Call it in a `def`"),
+        (Searcher.find, r"a function of the class Searcher .* Pass a method of an object instead, .*er\(\).find"),
+        (inspect, "A tool must be a named function, got <module 'inspect'"),
         (named("<lambda>"), "used as a tag"),
         (named("two words"), "used as a tag"),
         (named("1st"), "used as a tag"),
@@ -443,6 +462,10 @@ def test_an_object_without_a_name_is_refused() -> None:
 
     with pytest.raises(ToolSpecError, match="A tool must be a named function"):
         tool_spec(Callable_())
+
+
+def test_a_method_of_an_object_is_a_tool() -> None:
+    assert tool_spec(Searcher().find).parameters == ("text",)
 
 
 def test_two_tools_of_one_name_are_refused() -> None:

@@ -29,6 +29,7 @@ from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.tools.calls import ToolFailure
 from arpo_trl.tools.environments.kind import Forking, environment_kind
 from arpo_trl.tools.environments.state import Environments
+from arpo_trl.tools.spec import tool_spec
 from arpo_trl.tools.toolbox import ToolBox
 from shops import (
     CLOSED,
@@ -322,6 +323,7 @@ class Odd(Shop):
         (raising, ConfigError, "environment_factory raised OSError: no shops today. Correct it"),
         (hanging, ConfigError, "environment_factory did not return within 0.2 s. .* or raise tool_timeout_s"),
         (lambda: ONE, ConfigError, "returned the same Shop twice, so paths would share its state. Return a new"),
+        (lambda: None, ConfigError, "environment_factory returned None; expected an environment. Add the missing"),
         (ONE, ConfigError, "environment_factory is a Shop; expected a class, or a function"),
         (object, ToolSpecError, r"The environment object has no method reset. Define `def reset\(self, \*\*row\)`"),
         (Odd, ToolSpecError, "The environment Odd has copyable = 'yes'; expected True or False"),
@@ -333,9 +335,29 @@ def test_a_factory_that_cannot_work_is_an_error_at_the_start(factory, error, mes
 
 
 @pytest.mark.parametrize("kind", [Untyped, Undocumented])
-def test_methods_without_types_or_docstring_are_an_error_at_the_start(kind):
-    with pytest.raises(ToolSpecError, match="tool 'take': no schema can be built for it"):
-        ToolBox(environments_of(kind).tools)
+def test_public_methods_without_types_or_docstring_are_an_error_at_the_start(kind):
+    message = (
+        f"The environment {kind.__name__} has the public method take, which is therefore a tool: no schema can be "
+        "built for it: .* needs a docstring .* If the model must not call it, rename it to _take."
+    )
+    with pytest.raises(ToolSpecError, match=message):
+        environment_kind(kind, 60.0)
+
+
+def test_a_public_method_that_tags_cannot_call_may_be_a_helper():
+    class Helped(Shop):
+        def take(self, item: str, count: int) -> str:
+            """Take items.
+
+            Args:
+                item: Which.
+                count: How many.
+            """
+            return item * count
+
+    (*_, take) = environments_of(Helped).tools
+    with pytest.raises(ToolSpecError, match=r"'take' has the parameters .* rename it to _take if it is only a helper"):
+        _ = tool_spec(take).tag_parameter
 
 
 def test_a_method_has_the_docstring_of_the_one_that_it_overrides():

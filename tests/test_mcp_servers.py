@@ -878,6 +878,13 @@ def test_per_path_does_not_offer_reserved_names_of_environments() -> None:
         mcp_tools([COMMAND | {"per_path": 1}])
 
 
+def test_per_path_does_not_offer_reserved_tags() -> None:
+    server = McpServer.of(COMMAND | {"per_path": True}, "mcp_servers[0]")
+    tool = Tool(name="answer", description="Answer.", input_schema={"type": "object"})
+    with pytest.raises(ConfigError, match=r"has a tool 'answer', a name that per_path cannot offer\. Exclude it"):
+        _tools_per_path(server, 5.0, "mcp_servers[0]", [tool])
+
+
 def test_per_path_refuses_a_parameter_named_self() -> None:
     server = McpServer.of(COMMAND | {"per_path": True}, "mcp_servers[0]")
     tool = Tool(name="t", input_schema={"type": "object", "properties": {"self": {"type": "string"}}})

@@ -35,6 +35,7 @@ from arpo_trl.net.addresses import check_server_url, server_key
 from arpo_trl.tools.environments.kind import NOT_TOOLS, environment_kind
 from arpo_trl.tools.environments.state import Environments
 from arpo_trl.tools.mcp_schemas import with_schema
+from arpo_trl.tools.spec import RESERVED_TAGS
 from arpo_trl.visible import with_marks, with_texts, without_credentials
 
 START_TIMEOUT_S = 60.0
@@ -206,7 +207,7 @@ def _tools_per_path(server: McpServer, timeout_s: float, where: str, tools: Sequ
     offered: dict[str, str] = {}
     for tool in tools:
         method = _as_method(tool)
-        if method.__name__ in NOT_TOOLS or method.__name__.startswith("_"):
+        if method.__name__ in RESERVED_TAGS.union(NOT_TOOLS) or method.__name__.startswith("_"):
             raise ConfigError(
                 f"{where} ({server.shown}) has a tool {tool.name!r}, a name that per_path cannot offer. Exclude it: "
                 "list the tools to offer in `tools`."

@@ -25,6 +25,7 @@ from typing import Any, Literal, NotRequired, Required, Union, get_args, get_ori
 
 from transformers.utils.chat_template_utils import get_json_schema
 
+from arpo_trl.common.user_code import parameters_of
 from arpo_trl.errors import ToolSpecError
 from arpo_trl.tools.calls import ToolCall
 from arpo_trl.tools.state import CreateState, NoState, PathState, PathStates
@@ -90,9 +91,12 @@ class ToolSpec:
             ToolSpecError: There is none, so tags cannot call the tool.
         """
         if self.single_text_parameter is None:
-            remedy = (
-                "List only the others in its server's `tools`" if self.is_of_server else "Change the signature to that"
-            )
+            if self.is_of_server:
+                remedy = "List only the others in its server's `tools`"
+            else:
+                remedy = "Change the signature to that"
+                if self.create_state is not None:
+                    remedy += f", rename it to _{self.name} if it is only a helper of an environment"
             raise ToolSpecError(
                 f"The tool {self.name!r} has the parameters {list(self.parameters)}; a call between tags has exactly "
                 f"one required `str` argument. {remedy}, or set tool_protocol to "
@@ -131,7 +135,7 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
             an invalid value.
     """
     name = getattr(tool, "__name__", None)
-    if name is None:
+    if name is None or not callable(tool):
         raise ToolSpecError(f"A tool must be a named function, got {tool!r}. Wrap it in a `def` with the tool's name.")
     if not _TAG.fullmatch(name):
         raise ToolSpecError(
@@ -139,15 +143,28 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
         )
     if name in RESERVED_TAGS:
         raise ToolSpecError(f"tool {name!r}: <{name}> is a reserved tag in rollouts. Rename the function.")
+    if parameters_of(tool) is None:
+        raise ToolSpecError(f"tool {name!r}: it has no signature. Call it in a `def` with typed parameters.")
     signature = inspect.signature(tool)
     offered: Any = getattr(tool, "json_schema", None)
     is_open = bool(offered) and offered["function"]["parameters"].get("additionalProperties", False) is not False
     named = [p for p in signature.parameters.values() if not (is_open and p.kind is p.VAR_KEYWORD)]
     for parameter in named:
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            raise ToolSpecError(
+                f"tool {name!r}: its parameter {parameter.name!r} is positional-only, but a model passes arguments by "
+                "name. Remove the `/` from the signature; call a function of a library in a `def` of your own."
+            )
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise ToolSpecError(
                 f"tool {name!r}: a model cannot use the parameter {str(parameter)!r}. Name each parameter."
             )
+    owner = getattr(tool, "__qualname__", name).rpartition(".")[0].rpartition(".")[2]
+    if owner.isidentifier() and named and named[0].name == "self":
+        raise ToolSpecError(
+            f"tool {name!r}: it is a function of the class {owner} and has the parameter self. Pass a method of an "
+            f"object instead, such as {owner}().{name}."
+        )
     try:
         schema = offered or _schema_of(tool, signature)
     except ToolSpecError:

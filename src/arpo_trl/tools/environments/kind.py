@@ -15,7 +15,7 @@ from arpo_trl.common.columns import shown_columns
 from arpo_trl.common.user_code import text_of
 from arpo_trl.errors import ConfigError, DataError, ToolSpecError
 from arpo_trl.tools.environments.worker import GRACE_S, Worker, result_of
-from arpo_trl.tools.spec import hints_of
+from arpo_trl.tools.spec import hints_of, tool_spec
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -142,8 +142,8 @@ def environment_kind(factory: Callable[[], Any], timeout_s: float) -> Environmen
         timeout_s: Longest time of each call of the factory.
 
     Raises:
-        ConfigError: The factory raises, hangs, or returns the same object twice.
-        ToolSpecError: The class has no `reset`, or no method that can be a tool.
+        ConfigError: The factory raises, hangs, or returns None or the same object twice.
+        ToolSpecError: The class has no `reset`, or a public method that cannot be a tool.
     """
     if not callable(factory):
         raise ConfigError(
@@ -156,6 +156,11 @@ def environment_kind(factory: Callable[[], Any], timeout_s: float) -> Environmen
     for worker, instance in {id(each): (worker, each) for worker, each in zip(workers, made, strict=False)}.values():
         if callable(close := getattr(instance, "close", None)):
             _in_time(worker, close, timeout_s, f"close() of {type(instance).__name__}")
+    if first is None:
+        raise ConfigError(
+            "environment_factory returned None; expected an environment. Add the missing `return`, or pass the class "
+            "itself."
+        )
     if first is second:
         raise ConfigError(
             f"environment_factory returned the same {type(first).__name__} twice, so paths would share its state. "
@@ -182,6 +187,14 @@ def _kind_of(factory: Callable[[], Any], instance: Any) -> EnvironmentKind:
                 f"{type(method).__name__}, that hides it. Rename one of them, or let its name start with _."
             )
         methods[name] = as_function(method)
+        try:
+            tool_spec(methods[name])
+        except ToolSpecError as error:
+            why = str(error).removeprefix(f"tool {name!r}: ")
+            raise ToolSpecError(
+                f"The environment {kind.__name__} has the public method {name}, which is therefore a tool: {why} If "
+                f"the model must not call it, rename it to _{name}."
+            ) from error
     for flag in ("copyable", "replayable"):
         if not isinstance(getattr(kind, flag, False), bool):
             raise ToolSpecError(
