@@ -506,12 +506,27 @@ def test_a_path_without_an_environment_reads_an_error(hangs, caplog):
     leaves = made(1).trees[0].leaves()
     broken = [leaf for leaf in leaves if environments.kept[0, leaf.address] is None]
     assert len(broken) == 1
-    reason = "the opening of the states call took longer than 0.3 s" if hangs else "OSError: sold out"
+    overdue = "environment_factory and reset() took longer than 60 s. Make this faster, or raise tool_timeout_s"
+    reason = overdue if hangs else "OSError: sold out"
     assert broken[0].calls[0].text == "Error: the environment of this conversation is not available."
     assert f"The environment Rare of a path could not be created: {reason}." in caplog.text
     assert broken[0].calls[0].failure is ToolFailure.DEGRADED
     assert environments.instances.take_counts().failed == 1
     release.set()
+    assert all_closed(environments)
+
+
+def test_a_branch_that_opens_too_late_names_the_setting():
+    environments = environments_of(ForkingShop)
+    state = environments(0)
+    assert state.admit()
+    state.open()
+    branch = state.fork()
+    assert not branch.opened(ToolFailure.TIMEOUT, "Error: the open() call took longer than 60 s.")
+    overdue = "fork() or the replay of its calls took longer than 60 s. Make this faster, or raise tool_timeout_s"
+    assert branch.failure == overdue
+    for each in (state, branch):
+        each.close()
     assert all_closed(environments)
 
 

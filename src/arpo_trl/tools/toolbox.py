@@ -45,8 +45,8 @@ _POLLER_S = 0.05
 """How long `poll` keeps starting calls in its thread before it returns, so that the engine can decode."""
 _NAMES_THREADS = re.compile(r"\bthreads?\b", re.IGNORECASE)
 """Words in the errors of libraries that must be used from one thread: sqlite3, asyncio, signal, Playwright."""
-_OPENING = "opening of the states"
-"""Replaces a tool's name for the opening of a path's states. No tool has a name with spaces."""
+_OPENING = "open()"
+"""Replaces a tool's name for the opening of a path's states. No tool has a name with parentheses."""
 
 _Outcome = tuple[str, ToolFailure | None]  # text for the model, failure of the call
 

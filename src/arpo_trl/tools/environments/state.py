@@ -230,11 +230,18 @@ class EnvironmentState(PathState):
             raise instances.fatal
         with instances.changed:
             if self._instance is None:
-                self._given_up = self._failure or text.removeprefix("Error: ").rstrip(".")
+                late = self._overdue() if failure is ToolFailure.TIMEOUT else ""
+                self._given_up = self._failure or late or text.removeprefix("Error: ").rstrip(".")
         if self._given_up:
             instances.abandon(self)
             (instances.count_refused if self._is_branch else instances.count_failed)(self.kind, self._given_up)
         return not (self._is_branch and self._given_up)
+
+    def _overdue(self) -> str:
+        """Return why there is no instance if `open` has missed its deadline."""
+        what = "fork() or the replay of its calls" if self._is_branch else "environment_factory and reset()"
+        seconds = self.opening_steps * self._instances.timeout_s
+        return f"{what} took longer than {seconds:g} s. Make this faster, or raise tool_timeout_s"
 
     @property
     def kind(self) -> EnvironmentKind:
