@@ -511,6 +511,25 @@ def test_judge_may_set_the_number_of_branches():
     assert [decision.granted for decision in made] == [2, 2, 0]
 
 
+def test_more_branches_than_the_top_ups_are_planned_for_are_an_error():
+    class Three(BranchRule):
+        name = "three"
+
+        def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
+            return BranchDecision(fires=True, granted=3)
+
+    class Declared(Three):
+        sets_branches = True
+
+        def most_branches(self, above: int = 0) -> int:
+            return 3
+
+    with pytest.raises(ConfigError, match=r"'three' returned `granted` 3 .*`most_branches` returns 1\. .*override"):
+        Scripted(two_searches, leaves=4, at_root=1, rule=Three())()
+    tree = Scripted(two_searches, leaves=4, at_root=1, rule=Declared())().trees[0]
+    assert next(node.decision.granted for node in tree.observations() if node.decision) == 3
+
+
 def test_a_state_that_no_checkpoint_could_give_back_is_an_error():
     state = {"score": [1.0, 2], "name": "text", "weights": torch.ones(2), "none": None}
     assert readable(state, "It") is state

@@ -136,7 +136,8 @@ class BranchRule(ABC):
     def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
         """Decide whether this observation branches.
 
-        `granted` of the result is the number of branches that it gets if it fires and the budget suffices; 0: Z.
+        `granted` of the result is the number of branches that it gets if it fires and the budget suffices, at most
+        `most_branches`; 0: Z.
         """
 
     def judged(self, candidates: Sequence[Candidate], context: BranchContext) -> list[BranchDecision]:
@@ -164,6 +165,13 @@ class BranchRule(ABC):
         if wanted and not are_whole(wanted, 1, math.inf):
             raise ConfigError(
                 f"The branch rule {self.name!r} returned `granted` {wanted!r} from `judge`; expected whole numbers."
+            )
+        granted, most = max((made.granted for made in judged if made.fires), default=0), self.most_branches()
+        if granted > most:  # `supply` has planned the top-ups for `most`
+            raise ConfigError(
+                f"The branch rule {self.name!r} returned `granted` {granted} from `judge`, but `most_branches` "
+                f"returns {most}. In the class, set `sets_branches = True` and override `most_branches`: it returns "
+                "the largest number of branches of an observation."
             )
         return grant(judged, wanted, [decision.delta or 0.0 for decision in judged], context.remaining)
 
