@@ -89,13 +89,17 @@ class OwnAddress(NoRead):
         (register_rule, NoPlan, r"NoPlan .*: it does not define \['plan'\]"),
         (register_rule, NoContext, r"its judge cannot be called with \['self', 'candidate', 'context'\]"),
         (register_rule, NoAbove, r"its most_branches cannot be called with \['self', 'above'\]"),
-        (register_rule, OwnInit, r"OwnInit .*: its own __init__ .*branches_per_fork.*Expected a frozen dataclass: write"),
+        (register_rule, OwnInit, r"OwnInit .*: its own __init__ .*branches_per_fork.*as fields under @dataclass"),
         (register_rule, print, r"print .*: expected a class that derives from BranchRule"),
         (register_credit, Alone, r"Alone .* as the credit 'mine': expected a class that derives from Credit"),
         (register_credit, NoCall, r"NoCall .*: it does not define \['__call__'\], which a Credit needs"),
         (register_provider, Alone, r"Alone .* as the search provider 'mine': expected a class that derives from Prov"),
         (register_provider, NoRead, r"NoRead .*: it does not define \['read'\], which a Provider needs"),
-        (register_provider, OwnAddress, r"OwnAddress .*: its own __init__ .*base_url.*Expected a frozen dataclass"),
+        (
+            register_provider,
+            OwnAddress,
+            r"OwnAddress .*: its own __init__ does not take the fields \['base_url'\] .*Expected a frozen",
+        ),
     ],
 )
 def test_a_class_that_lacks_a_method_is_an_error_at_its_registration(register, made, message):

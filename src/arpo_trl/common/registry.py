@@ -63,8 +63,8 @@ class Registry(Generic[T]):
 
         Raises:
             ConfigError: `name` is no text or is reserved, or another class has it, or the class does not derive from
-                the base class, lacks an abstract method, has other parameters in a method, or has an `__init__` that does
-                not take its fields.
+                the base class, lacks an abstract method, has other parameters in a method, or has an `__init__` that
+                does not take its fields.
         """
         given: Any = name  # the class, if the decorator has no parentheses
         if not isinstance(given, str):
@@ -101,13 +101,14 @@ class Registry(Generic[T]):
         if missing := sorted(getattr(made, "__abstractmethods__", ())):
             raise ConfigError(f"{subject}: it does not define {missing}, which a {self._base} needs. Define them.")
         if is_dataclass(base):
+            values = {field.name: None for field in fields(made) if field.init}
             try:
-                inspect.signature(made.__init__).bind(None, **{field.name: None for field in fields(made) if field.init})
+                inspect.signature(made.__init__).bind(None, **values)
             except TypeError as error:
                 raise ConfigError(
-                    f"{subject}: its own __init__ does not take the fields of the class ({error}). Expected a frozen "
-                    "dataclass: write the parameters of __init__ as fields under @dataclass(frozen=True, "
-                    "kw_only=True), and remove __init__."
+                    f"{subject}: its own __init__ does not take the fields {[*values]} ({error}). Expected a frozen "
+                    "dataclass: write its other parameters as fields under @dataclass(frozen=True, kw_only=True), "
+                    "and remove __init__."
                 ) from error
         for declaring in reversed(made.__mro__):
             ours = vars(declaring) if declaring.__module__.startswith(f"{self._package}.") else {}
