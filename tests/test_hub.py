@@ -24,6 +24,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from arpo_trl import ARPOConfig, ARPOTrainer
+from arpo_trl.common.imports import load_callable
 from arpo_trl.errors import ConfigError, DataError, HubError, Interrupted
 from arpo_trl.logs.curves import PANELS
 from arpo_trl.publishing import push as hub_module
@@ -670,6 +671,22 @@ def test_a_run_writes_its_local_paths_as_paths(model_path, tmp_path, monkeypatch
     settings = yaml.safe_load(Path("run/training_config.yaml").read_text())
     assert settings["model_name_or_path"] == "./models/tiny"
     assert settings["dataset"] == ["./models/tiny", "me/rows"]
+
+
+def test_a_model_that_a_script_saves_has_the_runs_card(model_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("saved_tools.py").write_text("def lookup(name: str) -> str: ...\n")
+    adapter = LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.0)
+    settings = {"push_to_hub": False, "hub_model_id": None, "save_strategy": "no"}
+    made = trainer(model_path, Path("run"), **settings, peft_config=adapter)
+    made.save_model()
+    card = ModelCard.load("run/README.md")  # peft's names the folder of the base model, and has no content
+    assert card.data.base_model is None and "trained with Agentic Reinforced Policy Optimization" in card.text
+    assert "As in training; also pass its tools, as `--tools my_module:my_function`:" in card.text
+    made.tools = [load_callable("saved_tools:lookup", "tools")]
+    made.save_model()
+    card = ModelCard.load("run/README.md")
+    assert "With its tools, as in training:" in card.text and "--tools saved_tools:lookup" in card.text
 
 
 # Secrets -------------------------------------------------------------------------------------------------------------

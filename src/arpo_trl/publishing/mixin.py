@@ -32,6 +32,7 @@ from arpo_trl.publishing.push import (
     reason_of,
     remove_left_snapshots,
 )
+from arpo_trl.tools.builtin import ToolArguments
 from arpo_trl.trl_seam import get_config_model_id
 from arpo_trl.visible import get_logger, without_credentials
 
@@ -214,6 +215,14 @@ class Publishing(GRPOTrainer):
         interrupts = getattr(self, "_interrupts", None)  # a trainer of demonstrations has none
         return interrupts is not None and interrupts.active and interrupts.told is not None
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the model; if the user's script calls it for `output_dir` of the run, also its card."""
+        super().save_model(output_dir, _internal_call)
+        folder, run = Path(output_dir or self.args.output_dir), Path(self.args.output_dir)
+        # Internal calls, and the push of `super`, are followed by a card of their own.
+        if not _internal_call and not self.args.push_to_hub and folder.absolute() == run.absolute():
+            self.create_model_card()
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Also saves the settings of the run beside each saved model. So a checkpoint, or a copy of it, is evaluated,
         merged and pushed with them."""
@@ -227,6 +236,10 @@ class Publishing(GRPOTrainer):
         settings.setdefault("model_name_or_path", get_config_model_id(self.model.config))
         if not self.tools:
             settings["tools"] = []
+        elif not any(isinstance(group, ToolArguments) for group in self.other_settings):  # passed in Python
+            settings["tools"] = [
+                f"{tool.__module__}:{getattr(tool, '__qualname__', type(tool).__qualname__)}" for tool in self.tools
+            ]
         if (shared := self._shared_system_prompt) is not None:
             settings.setdefault("system_prompt", shared)
         return settings | {name: as_path(settings[name]) for name in _PLACES if name in settings}

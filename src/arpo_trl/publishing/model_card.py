@@ -155,6 +155,7 @@ class Card:
             card_data=data.to_yaml(),
             name=self.title or self.repo_id.rpartition("/")[2],
             uses_tools=uses_tools,
+            knows_tools="tools" not in EvaluationSettings.of(self.settings).left_out,
             repo_id=self.repo_id,
             base_model=base,
             is_adapter=self.is_adapter,

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from arpo_trl.common.imports import is_import_path
 from arpo_trl.common.run_files import TRAINING_CONFIG
 from arpo_trl.common.settings import ToolLimits, default_of
 from arpo_trl.common.user_files import expect, read_yaml, user_path
@@ -114,7 +115,9 @@ _DEFAULTS = {
 
 
 def _is_in_this_folder(path: str) -> bool:
-    """Whether Python imports the module of an import path from the current folder."""
+    """Whether `path` is an import path whose module Python imports from the current folder."""
+    if not is_import_path(path):  # such as a method, or a function in a function
+        return False
     package = path.partition(":")[0].partition(".")[0]
     here = Path.cwd()
     if not ((here / f"{package}.py").is_file() or (here / package / "__init__.py").is_file()):
