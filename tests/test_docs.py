@@ -229,6 +229,7 @@ def test_a_new_example_comes_with_a_test_that_runs_it() -> None:
         "environments.md": 4,  # test_environment_docs.py too
         "evaluation.md": 1,  # test_evaluation_callback.py
         "from-grpo.md": 1,
+        "from-verl.md": 1,
         "hub.md": 1,  # test_trajectory_dataset.py
         "rewards.md": 2,
         "tools.md": 3,

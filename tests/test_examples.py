@@ -6,7 +6,9 @@ import functools
 import json
 import re
 import sqlite3
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -92,6 +94,15 @@ def test_a_reward_reads_a_field_of_the_rows() -> None:
     by_gold = run(example("docs/rewards.md", "def by_gold"))["by_gold"]
     completions = [[{"role": "assistant", "content": text}] for text in ("a fig", "a car")]
     assert by_gold(completions, [["fig", "date"]] * 2) == [1.0, 0.0]
+
+
+def test_a_score_of_verl_is_a_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    verl = ModuleType("my_verl")
+    verl.compute_score = lambda source, text, truth, extra=None: float(truth in text)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "my_verl", verl)
+    score = run(example("docs/from-verl.md", "compute_score"))["score"]
+    rows = {"data_source": ["math"] * 2, "reward_model": [{"ground_truth": "34"}] * 2, "extra_info": [{}] * 2}
+    assert score(turns=[["<python>17 * 2</python>", "It is 34."], ["It is 35."]], **rows) == [1.0, 0.0]
 
 
 def test_the_reward_falls_with_the_number_of_calls() -> None:
