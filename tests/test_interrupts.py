@@ -562,7 +562,10 @@ def test_an_interrupted_script_prints_how_to_resume_and_leaves_no_process(starte
     assert run.process.wait(BOUND_S) == status, run.said()
     assert commands(run.left()) == ""
     (saved,) = Checkpoints(run.output).all()
-    assert f"is saved in {saved}. To resume, run the same command with --resume_from_checkpoint true." in run.said()
+    assert (
+        f"is saved in {saved}. To resume, run the same command with --resume_from_checkpoint true, in a script"
+        in run.said()
+    )
     assert "Traceback" not in run.said()
 
 

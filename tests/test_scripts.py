@@ -199,7 +199,8 @@ def test_a_signal_during_the_final_save_ends_the_run_when_the_model_is_saved(tmp
         (
             "train",
             "CheckpointError: checkpoint-1 could not be written to {out} (SafetensorError: {error}); 0 MB are free "
-            "there. There is no earlier checkpoint. Free some space, then resume with --resume_from_checkpoint true.",
+            "there. There is no earlier checkpoint. Free some space, then resume with --resume_from_checkpoint true, "
+            "in a script of your own with trainer.train(resume_from_checkpoint=True).",
         ),
         (
             "sft",

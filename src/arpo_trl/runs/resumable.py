@@ -38,6 +38,7 @@ logger = get_rank_logger(__name__)
 
 _FLAGS = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
 """The decisions of callbacks in transformers' `TrainerControl`."""
+_IN_PYTHON = ", in a script of your own with trainer.train(resume_from_checkpoint=True)"
 
 
 class Resumable(GRPOTrainer):
@@ -470,7 +471,7 @@ class Resumable(GRPOTrainer):
         saved = f"{told} Step {step} is saved in {self._checkpoints.place(step)}."
         if self.args.sync_ref_model:
             return f"{saved} A run with sync_ref_model cannot resume; use its weights in a new run."
-        return f"{saved} To resume, run the same command with --resume_from_checkpoint true."
+        return f"{saved} To resume, run the same command with --resume_from_checkpoint true{_IN_PYTHON}."
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
@@ -547,7 +548,7 @@ class Resumable(GRPOTrainer):
             remedy = "Another process has ended or lost its connection: see its output. Correct the cause there"
         return CheckpointError(
             f"checkpoint-{step} could not be written to {self.args.output_dir} ({type(error).__name__}: {error})"
-            f"{cause}. {kept}. {remedy}, then resume with --resume_from_checkpoint true."
+            f"{cause}. {kept}. {remedy}, then resume with --resume_from_checkpoint true{_IN_PYTHON}."
         )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
