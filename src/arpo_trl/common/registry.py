@@ -103,7 +103,7 @@ class Registry(Generic[T]):
         if is_dataclass(base):
             values = {field.name: None for field in fields(made) if field.init}
             try:
-                inspect.signature(made.__init__).bind(None, **values)
+                inspect.signature(made).bind(**values)
             except TypeError as error:
                 raise ConfigError(
                     f"{subject}: its own __init__ does not take the fields {[*values]} ({error}). Expected a frozen "
