@@ -152,6 +152,17 @@ def test_a_model_that_ignores_its_positions_is_refused_with_the_figures(tmp_path
         trainer_of(model, tmp_path)
 
 
+def test_a_model_with_broken_weights_is_named_as_such(tmp_path):
+    model = model_of("llama", {})
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = torch.nan
+    message = r"'llama' are not finite: its weights are broken, or its dtype \(float32\)"
+    with pytest.raises(ConfigError, match=message):
+        trainer_of(model, tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        local_engine(model, tokenizer(), SamplingParams(eos_ids=(1,)))
+
+
 def test_paths_end_before_the_rotary_embedding_would_change(tmp_path, caplog):
     factors = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
     model = model_of("phi3", {"rope_parameters": factors, "original_max_position_embeddings": 64})

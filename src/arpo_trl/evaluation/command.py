@@ -44,6 +44,7 @@ from arpo_trl.evaluation.settings import EvalSettings
 from arpo_trl.logs.progress import show_log
 from arpo_trl.options import ProtocolKind
 from arpo_trl.rewards.judge import LLMJudge
+from arpo_trl.rollout.engines.base import lacks_embedding
 from arpo_trl.rollout.engines.completions import CompletionsEngine
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.tools.toolbox import ToolBox
@@ -330,8 +331,8 @@ class _ProgressBar:
 
 
 def _check_template(sampler: Any, chosen: Sequence[Questions]) -> None:
-    """Check once that the chat template can render a prompt with all its messages, so that not every question
-    fails."""
+    """Check once that the chat template can render a prompt with all its messages, and that the model can read it, so
+    that not every question fails."""
     prompt = chosen[0].rows[0]["prompt"]
     try:
         sampler.protocol.check_shown(prompt)
@@ -344,6 +345,10 @@ def _check_template(sampler: Any, chosen: Sequence[Questions]) -> None:
             f"The tokenizer's chat template cannot render the first question as a prompt ({type(error).__name__}: "
             f"{error}). Set another template, or another system_prompt."
         ) from error
+    engine, last = sampler.engine, max(sampler.protocol.encode_prompt(prompt), default=-1)
+    if last >= engine.vocab_size and not isinstance(engine, CompletionsEngine):  # a server has its own vocabulary
+        told = lacks_embedding(sampler.protocol.tokenizer, last, engine.vocab_size)
+        raise ConfigError(f"The prompt of the first question {told}")
 
 
 def _new_folder(settings: EvalSettings) -> Path:

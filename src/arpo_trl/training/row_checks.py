@@ -16,6 +16,7 @@ from arpo_trl.data.loading import EMPTY, validate_rows
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.options import ProtocolKind
 from arpo_trl.rollout.batch import GroupRequest
+from arpo_trl.rollout.engines.base import lacks_embedding
 from arpo_trl.rollout.protocols import ToolProtocol
 from arpo_trl.runs.identity import dataset_identity
 from arpo_trl.visible import get_rank_logger
@@ -117,14 +118,10 @@ def _check_roles(dataset: Dataset, protocols: Protocols) -> None:
 
 def _check_embeddings(dataset: Dataset, protocols: Protocols, embeddings: int) -> None:
     tokenizer = next(iter(protocols(dataset))).tokenizer
-    names = {token_id: token for token, token_id in tokenizer.get_vocab().items() if token_id >= embeddings}
-    for i, (prompt, protocol) in enumerate(zip(dataset["prompt"] if names else (), protocols(dataset), strict=False)):
-        if without := [names[token_id] for token_id in protocol.encode_prompt(prompt) if token_id in names]:
-            raise DataError(
-                f"Dataset row {i}: its prompt contains the token {without[0]!r}, but the model has only {embeddings} "
-                f"embeddings and the tokenizer has {len(protocol.tokenizer)} tokens. Call "
-                "`model.resize_token_embeddings(len(tokenizer))` before training, or use the model's own tokenizer."
-            )
+    prompts = dataset["prompt"] if max(tokenizer.get_vocab().values()) >= embeddings else ()
+    for i, (prompt, protocol) in enumerate(zip(prompts, protocols(dataset), strict=False)):
+        if (last := max(protocol.encode_prompt(prompt), default=-1)) >= embeddings:
+            raise DataError(f"Dataset row {i}: its prompt {lacks_embedding(tokenizer, last, embeddings)}")
 
 
 def check_same_rows(datasets: Mapping[str, Any], accelerator: Accelerator) -> None:

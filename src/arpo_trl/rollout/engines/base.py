@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Protocol, runtime_checkable
 
+from transformers import PreTrainedTokenizerBase
+
 from arpo_trl.common.user_files import shown
 from arpo_trl.errors import ConfigError, EngineError
 
@@ -190,6 +192,15 @@ def check_request(request: TurnRequest) -> None:
             f"Turn {request.key} requests {request.max_tokens} tokens after {len(request.ids)}; expected at least 1 "
             "of each."
         )
+
+
+def lacks_embedding(tokenizer: PreTrainedTokenizerBase, token_id: int, embeddings: int) -> str:
+    """The end of an error message about a text with a token that the model cannot read. Its subject is the text."""
+    return (
+        f"contains the token {tokenizer.convert_ids_to_tokens(token_id)!r}, but the model has only {embeddings} "
+        f"embeddings and the tokenizer has {len(tokenizer)} tokens. Call "
+        "`model.resize_token_embeddings(len(tokenizer))` and train the new ones, or use the model's own tokenizer."
+    )
 
 
 def check_turn(turn: Turn, engine: Engine, vocabulary: Callable[[], Mapping[str, int]], max_tokens: int) -> None:

@@ -25,8 +25,16 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.masking_utils import create_causal_mask
 
-from arpo_trl.errors import ConfigError, EngineError
-from arpo_trl.rollout.engines.base import Probe, SamplingParams, Turn, TurnRequest, TurnStop, check_request
+from arpo_trl.errors import ConfigError, DataError, EngineError
+from arpo_trl.rollout.engines.base import (
+    Probe,
+    SamplingParams,
+    Turn,
+    TurnRequest,
+    TurnStop,
+    check_request,
+    lacks_embedding,
+)
 from arpo_trl.rollout.engines.distribution import Distribution, entropy, sample
 from arpo_trl.rollout.engines.generation_rules import rules_of
 from arpo_trl.rollout.engines.rows import RowState
@@ -141,7 +149,7 @@ class TransformersEngine:
             return _forward(model, cache, ids, rows, positions, int(positions.max()) + 1)
 
         compare_with_plain_forward(model, lambda: self._empty_cache(model), forward, padded=self._scored_padded)
-        self._checked = True
+        self._checked, self.vocab_size = True, model.config.get_text_config().vocab_size
 
     def _empty_cache(self, model: PreTrainedModel) -> SlotCache:
         layers = model.config.get_text_config().num_hidden_layers
@@ -187,6 +195,8 @@ class TransformersEngine:
 
     def submit(self, request: TurnRequest) -> None:
         check_request(request)
+        if 0 < self.vocab_size <= (last := max(request.ids)):  # 0: before the first session
+            raise DataError(f"The text {lacks_embedding(self._tokenizer, last, self.vocab_size)}")
         self._waiting.append(request)
 
     def poll(self, timeout_s: float = 0.0) -> list[Probe | Turn]:

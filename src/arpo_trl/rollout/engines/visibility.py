@@ -10,6 +10,7 @@ training uses to score tokens.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -166,12 +167,13 @@ def compare_with_plain_forward(
         padded: Also compare with left-padded rows without position ids, as TRL scores them.
 
     Raises:
-        ConfigError: The logits differ or `forward` fails; the message has the figures.
+        ConfigError: The logits differ or are not finite, or `forward` fails; the message has the figures.
         EngineError: The check does not fit into memory.
     """
     ids = trial_ids(model, sum(LENGTHS) + 2 + MORE)
     first, second = ids[: LENGTHS[0] + 1 + MORE], ids[LENGTHS[0] + 1 + MORE :]
     plain = _plain_logits(model, [first, second], 0)
+    check_logits(model, torch.cat(plain))
     kind = f"a model of type {model.config.model_type!r}"
     with fit_for_decoding(model):
         cache = make_cache()
@@ -214,6 +216,16 @@ def compare_with_plain_forward(
             f"before a prompt, which changes its logits by {distance:.2g} standard deviations; expected at most "
             f"{most:.2g}. Training scores prompts of different lengths in one padded batch. Train a model with "
             "relative (rotary) positions, or one that computes positions from the attention mask."
+        )
+
+
+def check_logits(model: PreTrainedModel, logits: torch.Tensor) -> None:
+    """Raises ConfigError if logits are NaN or infinite. -inf is accepted: some models exclude tokens by it."""
+    if not bool((logits < math.inf).all()):
+        raise ConfigError(
+            f"The logits of the model of type {model.config.model_type!r} are not finite: its weights are broken, or "
+            f"its dtype ({str(model.dtype).removeprefix('torch.')}) is too narrow. Copy or download the model again, "
+            "or set dtype: float32."
         )
 
 
