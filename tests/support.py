@@ -7,6 +7,7 @@ import importlib
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ import torch
 import trl
 from datasets import Dataset
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import forked
@@ -178,6 +180,15 @@ def tiny_model(seed: int = 0) -> Qwen3ForCausalLM:
 def save_tiny_model(folder: Path) -> str:
     tiny_model().save_pretrained(folder)
     tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def without_a_layer(model: str, folder: Path) -> str:
+    """A copy of the model whose files lack the weights of its last layer."""
+    file = shutil.copytree(model, folder) / "model.safetensors"
+    weights = load_file(file)
+    last = max(name.split(".")[2] for name in weights if ".layers." in name)
+    save_file({k: v for k, v in weights.items() if f".layers.{last}." not in k}, file, {"format": "pt"})
     return str(folder)
 
 

@@ -5,6 +5,7 @@ model in test_sampler.py.
 """
 
 import asyncio
+import json
 import math
 import os
 import shutil
@@ -15,16 +16,27 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration, TrainerCallback
 from trl import GRPOConfig
 
 from arpo_trl import ARPOConfig, ARPOTrainer
+from arpo_trl.common.pretrained import causal_config
 from arpo_trl.errors import ArpoError, CheckpointError, ConfigError, DataError, RewardError, ToolSpecError
 from arpo_trl.rewards import HierarchicalReward, LLMJudge
 from arpo_trl.rollout.engines.base import SamplingParams, TurnRequest
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from arpo_trl.training.streams import checked_stream
-from support import ANSWER, ON_CPU, python, save_tiny_model, search, tiny_model, tokenizer, with_template
+from support import (
+    ANSWER,
+    ON_CPU,
+    python,
+    save_tiny_model,
+    search,
+    tiny_model,
+    tokenizer,
+    with_template,
+    without_a_layer,
+)
 
 ROW = {"prompt": [{"role": "user", "content": "what is the answer"}], "answer": ["1"]}
 GOOD = ROW | {"task": "math"}
@@ -340,6 +352,10 @@ REWARD_MODEL = {"reward_funcs": "reward-model"}
         ({"model": Path("model")}, r"model is \w+Path\('model'\); expected a folder"),
         ({"model": AutoModelForCausalLM}, "model is the class AutoModelForCausalLM; expected"),
         ({"model": torch.nn.Linear(2, 2)}, "model is a Linear; expected"),
+        (
+            {"model": T5ForConditionalGeneration(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, vocab_size=8))},
+            "model is a T5ForConditionalGeneration; expected .* a causal language model",
+        ),
         ({"model": tiny_model().model}, "model is a Qwen3Model; expected .* a causal language model"),
         ({"args": {"output_dir": "run"}}, "args is a dict; expected an ARPOConfig, which adds"),
         ({"args": GRPOConfig("run", use_cpu=True)}, "args is a GRPOConfig; expected an ARPOConfig"),
@@ -513,6 +529,38 @@ def without_weights(model_path: str, folder: Path) -> Path:
     copy = folder / "without_weights"
     shutil.copytree(model_path, copy, ignore=shutil.ignore_patterns("*.safetensors"))
     return copy
+
+
+def test_a_model_whose_files_lack_weights_is_an_error(make, model_path, tmp_path):
+    broken = without_a_layer(model_path, tmp_path / "broken")
+    with pytest.raises(ConfigError, match=r"\d+ weights of Qwen3ForCausalLM are missing .*layers\.1\..*They would be"):
+        make(model=broken)
+
+
+def test_the_reference_has_to_be_whole_too(make, model_path, tmp_path):
+    policy = AutoModelForCausalLM.from_pretrained(model_path)
+    policy.config._name_or_path = without_a_layer(model_path, tmp_path / "broken")
+    with pytest.raises(ConfigError, match=r"weights of Qwen3ForCausalLM are missing from the files of '.*broken'"):
+        make(model=policy, processing_class=tokenizer(), settings={"beta": 0.1})
+
+
+@pytest.mark.parametrize("kind", ["Qwen3ForSequenceClassification", "Qwen3Model", "BertForMaskedLM"])
+def test_a_model_that_generates_no_text_is_found_before_it_is_loaded(make, model_path, tmp_path, kind):
+    bare = without_weights(model_path, tmp_path)
+    config = json.loads((bare / "config.json").read_text())
+    (bare / "config.json").write_text(json.dumps(config | {"architectures": [kind]}))
+    with pytest.raises(ConfigError, match=f"'.*without_weights' is a {kind} .*; expected a causal language model"):
+        make(model=str(bare))
+    for legitimate in (["MyForCausalLM"], [], None):
+        (bare / "config.json").write_text(json.dumps(config | {"architectures": legitimate}))
+        assert causal_config(str(bare)).vocab_size == config["vocab_size"]
+
+
+def test_a_model_with_an_encoder_is_found_before_it_is_loaded(make, model_path, tmp_path):
+    bare, config = without_weights(model_path, tmp_path), T5Config(architectures=["T5ForConditionalGeneration"])
+    config.save_pretrained(bare)
+    with pytest.raises(ConfigError, match=r"is a T5ForConditionalGeneration .*; expected a causal language model"):
+        make(model=str(bare))
 
 
 def test_a_token_without_an_embedding_is_found_before_the_model_is_loaded(make, model_path, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForSequenceClassification
 
 from arpo_trl.common.adapters import base_revision
 from arpo_trl.data.demonstrations import IGNORED, encode_dataset, encode_trajectory, has_text_prompts
@@ -18,7 +18,7 @@ from arpo_trl.publishing.merging import merge_adapter
 from arpo_trl.rewards.hierarchical import format_fault
 from arpo_trl.rollout.protocols import TagProtocol
 from arpo_trl.scripts.sft import ColdStartArguments
-from support import Scripted, save_tiny_model, script, tokenizer, with_template
+from support import Scripted, save_tiny_model, script, small_model, tokenizer, with_template, without_a_layer
 
 QUESTION = [{"role": "user", "content": "what is the answer"}]
 TURNS = ["<think>look</think><search>iron</search>", "<python>print(1)</python>", "so <answer>\\boxed{1}</answer>"]
@@ -420,6 +420,20 @@ def train_one_step(folder: Path, monkeypatch: pytest.MonkeyPatch, row=ROW, **set
     monkeypatch.setattr("sys.argv", ["sft.py", *flags, "--report_to", "none"])
     script("sft").main()
     return seen[0]
+
+
+def test_a_cold_start_of_what_is_no_whole_causal_language_model_is_an_error(tmp_path, monkeypatch, capsys):
+    without_a_layer(save_tiny_model(tmp_path / "model"), tmp_path / "broken")
+    scores = tmp_path / "scores"
+    small_model(Qwen3Config, Qwen3ForSequenceClassification, num_labels=1).save_pretrained(scores)
+    tokenizer().save_pretrained(scores)
+    for name, message in (
+        ("broken", "weights of Qwen3ForCausalLM are missing from the files of 'broken'"),
+        ("scores", "'scores' is a Qwen3ForSequenceClassification"),
+    ):
+        with pytest.raises(SystemExit):
+            train_one_step(tmp_path, monkeypatch, model_name_or_path=name)
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("prompt", "warns"), [(QUESTION, False), ("what is the answer", True)])

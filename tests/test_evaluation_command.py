@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.progress import Progress
-from transformers import GenerationConfig
+from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from arpo_trl import cli, command_line
 from arpo_trl.common.adapters import of_revision
@@ -34,7 +34,7 @@ from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.tools.toolbox import ToolBox
 from evaluating import asked_number, boxed, completions, record, save_tokenizer
 from loopback import Loopback, Reply
-from support import command_output, save_tiny_model, search, tokenizer
+from support import command_output, save_tiny_model, search, small_model, tokenizer, with_template, without_a_layer
 
 HEAVY = ("torch", "transformers", "trl", "datasets", "numpy")
 
@@ -614,6 +614,26 @@ def test_broken_rows_can_be_left_out(monkeypatch, capsys, here):
         monkeypatch, capsys, "eval", "--self-check", "--data", here / "mine.jsonl", "--skip-bad"
     )
     assert status == 2 and "skip_bad is set, but it applies to benchmarks only" in err
+
+
+def test_a_model_whose_files_lack_weights_is_an_error(monkeypatch, capsys, here, model):
+    data(here)
+    words = ("--data", "gsm8k.jsonl", "--model", without_a_layer(model, here / "broken"), "--tools", "python")
+    status, _, err = command_output(monkeypatch, capsys, "eval", *words)
+    assert status == 2 and "weights of Qwen3ForCausalLM are missing from the files of" in err
+    status, _, err = command_output(monkeypatch, capsys, "ask", words[3], "?", "--tools", "python")
+    assert status == 2 and "weights of Qwen3ForCausalLM are missing from the files of" in err
+
+
+def test_a_token_without_an_embedding_is_an_error(monkeypatch, capsys, here):
+    data(here)
+    small_model(Qwen3Config, Qwen3ForCausalLM, vocab_size=len(tokenizer()) - 20).save_pretrained(here / "few")
+    with_template("qwen3").save_pretrained(here / "few")
+    words = ("--data", "gsm8k.jsonl", "--model", "few", "--tools", "python")
+    status, _, err = command_output(monkeypatch, capsys, "eval", *words)
+    assert status == 2 and "ConfigError: The prompt of the first question contains the token" in err
+    status, _, err = command_output(monkeypatch, capsys, "ask", "few", "what is the", "--tools", "python")
+    assert status == 2 and "DataError: The text contains the token" in err and "but the model has only 297" in err
 
 
 def test_a_model_without_a_chat_template_is_an_error(monkeypatch, capsys, here):

@@ -13,9 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 
 from arpo_trl.common.adapters import check_adapter, tokenizer_of
 from arpo_trl.errors import ConfigError, DataError
+from arpo_trl.evaluation.engines import load_tokenizer
+from arpo_trl.evaluation.settings import EvalSettings
 from arpo_trl.publishing.merging import merge_adapter
 from loopback import Reply
-from support import command_output, save_tiny_model, small_model, tokenizer
+from support import command_output, save_tiny_model, small_model, tokenizer, without_a_layer
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
@@ -338,6 +340,24 @@ def test_a_broken_file_is_an_error_of_the_model_that_it_belongs_to(
     with pytest.raises(error, match=message):
         merge_adapter(str(adapter), tmp_path / "merged", base=str(copied))
     assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_of_an_adapter_is_refused_with_the_order_of_merges(base, adapter, tmp_path):
+    second = shutil.copytree(adapter, tmp_path / "second")
+    changed_config(second, base_model_name_or_path=str(adapter))
+    message = re.escape(
+        f"is an adapter itself; expected a whole model. Merge it first (arpo-trl merge {adapter} --out"
+    )
+    with pytest.raises(ConfigError, match=rf"{message}.* pass FOLDER as --base"):
+        merge_adapter(str(second), tmp_path / "merged")
+    with pytest.raises(ConfigError, match=rf"{message}.* set model to FOLDER and adapter to .*second"):
+        load_tokenizer(EvalSettings(model=str(second)))
+
+
+def test_a_base_model_whose_files_lack_weights_is_refused(base, adapter, tmp_path):
+    broken = without_a_layer(base, tmp_path / "broken")
+    with pytest.raises(ConfigError, match=r"weights of Qwen3ForCausalLM are missing from the files of '.*broken'"):
+        merge_adapter(str(adapter), tmp_path / "merged", base=broken)
 
 
 def test_another_models_adapter_is_refused(adapter, tmp_path):

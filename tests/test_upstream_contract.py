@@ -1230,3 +1230,15 @@ def test_memory_that_runs_out_is_a_runtime_error_of_its_own():
 def test_the_gpt_oss_template_finds_a_call_by_its_header():
     header = trl_seam.gptoss_template["fields"]["tool_calls"]["open_pattern"]
     assert re.fullmatch(header, "to=functions.search<|channel|>commentary json<|message|>")["name"] == "search"
+
+
+def test_trainers_load_models_by_a_function_of_their_module_that_passes_the_loading_info_on(tmp_path):
+    from trl.trainer import grpo_trainer, sft_trainer
+
+    model = small_model(Qwen3Config, Qwen3ForCausalLM)
+    model.save_pretrained(tmp_path)
+    for module in (grpo_trainer, sft_trainer):
+        assert module.create_model_from_path is trl_seam.create_model_from_path
+        assert "create_model_from_path(" in inspect.getsource(module)
+    loaded, report = trl_seam.create_model_from_path(str(tmp_path), output_loading_info=True)
+    assert type(loaded) is Qwen3ForCausalLM and not report["missing_keys"]

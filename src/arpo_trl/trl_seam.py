@@ -6,6 +6,8 @@ methods of `GRPOTrainer`. tests/test_upstream_contract.py tests each upstream fa
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 # `parse_response` turns a turn into the message that rewards receive. The `…_template`s are transformers response
@@ -25,12 +27,14 @@ from trl.chat_template_utils import (
 # Prepares the trained model for generation: unwrapped, ZeRO-3 weights gathered, hooks removed.
 from trl.models import unwrap_model_for_generation
 
+# `create_model_from_path`: loads a trainer's model and the reference model.
 # `get_config_model_id`: the base model's name, for output folders and cards.
 # `get_callable_name`, `is_async_callable`: TRL's name of a reward function in metrics, and whether TRL awaits it.
 # `nanstd`: the standard deviation of rewards, NaN skipped.
 # `pad`: pads a batch on a side, to a multiple of a length.
 # `print_prompt_completions_sample`: prints the table of `log_completions`.
 from trl.trainer.utils import (
+    create_model_from_path,
     get_callable_name,
     get_config_model_id,
     is_async_callable,
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "VLLMGeneration",
+    "checked_loading",
     "gemma4_template",
     "get_callable_name",
     "get_config_model_id",
@@ -61,6 +66,27 @@ __all__ = [
     "qwen3_template",
     "unwrap_model_for_generation",
 ]
+
+
+@contextmanager
+def checked_loading(check: Callable[[str, Any, set[str]], None]) -> Iterator[None]:
+    """A context in which GRPOTrainer and SFTTrainer call `check(name, model, missing)` on each model that they load by
+    its name. `missing` are the keys that transformers did not find in its files."""
+    from trl.trainer import grpo_trainer, sft_trainer
+
+    def load(name: str, *args: Any, **arguments: Any) -> Any:
+        model, report = create_model_from_path(name, *args, **arguments, output_loading_info=True)
+        check(name, model, report["missing_keys"])
+        return model
+
+    trainers: tuple[Any, ...] = (grpo_trainer, sft_trainer)
+    for module in trainers:
+        module.create_model_from_path = load
+    try:
+        yield
+    finally:
+        for module in trainers:
+            module.create_model_from_path = create_model_from_path
 
 
 def __getattr__(name: str) -> Any:

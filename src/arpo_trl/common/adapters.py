@@ -6,6 +6,7 @@ import copy
 import math
 import os
 import re
+import shlex
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import AutoTokenizer
 
 from arpo_trl.common.pretrained import load_pretrained
+from arpo_trl.common.run_files import ADAPTER_CONFIG
 from arpo_trl.errors import CheckpointError, ConfigError
 from arpo_trl.visible import get_logger
 
@@ -42,6 +44,16 @@ def of_revision(adapter: PeftConfig | None, revision: str | None) -> PeftConfig 
 def base_revision(adapter: PeftConfig, base: str) -> str:
     """The revision of the model `base` that the adapter was trained on; main for another model than the adapter's."""
     return (adapter.base_model_name_or_path == base and adapter.revision) or "main"
+
+
+def refuse_adapted_base(adapter: str, base: str, then: str) -> None:
+    """Raises ConfigError if `base`, the base model of an adapter, is the folder of an adapter itself. `then` says how
+    to pass the merged model."""
+    if Path(base, ADAPTER_CONFIG).is_file() and not Path(base, "config.json").is_file():
+        raise ConfigError(
+            f"The base model {base!r} of {adapter} is an adapter itself; expected a whole model. Merge it first "
+            f"(arpo-trl merge {shlex.quote(base)} --output FOLDER), then {then}."
+        )
 
 
 def tokenizer_of(adapter: str | None, base: str, revision: str, *, trust_remote_code: bool) -> Any:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 
 from arpo_trl.common.hub_cache import cache_remedy
@@ -37,6 +39,55 @@ def load_pretrained(what: str, name: str, load: Callable[..., T], **arguments: A
         raise
     except Exception as error:  # transformers, peft and the Hub client raise many kinds of errors
         raise ConfigError(f"The {what} of {name!r} cannot be loaded: {why_not_loaded(what, name, error)}") from error
+
+
+def causal_config(name: str, **arguments: Any) -> Any:
+    """The configuration of a causal language model.
+
+    A class of a repository's own code, and a configuration that names no class, are accepted.
+
+    Raises:
+        ConfigError: It names a class of transformers that does not generate text, or has an encoder.
+    """
+    config = AutoConfig.from_pretrained(name, **arguments)
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    can_generate = getattr(getattr(transformers, architecture, None), "can_generate", lambda: True)
+    if getattr(config, "is_encoder_decoder", False) or not can_generate():
+        raise ConfigError(
+            f"{name!r} is a {architecture or 'model with an encoder'} (architectures in its config.json); expected a "
+            "causal language model, such as Qwen3ForCausalLM, to generate text token by token."
+        )
+    return config
+
+
+def causal_model(name: str, **arguments: Any) -> PreTrainedModel:
+    """The causal language model `name`, with all its weights.
+
+    Raises:
+        ConfigError: See `causal_config` and `check_complete`.
+    """
+    causal_config(name, **{key: arguments[key] for key in ("revision", "trust_remote_code") if key in arguments})
+    model, report = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **arguments)
+    check_complete(name, model, report["missing_keys"])
+    return model
+
+
+def check_complete(name: str, model: PreTrainedModel, missing: Collection[str]) -> None:
+    """Checks that all weights of `model` were in its files. transformers only warns, and fills in random numbers.
+
+    Args:
+        missing: The `missing_keys` of transformers' loading info. It has no tied weights, but may have buffers.
+
+    Raises:
+        ConfigError: Some are missing.
+    """
+    weights = {key for key, _ in model.named_parameters(remove_duplicate=False)}
+    if lost := sorted(weights.intersection(missing)):
+        raise ConfigError(
+            f"{len(lost)} weights of {type(model).__name__} are missing from the files of {name!r}: "
+            f"{', '.join(lost[:3])}{', …' if lost[3:] else ''}. They would be random. Copy or download the model "
+            "again, or pass a model whose files have all weights."
+        )
 
 
 def why_not_loaded(what: str, name: str, error: Exception) -> str:

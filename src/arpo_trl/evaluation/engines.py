@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, BinaryIO, NamedTuple
 
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
-from arpo_trl.common.adapters import adapted, base_revision, merged, tokenizer_of
-from arpo_trl.common.pretrained import load_pretrained
+from arpo_trl.common.adapters import adapted, base_revision, merged, refuse_adapted_base, tokenizer_of
+from arpo_trl.common.pretrained import causal_config, causal_model, load_pretrained
 from arpo_trl.common.settings import template_arguments
 from arpo_trl.common.user_files import user_path
 from arpo_trl.errors import ConfigError
@@ -205,18 +205,17 @@ def _weights(settings: EvalSettings) -> _Weights:
             f"{adapter} is an adapter that does not name its base model. Set model to the base model and adapter to "
             f"{adapter}."
         )
+    refuse_adapted_base(adapter, base, f"set model to FOLDER and adapter to {adapter}")
     return _Weights(base, base_revision(config, base), adapter)
 
 
 def _load_model(settings: EvalSettings, weights: _Weights, with_adapter: Callable[[Any, str], Any] = adapted) -> Any:
     """Load the model, with the adapter by `with_adapter(model, adapter)`."""
-    from transformers import AutoModelForCausalLM
-
     base, revision, adapter = weights
     model = load_pretrained(
         "weights",
         base,
-        AutoModelForCausalLM.from_pretrained,
+        causal_model,
         revision=revision,
         dtype=settings.dtype,
         trust_remote_code=settings.trust_remote_code,
@@ -244,9 +243,7 @@ def _vllm_engine(
     prepare_cpu()
     base, revision, adapter = weights
     trusted = settings.trust_remote_code
-    loaded = load_pretrained(
-        "configuration", base, AutoConfig.from_pretrained, revision=revision, trust_remote_code=trusted
-    )
+    loaded = load_pretrained("configuration", base, causal_config, revision=revision, trust_remote_code=trusted)
     config = loaded.get_text_config()
     with tempfile.TemporaryDirectory() as folder:
         path = base

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftConfig
-from transformers import AutoModelForCausalLM
 
-from arpo_trl.common.adapters import base_revision, merged, tokenizer_of
+from arpo_trl.common.adapters import base_revision, merged, refuse_adapted_base, tokenizer_of
 from arpo_trl.common.files import whole_folder
-from arpo_trl.common.pretrained import why_not_loaded
+from arpo_trl.common.pretrained import causal_model, why_not_loaded
 from arpo_trl.common.run_files import ADAPTER_CONFIG, EVALUATION, TRAINER_STATE, TRAINING_CONFIG
 from arpo_trl.common.user_files import model_name
 from arpo_trl.errors import ConfigError, DataError
@@ -49,8 +48,8 @@ def merge_adapter(
         trust_remote_code: Whether code of the base model's repository may run.
 
     Raises:
-        ConfigError: `output` exists, there is no such dtype, the adapter lacks weights of its new tokens, or the
-            tokenizer cannot be loaded.
+        ConfigError: `output` exists, there is no such dtype, the base model is an adapter, is not a causal language
+            model or lacks weights, the adapter lacks weights of its new tokens, or the tokenizer cannot be loaded.
         DataError: `adapter` is not an adapter, its base model cannot be loaded, it belongs to another base model, or
             its tokenizer cannot be saved.
     """
@@ -72,11 +71,14 @@ def merge_adapter(
     name = base or config.base_model_name_or_path
     if not name:
         raise DataError(f"{adapter} does not name its base model. Name it with --base.")
+    refuse_adapted_base(adapter, name, "pass FOLDER as --base")
     revision, trusted = base_revision(config, name), {"trust_remote_code": trust_remote_code}
     try:
         # Not quantized, even if the model was quantized in training: rounding the sum to 4 bits would lose the trained
         # difference.
-        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype or "auto", **trusted)
+        model = causal_model(name, revision=revision, dtype=dtype or "auto", **trusted)
+    except ConfigError:
+        raise
     except Exception as error:  # transformers and safetensors raise many kinds of errors, some without a text
         told = f"{why_not_loaded('base model', name, error)} Name another one with --base."
         if "trust_remote_code" in str(error):

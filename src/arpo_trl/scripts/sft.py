@@ -22,7 +22,7 @@ from typing import Any
 
 import datasets
 from datasets import Dataset, load_dataset
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from arpo_trl.command_line import parse_settings, report_errors
@@ -30,7 +30,7 @@ from arpo_trl.common.adapters import check_adapter, of_revision
 from arpo_trl.common.build_locks import remove_left_build_locks
 from arpo_trl.common.full_disk import naming
 from arpo_trl.common.hub_cache import cache_remedy, can_write
-from arpo_trl.common.pretrained import load_pretrained
+from arpo_trl.common.pretrained import causal_config, check_complete, load_pretrained
 from arpo_trl.common.settings import changed, check_fields, setting, template_arguments
 from arpo_trl.common.trl_settings import OF_TRLS_ENCODING
 from arpo_trl.common.user_files import is_url, model_name, refuse_pipe, user_path
@@ -63,6 +63,7 @@ from arpo_trl.scripts.start import (
     until_first_step,
 )
 from arpo_trl.training.preflight import check_quantized_training, warn_of_learning_rate
+from arpo_trl.trl_seam import checked_loading
 from arpo_trl.visible import get_logger
 
 logger = get_logger(__name__)
@@ -268,7 +269,7 @@ def _train(arguments: ColdStartArguments, config: ColdStartConfig, model_config:
         check_quantized_training(adapter)
     source = {"revision": model_config.model_revision, "trust_remote_code": config.trust_remote_code}
     tokenizer = load_pretrained("tokenizer", name, AutoTokenizer.from_pretrained, **source)
-    load_pretrained("configuration", name, AutoConfig.from_pretrained, **source)  # detects a wrong model early
+    load_pretrained("configuration", name, causal_config, **source)  # detects a wrong model early
     protocol = TagProtocol(
         as_saved(tokenizer, config),
         {},
@@ -290,7 +291,7 @@ def _train(arguments: ColdStartArguments, config: ColdStartConfig, model_config:
         )
     config.dataset_kwargs = {"skip_prepare_dataset": True}  # ids and labels are final
     config.model_init_kwargs = loading_arguments(config, model_config)
-    with start_errors():
+    with start_errors(), checked_loading(check_complete):
         trainer = ColdStartTrainer(
             model=name,
             args=config,

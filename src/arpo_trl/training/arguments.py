@@ -51,8 +51,13 @@ def _checks(
     engine: Any,
 ) -> Iterator[Check]:
     """Each check runs after the earlier ones passed, so it may rely on them."""
-    is_model = isinstance(model, str) or _has(model, "config", "generation_config")
-    yield "model", model, is_model, "a folder or a Hub id, as text, or a causal language model"
+    generates = _has(model, "config", "generation_config") and not getattr(model.config, "is_encoder_decoder", False)
+    yield (
+        "model",
+        model,
+        isinstance(model, str) or generates,
+        "a folder or a Hub id, as text, or a causal language model",
+    )
     yield "args", args, isinstance(args, ARPOConfig | None), "an ARPOConfig, which adds ARPO's settings"
     splits = f"with the splits {list(train_dataset)}" if isinstance(train_dataset, dict) else ""
     yield f"train_dataset {splits}".rstrip(), train_dataset, not splits, "one dataset, such as dataset['train']"

@@ -19,7 +19,6 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset
 from packaging.requirements import Requirement
 from transformers import (
-    AutoConfig,
     AutoProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,7 +27,7 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
-from arpo_trl.common.pretrained import load_pretrained
+from arpo_trl.common.pretrained import causal_config, load_pretrained
 from arpo_trl.config import ARPOConfig
 from arpo_trl.errors import ConfigError
 from arpo_trl.options import ProtocolKind, SharedPrefixForward
@@ -36,7 +35,7 @@ from arpo_trl.rewards.hierarchical import HierarchicalReward
 from arpo_trl.rollout.credit.base import Credit
 from arpo_trl.rollout.engines.base import Engine, EngineAhead
 from arpo_trl.rollout.engines.compute_dtype import training_dtype
-from arpo_trl.rollout.engines.visibility import evaluating, trial_ids
+from arpo_trl.rollout.engines.visibility import check_logits, evaluating, trial_ids
 from arpo_trl.rollout.engines.vllm.cpu import prepare_cpu
 from arpo_trl.rollout.protocols.generation_ends import eos_ids_of, saved_eos_ids
 from arpo_trl.rollout.sampler import TreeSampler
@@ -381,7 +380,7 @@ def check_scores(model: PreTrainedModel, temperature: float) -> None:
     and all weights on this rank. Call it under the autocast of training.
 
     Raises:
-        ConfigError: The logprobs differ beyond rounding.
+        ConfigError: The logprobs differ beyond rounding, or the logits are not finite.
     """
     if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
         return  # its logits have further positions
@@ -389,6 +388,7 @@ def check_scores(model: PreTrainedModel, temperature: float) -> None:
     rows = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with evaluating(model):
         logits = model(**rows, use_cache=False).logits[:, :-1].float()
+        check_logits(model, logits)
         scored = model(**rows, labels=ids, fused_lm_head=True).log_probs.float()
     expected = (logits / temperature).log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
     distance, limit = rounding(model, scored, expected)
@@ -457,13 +457,17 @@ def tokenizer_for(model: str | PreTrainedModel, processing_class: Any, args: ARP
 
 
 def embedding_rows(model: str | PreTrainedModel, args: ARPOConfig) -> int:
-    """The number of token ids for which the model has embeddings."""
+    """The number of token ids for which the model has embeddings.
+
+    Raises:
+        ConfigError: The model is not a causal language model.
+    """
     if not isinstance(model, str):
         return int(model.get_input_embeddings().num_embeddings)
     config = load_pretrained(
         "configuration",
         model,
-        AutoConfig.from_pretrained,
+        causal_config,
         revision=args.revision,
         trust_remote_code=args.trust_remote_code,
     )

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from trl import GRPOTrainer
 
 from arpo_trl.common.adapters import check_adapter, of_revision
+from arpo_trl.common.pretrained import check_complete
 from arpo_trl.common.run_files import TRAJECTORIES
 from arpo_trl.common.spans import Spans
 from arpo_trl.common.working_folder import kept_working_folder
@@ -108,7 +109,7 @@ from arpo_trl.training.sources import (
     transformers_engine,
 )
 from arpo_trl.training.streams import WholeStream, checked_stream
-from arpo_trl.trl_seam import pad
+from arpo_trl.trl_seam import checked_loading, pad
 from arpo_trl.visible import get_rank_logger
 
 logger = get_rank_logger(__name__)
@@ -213,16 +214,16 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         self.toolbox = toolbox_for(args, tools, self._environments)
         check_bonus_tools(functions, self.toolbox.names)
         tokenizer = tokenizer_for(model, processing_class, args)
-        ends = generation_ends(model, args)
+        embeddings, ends = embedding_rows(model, args), generation_ends(model, args)
         self.protocol = protocol_for(args, tokenizer, self.toolbox.specs, ends)
         kits = {
             name: Kit(tools=tools, protocol=protocol_for(args, tokenizer, tools.specs, ends))
             for name, tools in sets.items()
         }
         self._kits = Kits(self.protocol, self._environments, kits)
-        check_encoding(datasets, self._kits.protocols, embedding_rows(model, args))
+        check_encoding(datasets, self._kits.protocols, embeddings)
         self._interrupts = Interrupts()
-        with without_trls_vllm_client(args, engine), weighted(args, owned):
+        with without_trls_vllm_client(args, engine), weighted(args, owned), checked_loading(check_complete):
             super().__init__(
                 model=model,
                 reward_funcs=[
