@@ -481,7 +481,7 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_and_keeps_the_earlier_o
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert f"checkpoint-3 could not be written to {tmp_path} (" in str(error.value)
-    assert f"{tmp_path / 'checkpoint-2'} is complete. Correct the cause, then resume with" in str(error.value)
+    assert f"{tmp_path / 'checkpoint-2'} is complete. Raise the limit (ulimit -f unlimited)" in str(error.value)
     assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-2"]
     assert not (tmp_path / ".unfinished").exists()
     assert Checkpoints(tmp_path).find(True).step == 2

@@ -264,7 +264,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(model_path, tmp_path):
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"kind": lambda: None}, ConfigError, "returned the same NoneType twice"),
+        ({"kind": lambda: None}, ConfigError, "environment_factory returned None"),
         ({"kind": object}, ToolSpecError, "has no method reset"),
         (
             {"settings": {"share_calls": "history"}},

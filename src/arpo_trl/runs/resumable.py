@@ -383,9 +383,10 @@ class Resumable(GRPOTrainer):
 
     @contextmanager
     def from_this_moment(self) -> Iterator[None]:
-        """A context for an evaluation, perhaps of a user's callback, of which others may be parts. An interrupt in it
-        restores the state at its begin."""
-        if self._evaluates or not self._is_restored:  # the second in a resumed run's `eval_on_start`
+        """A context for an evaluation, perhaps of a user's callback, of which others may be parts. During training, an
+        interrupt in it restores the state at its begin."""
+        # A resumed run's `eval_on_start` comes before its state is restored.
+        if self.started_in is None or self._evaluates or not self._is_restored:
             yield
             return
         self._remember_moment()
