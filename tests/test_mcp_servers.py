@@ -598,7 +598,7 @@ for line in sys.stdin:
     elif asked.get("method") == "tools/call":
         text = asked["params"]["arguments"]["text"]
         if text == "hang":
-            time.sleep(600)  # until the session stops this process
+            time.sleep(600)  # until the client ends this server
         if text == "process":
             text = str(os.getpid())
         result = None if text == "null" else {"content": [{"type": "text", "text": text}]}
